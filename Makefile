@@ -1,0 +1,82 @@
+# make help lists the targets. Every target sets up what it needs: a virtual environment in $(VENV), the compiled module.
+
+PYTHON ?= python3
+VENV ?= .venv
+BUILD ?= build/dev
+# What pip is told to install as torch. Where the package index serves a CUDA build and the CPU one is wanted:
+#   make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CPP = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint format module objects spills emulate sanitize matrix clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(BIN)/.demo module  ## search over real text, with quality and speed (DEMO="--data DIR" for a BEIR folder)
+	$(BIN)/python -m demo $(DEMO)
+
+test: $(BIN)/.test module  ## all tests (PYTEST="-k masks" to choose)
+	$(BIN)/python -m pytest tests $(PYTEST)
+
+bench: $(BIN)/.bench module  ## all benchmarks and the table of targets (BENCH=--quick for a short run)
+	$(BIN)/python -m benchmarks.all $(BENCH)
+
+lint: $(BIN)/.lint  ## ruff, clang-format and mypy; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
+
+format: $(BIN)/.lint  ## let ruff and clang-format rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+module: $(BUILD)/build.ninja  ## the compiled module, in place; only what changed is compiled
+	$(BIN)/cmake --build $(BUILD) --target _C
+	$(BIN)/cmake --install $(BUILD) --prefix edgecolbert_kernels
+
+$(BUILD)/build.ninja: $(BIN)/.base
+	$(BIN)/cmake --fresh -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+
+objects: $(BIN)/.base  ## the objects of the instruction sets alone, in build/native
+	$(BIN)/cmake -S . -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DEDGECOLBERT_PYTHON=OFF -DEDGECOLBERT_NATIVE_TESTS=ON
+	$(BIN)/cmake --build build/native --target isa_objects
+
+spills: objects  ## register spills in the hot loops of those objects
+	$(BIN)/python tools/spills.py $$(awk '$$1 != "scalar" { print $$2 }' build/native/isa_objects.txt)
+
+emulate: $(BIN)/.base  ## the kernels on other CPUs, under qemu
+	PATH="$(abspath $(BIN)):$$PATH" tools/emulate.sh
+
+sanitize: $(BIN)/.test  ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	PATH="$(abspath $(BIN)):$$PATH" tools/sanitize.sh
+
+matrix:  ## installs with every Python and compiler of this machine (slow)
+	tools/build_matrix.sh
+
+clean:  ## removes what was built; the virtual environment stays
+	rm -rf build *.egg-info edgecolbert_kernels/_C.*.so
+
+# EDGECOLBERT_BUILD=0: the module comes from `make module`, which compiles only what changed.
+$(BIN)/.base: pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("needs Python 3.10 or later: make PYTHON=python3.12")'
+	@echo "== $(VENV): environment with torch, numpy and the build tools"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	$(PIP) install $(TORCH)
+	$(PIP) install "setuptools>=77" cmake ninja pybind11
+	EDGECOLBERT_BUILD=0 $(PIP) install --no-build-isolation --editable .
+	@touch $@
+
+$(BIN)/.demo $(BIN)/.test $(BIN)/.bench $(BIN)/.lint: $(BIN)/.%: $(BIN)/.base
+	@echo "== $(VENV): requirements of make $*"
+	EDGECOLBERT_BUILD=0 $(PIP) install --no-build-isolation --editable ".[$*]"
+	@touch $@

@@ -1,0 +1,1 @@
+"""Speed of MaxSim beside its peers: suites, result rows, the table of targets, plots."""

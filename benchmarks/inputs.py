@@ -1,0 +1,88 @@
+"""Embeddings to score: unit rows in fp16, as late-interaction models store them."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import torch
+
+from benchmarks.contenders import blocked
+from benchmarks.machine import last_level_cache_bytes
+
+MOST_COPIES = 16
+
+
+def unit_rows(*shape: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(shape, generator=generator), dim=-1)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Equal documents at several addresses.
+
+    Going from one copy to the next reads every byte from memory, as a store larger than the
+    caches does.
+    """
+
+    queries: torch.Tensor  # [Nq, Lq, d] float16
+    queries_f32: torch.Tensor
+    documents: list[torch.Tensor]  # each [Nd, Ld, d] float16
+    documents_f32: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Queries [num_queries, query_length, dim] against documents [num_documents, length, dim]."""
+
+    num_queries: int
+    query_length: int
+    num_documents: int
+    length: int
+    dim: int
+
+    @property
+    def operations(self) -> float:
+        """2 per multiply-add of all similarities."""
+        tokens = self.num_queries * self.query_length * self.num_documents * self.length
+        return 2.0 * tokens * self.dim
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        return asdict(self)
+
+    def inputs(self) -> Inputs:
+        return make(self)
+
+    def float64_scores(self) -> torch.Tensor:
+        given = self.inputs()
+        return blocked(given.queries.double(), given.documents[0].double())
+
+    def on_f16(self, score: Callable, **options) -> Callable[[int], torch.Tensor]:
+        """``score`` on the fp16 tensors, as a contender's call."""
+
+        def call(turn: int) -> torch.Tensor:
+            given = self.inputs()
+            documents = given.documents[turn % len(given.documents)]
+            return score(given.queries, documents, **options)
+
+        return call
+
+    def on_f32(self, score: Callable, **options) -> Callable[[int], torch.Tensor]:
+        """``score`` on the same values, widened to fp32 beforehand."""
+
+        def call(turn: int) -> torch.Tensor:
+            given = self.inputs()
+            documents = given.documents_f32[turn % len(given.documents_f32)]
+            return score(given.queries_f32, documents, **options)
+
+        return call
+
+
+@lru_cache(maxsize=1)
+def make(shape: Shape) -> Inputs:
+    queries = unit_rows(shape.num_queries, shape.query_length, shape.dim, seed=0).half()
+    documents = unit_rows(shape.num_documents, shape.length, shape.dim, seed=1).half()
+    copies = min(MOST_COPIES, 1 + -(-last_level_cache_bytes() // documents.nbytes))
+    copied = [documents.clone() for _ in range(copies)]
+    return Inputs(queries, queries.float(), copied, [copy.float() for copy in copied])

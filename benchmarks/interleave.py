@@ -1,0 +1,107 @@
+"""Contenders timed in turns, in one process.
+
+A shared machine changes its clock and its load from second to second, so two programs timed one after the other compare
+two machines. Here every round times each contender once; a ratio is taken between two times of the same round, and the
+median of these ratios is what a row reports.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+QUANTILES = {"p20": 20, "p50": 50, "p80": 80}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do the work of a case.
+
+    ``call(turn)`` does the work once; the number of the round picks the inputs, so that they can rotate past the
+    caches. ``operations`` counts 2 per multiply-add, 0 where a rate means nothing. ``peak`` names the contender of the
+    same case whose rate is the limit. A contender with ``returns_rate`` is such a limit: it times itself and returns
+    G operations/s. ``missing`` says why it cannot run here.
+    """
+
+    name: str
+    call: Callable[[int], object] = field(repr=False)
+    operations: float = 0.0
+    peak: str | None = None
+    returns_rate: bool = False
+    missing: str | None = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One number a round for each contender: seconds a call, or G operations/s for a peak."""
+
+    values: Mapping[str, np.ndarray]
+    cpu: Mapping[str, np.ndarray]  # seconds a call, summed over threads
+    waited: np.ndarray  # share of each round that our threads were ready but had no core
+
+    def ratio(self, slow: str, fast: str) -> np.ndarray:
+        return self.values[slow] / self.values[fast]
+
+    def percent_of_peak(self, contender: Contender) -> np.ndarray:
+        rate = contender.operations / self.values[contender.name] / 1e9
+        return 100 * rate / self.values[contender.peak]
+
+
+def quantiles(values: np.ndarray, digits: int = 4) -> dict[str, float]:
+    return {name: float(f"{np.percentile(values, percent):.{digits}g}") for name, percent in QUANTILES.items()}
+
+
+def waiting_seconds() -> float:
+    """Time that threads of this process were ready to run without a core, 0 where unknown."""
+    total = 0
+    for task in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            total += int(task.read_text().split()[1])
+        except (OSError, IndexError):
+            continue
+    return total / 1e9
+
+
+def interleave(
+    contenders: Sequence[Contender],
+    rounds: int,
+    *,
+    calls: int = 1,
+    clock: Callable[[], float] = time.process_time,
+    keep: float = 1.0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Samples:
+    """Time every contender once a round, for ``rounds`` rounds after one that is not counted.
+
+    Args:
+        calls: calls behind one sample, for work shorter than the clock's resolution.
+        clock: ``time.process_time`` (CPU time of all threads: other processes do not count) or
+            ``time.perf_counter`` (needed where several threads share the work).
+        keep: share of the rounds kept, those in which this process waited least for a core.
+            Below 1 only for wall-clock times, which other processes lengthen.
+    """
+    for contender in contenders:
+        contender.call(0)
+    values = {contender.name: np.empty(rounds) for contender in contenders}
+    cpu = {contender.name: np.empty(rounds) for contender in contenders}
+    waited = np.empty(rounds)
+    for turn in range(rounds):
+        waited_before, wall_before = waiting_seconds(), time.perf_counter()
+        # The order turns with the rounds, so that no contender always follows the same one.
+        for place in range(len(contenders)):
+            contender = contenders[(turn + place) % len(contenders)]
+            if contender.returns_rate:
+                values[contender.name][turn] = contender.call(turn)
+                continue
+            cpu_start, start = time.process_time(), clock()
+            for _ in range(calls):
+                contender.call(turn)
+            values[contender.name][turn] = (clock() - start) / calls
+            cpu[contender.name][turn] = (time.process_time() - cpu_start) / calls
+        wall = time.perf_counter() - wall_before
+        waited[turn] = (waiting_seconds() - waited_before) / wall
+        progress(turn + 1, rounds)
+    kept = np.sort(np.argsort(waited, kind="stable")[: max(1, round(keep * rounds))])
+    return Samples(*({name: of[kept] for name, of in each.items()} for each in (values, cpu)), waited[kept])

@@ -1,0 +1,43 @@
+"""Every instruction set that this CPU runs, forced in turn, beside its own peak; one thread."""
+
+from collections.abc import Iterator
+
+from benchmarks import contenders, machine, suite
+from benchmarks.inputs import Shape
+from benchmarks.interleave import Contender
+
+PEAKS = {"exact": "f32", "fast": "i16"}
+
+
+def case(name: str, shape: Shape, isas: list[str], rounds: tuple[int, int]) -> suite.Case:
+    found = []
+    for isa in isas:
+        peaks = {kind: contenders.peak(kind, isa) for kind in PEAKS.values()}
+        found += [peak for peak in peaks.values() if peak.call(0)]
+        for precision, kind in PEAKS.items():
+            # Without int16 multiply-adds "fast" runs as "exact".
+            peak = peaks[kind] if peaks[kind] in found else peaks["f32"]
+            call = shape.on_f16(contenders.fused, isa=isa, precision=precision)
+            found.append(Contender(f"{precision} {isa}", call, shape.operations, peak.name))
+    return suite.Case(
+        name=name,
+        parameters=shape.parameters,
+        contenders=found,
+        rounds=rounds,
+        expected=shape.float64_scores,
+    )
+
+
+def cases() -> Iterator[suite.Case]:
+    module = machine.compiled_module()
+    if module is None:
+        print("isa: skipped, the compiled module is not built")
+        return
+    isas = [isa for isa in module.available_isas() if isa != "scalar"]
+    yield case("1 query", Shape(1, 32, 1000, 300, 48), isas, rounds=(41, 13))
+    yield case("8 queries", Shape(8, 32, 1000, 300, 48), isas, rounds=(21, 7))
+    yield case("1 query, scalar", Shape(1, 32, 1000, 300, 48), ["scalar"], rounds=(9, 3))
+
+
+if __name__ == "__main__":
+    suite.main("isa", cases)

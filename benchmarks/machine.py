@@ -1,0 +1,106 @@
+"""What a result row says about its machine, and the settings that one-thread runs need."""
+
+import contextlib
+import datetime
+import os
+import platform
+import re
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from edgecolbert_kernels import __version__
+
+
+def cpu_model() -> str:
+    """The processor's name with family and model, as hypervisors often shorten the name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(re.findall(r"^([\w ]+?)\s*: (.+)$", text.split("\n\n")[0], re.MULTILINE))
+    name = facts.get("model name", platform.machine())
+    if "cpu family" in facts:
+        name += f" (family {facts['cpu family']} model {facts['model']})"
+    return name
+
+
+def last_level_cache_bytes() -> int:
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    sizes = [
+        int(text[:-1]) * units[text[-1]]
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        if (text := path.read_text().strip())[-1:] in units
+    ]
+    return max(sizes, default=32 * 2**20)
+
+
+def compiled_module():
+    """The compiled module, or None where it is not built."""
+    try:
+        from edgecolbert_kernels import _C
+    except ImportError:
+        return None
+    return _C
+
+
+@contextlib.contextmanager
+def forced_isa(name: str) -> Iterator[None]:
+    module = compiled_module()
+    before = module.get_isa()
+    module.set_isa(name)
+    try:
+        yield
+    finally:
+        module.set_isa(before)
+
+
+def compiler() -> str | None:
+    """The compiler that the module's ``.comment`` section names."""
+    module = compiled_module()
+    if module is None:
+        return None
+    found = re.search(rb"GCC: \([^)]*\) [\d.]+|clang version [\d.]+", Path(module.__file__).read_bytes())
+    return found[0].decode() if found else None
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def facts() -> dict[str, object]:
+    """The columns that every row of a run shares."""
+    module = compiled_module()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 2),
+        "isa": module.get_isa() if module else None,
+        "compiler": compiler(),
+        "python": platform.python_version(),
+        "edgecolbert_kernels": __version__,
+        "torch": version("torch"),
+        "numpy": version("numpy"),
+        "maxsim_cpu": version("maxsim-cpu"),
+    }
+
+
+def set_threads(threads: int) -> None:
+    """Thread count of PyTorch and of the kernels, which follow it on tensors and the variable on arrays."""
+    torch.set_num_threads(threads)
+    os.environ["EDGECOLBERT_NUM_THREADS"] = str(threads)
+
+
+def pin_to_one_core() -> None:
+    """Keep this process, and every pool it starts from now on, on its highest core.
+
+    Without it maxsim-cpu's thread pool spreads over all cores, and a migration in the middle of a
+    call costs the caches.
+    """
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})

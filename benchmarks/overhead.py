@@ -1,0 +1,126 @@
+"""What a call costs beside its kernel: one query (Lq = 32) against 10 documents of 300 tokens.
+
+``raw`` is the compiled module's own function with arguments made beforehand; ``overhead`` rows are
+what the public function takes beyond it, in microseconds. The inputs stay in cache, as those of a
+call this small do. One thread, CPU time.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+
+import torch
+
+from benchmarks import contenders, machine, suite
+from benchmarks.inputs import Shape, unit_rows
+from benchmarks.interleave import Contender, Samples, quantiles
+from edgecolbert_kernels import maxsim
+
+SHAPE = Shape(1, 32, 10, 300, 48)
+FLOAT16, EVERY_PAIR, EXACT = 1, 0, 0  # the module's codes
+
+
+@lru_cache(maxsize=1)
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    queries = unit_rows(SHAPE.num_queries, SHAPE.query_length, SHAPE.dim, seed=0).half()
+    return queries, unit_rows(SHAPE.num_documents, SHAPE.length, SHAPE.dim, seed=1).half()
+
+
+def operand(tensor: torch.Tensor) -> tuple[int, ...]:
+    """A padded [N, L, d] tensor as ``_C.forward`` takes it."""
+    count, length, dim = tensor.shape
+    outer_stride = offsets = mask = 0
+    strides = (tensor.stride(2), tensor.stride(1), tensor.stride(0), outer_stride)
+    return (tensor.data_ptr(), FLOAT16, dim, *strides, count, count, length, offsets, mask)
+
+
+@lru_cache(maxsize=1)
+def prepared() -> tuple[Callable[[], None], torch.Tensor]:
+    """The kernel's call, and the scores that it writes."""
+    queries, documents = inputs()
+    scores = torch.empty(len(queries), len(documents))
+    index, argmax, argmax_bytes, zero_mode, normalize, threads = (0, 0, 0), 0, 2, False, False, 1
+    call = partial(
+        machine.compiled_module().forward,
+        operand(queries),
+        operand(documents),
+        EVERY_PAIR,
+        index,
+        scores.data_ptr(),
+        argmax,
+        argmax_bytes,
+        EXACT,
+        zero_mode,
+        normalize,
+        threads,
+    )
+    return call, scores
+
+
+@lru_cache(maxsize=1)
+def leaves() -> tuple[torch.Tensor, torch.Tensor]:
+    queries, documents = inputs()
+    return queries.clone().requires_grad_(), documents.clone().requires_grad_()
+
+
+@lru_cache(maxsize=1)
+def arrays() -> tuple:
+    queries, documents = inputs()
+    return queries.numpy(), documents.numpy()
+
+
+@lru_cache(maxsize=1)
+def widened() -> tuple[torch.Tensor, torch.Tensor]:
+    queries, documents = inputs()
+    return queries.float(), documents.float()
+
+
+def raw(_turn: int) -> torch.Tensor:
+    call, scores = prepared()
+    call()
+    return scores
+
+
+PUBLIC = {
+    "tensors": lambda _turn: maxsim(*inputs()),
+    "tensors that need gradients": lambda _turn: maxsim(*leaves()),
+    "numpy arrays": lambda _turn: maxsim(*arrays()),
+}
+
+
+def overhead(samples: Samples) -> list[dict]:
+    return [
+        {
+            "contender": f"overhead, {name}",
+            "unit": "us",
+            **quantiles(1e6 * (samples.values[name] - samples.values["raw"])),
+        }
+        for name in PUBLIC
+        if name in samples.values
+    ]
+
+
+def cases() -> Iterator[suite.Case]:
+    ours = contenders.missing("edgecolbert_kernels")
+    yield suite.Case(
+        name="1 query, 10 documents",
+        parameters=SHAPE.parameters,
+        references=("tensors",),
+        contenders=[
+            Contender("raw", raw, missing=ours),
+            *(Contender(name, call, missing=ours) for name, call in PUBLIC.items()),
+            Contender("torch eager fp32", lambda _turn: contenders.eager(*widened())),
+            Contender(
+                "maxsim-cpu",
+                lambda _turn: contenders.maxsim_cpu(*widened()),
+                missing=contenders.missing("maxsim_cpu"),
+            ),
+        ],
+        rounds=(101, 31),
+        calls=50,
+        expected=lambda: contenders.eager(*(tensor.double() for tensor in inputs())),
+        derive=overhead,
+    )
+
+
+if __name__ == "__main__":
+    suite.main("overhead", cases)

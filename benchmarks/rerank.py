@@ -1,0 +1,50 @@
+"""One query (Lq = 32) against 1000 fp16 documents of 300 tokens, one thread.
+
+Documents rotate past the last-level cache. PyTorch and maxsim-cpu get documents already widened to
+fp32, except where the name says otherwise. Times are CPU time.
+"""
+
+from collections.abc import Iterator
+
+from benchmarks import contenders, suite
+from benchmarks.inputs import Shape
+from benchmarks.interleave import Contender
+
+DIMS = (48, 64, 96, 128)
+
+
+def case(name: str, shape: Shape, rounds: tuple[int, int]) -> suite.Case:
+    """Every contender on ``shape``."""
+
+    def contender(name: str, call, peak: str, package: str = "torch") -> Contender:
+        missing = contenders.missing(package)
+        return Contender(name, call, shape.operations, f"peak {peak}", missing=missing)
+
+    ours = "edgecolbert_kernels"
+    fused, fp16, fp32 = contenders.fused, shape.on_f16, shape.on_f32
+    return suite.Case(
+        name=name,
+        parameters=shape.parameters,
+        references=("exact", "fast"),
+        rounds=rounds,
+        expected=shape.float64_scores,
+        contenders=[
+            contenders.peak("f32"),
+            contender("exact", fp16(fused), "f32", ours),
+            contenders.peak("i16"),
+            contender("fast", fp16(fused, precision="fast"), "i16", ours),
+            contender("torch eager fp32", fp32(contenders.eager), "f32"),
+            contender("torch eager widened", fp16(contenders.eager_widened), "f32"),
+            contender("torch blocked fp32", fp32(contenders.blocked), "f32"),
+            contender("maxsim-cpu", fp32(contenders.maxsim_cpu), "f32", "maxsim_cpu"),
+        ],
+    )
+
+
+def cases() -> Iterator[suite.Case]:
+    for dim in DIMS:
+        yield case(f"d={dim}", Shape(1, 32, 1000, 300, dim), rounds=(41, 13))
+
+
+if __name__ == "__main__":
+    suite.main("rerank", cases)

@@ -1,0 +1,163 @@
+"""A suite: its cases, its command line, its rows in ``results/<name>.jsonl``.
+
+A row is one contender of one case: the case's parameters, times (p20/p50/p80), ``ratio`` (its time over that of each
+reference contender), ``percent_of_peak``, ``error`` and the machine's facts. ``waited`` is the share of time in which
+threads of this process were ready to run and had no core. A run replaces the rows of its suite and CPU and leaves those
+of other CPUs.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import machine
+from benchmarks.interleave import Contender, Samples, interleave, quantiles
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def largest_error(found: torch.Tensor | np.ndarray, expected: torch.Tensor) -> float:
+    return (torch.as_tensor(found).detach().double() - expected).abs().max().item()
+
+
+@dataclass(frozen=True)
+class Case:
+    """Contenders that do the same work.
+
+    ``references`` are the contenders that ratios are taken to. ``expected`` makes what every call returns, ``error`` is
+    the distance to it, at most ``tolerance``: a wrong result has no speed. ``derive`` turns the samples into further
+    rows, for what is a difference of contenders. ``rounds`` is (full, quick).
+    """
+
+    name: str
+    contenders: Sequence[Contender]
+    expected: Callable[[], Any]
+    references: Sequence[str] = ()
+    parameters: Mapping[str, object] = field(default_factory=dict)
+    rounds: tuple[int, int] = (41, 13)
+    calls: int = 1
+    clock: Callable[[], float] = time.process_time
+    keep: float = 1.0
+    threads: int = 1
+    error: Callable[[Any, Any], float] = largest_error
+    tolerance: float = 5e-3
+    derive: Callable[[Samples], list[dict]] = lambda samples: []
+
+
+def check(case: Case, contenders: Sequence[Contender]) -> dict[str, float]:
+    """The error of every contender; one above the case's tolerance ends the run."""
+    expected = case.expected()
+    errors = {
+        contender.name: case.error(contender.call(0), expected)
+        for contender in contenders
+        if not contender.returns_rate
+    }
+    for name, error in errors.items():
+        if not error <= case.tolerance:
+            raise AssertionError(f"{case.name}, {name}: error {error:.2g} > {case.tolerance}")
+    return errors
+
+
+def rows(case: Case, contenders: Sequence[Contender], *, quick: bool, label: str) -> list[dict]:
+    """Time ``contenders`` and describe each, then what the case derives from them."""
+    errors = check(case, contenders)
+    samples = interleave(
+        contenders,
+        case.rounds[quick],
+        calls=case.calls,
+        clock=case.clock,
+        keep=case.keep,
+        progress=show_progress(label),
+    )
+    shared = {
+        "case": case.name,
+        **case.parameters,
+        "threads": case.threads,
+        "rounds": len(samples.waited),
+        "waited": round(float(np.median(samples.waited)), 3),
+    }
+    made = []
+    for contender in contenders:
+        values = samples.values[contender.name]
+        row = {**shared, "contender": contender.name}
+        if contender.returns_rate:
+            made.append({**row, "unit": "G operations/s", **quantiles(values)})
+            continue
+        row |= {"unit": "ms", **quantiles(1e3 * values)}
+        row["error"] = float(f"{errors[contender.name]:.2g}")
+        row["ratio"] = {
+            name: quantiles(samples.ratio(contender.name, name))
+            for name in case.references
+            if name in samples.values and name != contender.name
+        }
+        if contender.peak in samples.values:
+            row["percent_of_peak"] = quantiles(samples.percent_of_peak(contender))
+        made.append(row)
+    return made + [{**shared, **row} for row in case.derive(samples)]
+
+
+def describe(row: Mapping) -> str:
+    text = f"  {row['contender']:<28}{row['p50']:>10.4g} {row['unit']}"
+    if "percent_of_peak" in row:
+        text += f"  {row['percent_of_peak']['p50']:.1f} % of peak"
+    for name, ratio in row.get("ratio", {}).items():
+        text += f"  {ratio['p50']:.2f}x {name}"
+    return text
+
+
+def save(name: str, new: Iterable[Mapping]) -> Path:
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.jsonl"
+    cpu = machine.cpu_model()
+    old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    kept = [row for row in old if row["cpu"] != cpu]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *new]))
+    return path
+
+
+def show_progress(label: str) -> Callable[[int, int], None]:
+    if not sys.stderr.isatty():
+        return lambda done, total: None
+
+    def show(done: int, total: int) -> None:
+        end = "\r" if done < total else "\r\033[K"
+        print(f"  {label}: round {done}/{total}", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def run(name: str, cases: Iterable[Case], *, quick: bool) -> list[dict]:
+    """Run every case, print its rows and save them."""
+    made = []
+    for case in cases:
+        print(f"{name}: {case.name}", flush=True)
+        for contender in case.contenders:
+            if contender.missing:
+                print(f"  {contender.name}: skipped, {contender.missing}")
+        contenders = [contender for contender in case.contenders if not contender.missing]
+        if not contenders:
+            continue
+        machine.set_threads(case.threads)
+        found = rows(case, contenders, quick=quick, label=f"{name}, {case.name}")
+        made += [{"suite": name, **row, "quick": quick, **machine.facts()} for row in found]
+        print("\n".join(describe(row) for row in found), flush=True)
+    save(name, made)
+    return made
+
+
+def main(name: str, cases: Callable[[], Iterable[Case]], *, pin: bool = True) -> None:
+    """The command line of a suite."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    quick = parser.parse_args().quick
+    if pin:
+        machine.pin_to_one_core()
+    run(name, cases(), quick=quick)

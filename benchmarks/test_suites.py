@@ -1,0 +1,39 @@
+"""The same contenders under pytest-benchmark: ``pytest benchmarks/ --benchmark-only``.
+
+pytest-benchmark times one contender after the other; take ratios from ``python -m benchmarks.all``,
+which interleaves them.
+"""
+
+import itertools
+
+import pytest
+
+from benchmarks import batch, isa, machine, overhead, rerank, threads, training
+
+SUITES = (rerank, batch, threads, isa, training, overhead)
+CONTENDERS = [
+    pytest.param(
+        f"{suite.__name__.split('.')[-1]}, {case.name}",
+        case,
+        contender,
+        id=f"{suite.__name__.split('.')[-1]}-{case.name}-{contender.name}",
+        marks=pytest.mark.skipif(contender.missing is not None, reason=str(contender.missing)),
+    )
+    for suite in SUITES
+    for case in suite.cases()
+    for contender in case.contenders
+    if not contender.returns_rate
+]
+
+
+@pytest.mark.parametrize(("group", "case", "contender"), CONTENDERS)
+def test_speed(benchmark, group, case, contender):
+    benchmark.group = group
+    machine.set_threads(case.threads)
+    turns = itertools.count()
+    benchmark.pedantic(
+        contender.call,
+        setup=lambda: ((next(turns),), {}),
+        rounds=case.rounds[True],
+        warmup_rounds=1,
+    )

@@ -1,0 +1,134 @@
+// Plain structs between the driver and the kernels of each instruction set.
+// No STL and no framework: an object compiled for AVX-512 must not leave a shared inline function behind that an older CPU might be handed.
+#pragma once
+
+#include <stdint.h>
+
+namespace edgecolbert {
+
+enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
+
+// Kept tokens of one sequence, read in place.
+struct Tokens {
+  const char* data;       // token 0, kept or not
+  int64_t token_stride;   // bytes, any sign
+  int64_t dim_stride;     // bytes, any sign
+  int64_t length;         // kept tokens
+  const int32_t* kept;    // [length] their token numbers, ascending; null: 0 .. length - 1
+  const char* prefetch_end;  // memory that may be prefetched ends here
+};
+
+// One register row of query tokens, turned so that a lane is a token: [k-word][lane].
+// A k-word is 32 bits: one float, or two int16 dimensions.
+struct PackJob {
+  const char* const* rows;  // [width] query tokens; null: a lane without a token
+  DType dtype;
+  int32_t dim;
+  int64_t dim_stride;   // bytes
+  bool normalize;
+  uint32_t* words_f32;  // lane 0 of k-word 0
+  uint32_t* words_i16;  // null: fixed point is not wanted
+  int64_t word_stride;  // 32-bit elements from one k-word to the next
+  float* buffer;        // 2 * (dim rounded up to the width) floats of scratch
+  float peak;           // out: largest |x|; NaN if any x is NaN
+};
+
+// Whether int16 fixed point can represent every given query token.
+struct AdmitJob {
+  const char* const* rows;  // [count], none null
+  int64_t count;
+  DType dtype;
+  int32_t dim;
+  int64_t dim_stride;  // bytes
+  bool normalize;
+  float* buffer;  // 2 * (dim rounded up to the width) floats of scratch
+};
+
+// Register rows of one or several queries that are scored together.
+// Panels of `panel_registers` rows come first, then the remaining rows one by one, each [k-word][registers of the panel][lane].
+struct QueryGroup {
+  const uint32_t* words_f32;
+  const uint32_t* words_i16;  // null: exact only
+  int64_t registers;
+  float peak;  // largest |x|, infinity if any is not finite
+};
+
+// Maximum similarity of every query lane over the tokens of one document (length >= 1).
+struct ScoreJob {
+  Tokens document;
+  DType dtype;
+  int32_t dim;
+  bool normalize;
+  bool argmax;
+  const QueryGroup* group;
+  int64_t block_tokens;  // document tokens widened at a time
+  char* scratch;         // score_scratch_bytes(), aligned to 64 bytes
+  float* best;           // [registers * width] out
+  int32_t* index;        // [registers * width] out when argmax: position among the kept tokens; always writable
+};
+
+// accumulator[target row] += gradient * source[source row], for `count` query tokens of one (query, document) pair.
+// scatter: the source is the query (row i), the target the document (row winner[i]). gather: the other way round.
+struct RowsJob {
+  float* accumulator;  // [rows, dim] C-contiguous
+  const char* source;
+  DType dtype;
+  int32_t dim;
+  int64_t token_stride;  // bytes
+  int64_t dim_stride;    // bytes
+  const float* inverse_norms;  // of the source rows; null: 1
+  const void* winner;          // [count] int16 or int32 document token, -1: none
+  int32_t winner_bytes;
+  int64_t count;
+  float gradient;
+  char* buffer;  // dim floats, used when dim_stride is not one element
+};
+
+// Rounds accumulated gradients to the storage type, after the Jacobian of the L2 normalisation where asked.
+struct FinishJob {
+  float* accumulator;  // [rows, dim], overwritten
+  char* out;           // [rows, dim] C-contiguous in dtype; may be the accumulator itself
+  int64_t rows;
+  DType dtype;
+  int32_t dim;
+  const char* source;  // the rows that were normalised; null: no normalisation
+  int64_t token_stride;
+  int64_t dim_stride;
+  const float* inverse_norms;  // [rows]
+  char* buffer;                // dim floats
+};
+
+// inverse_norms[i] = 1 / max(|row i|, 1e-12)
+struct NormsJob {
+  const char* source;
+  DType dtype;
+  int32_t dim;
+  int64_t rows;
+  int64_t token_stride;
+  int64_t dim_stride;
+  float* inverse_norms;
+  char* buffer;  // dim floats
+};
+
+enum class Peak : int32_t { f32 = 0, i16 = 1 };
+
+// What an instruction set offers. One constant of this type an object file.
+struct Kernels {
+  const char* name;
+  int32_t width;            // 32-bit lanes of a register
+  int32_t tile_tokens;      // document tokens of a tile
+  int32_t panel_registers;  // query registers of a tile
+  bool fixed_point;         // int16 pays off
+  void (*pack_register)(PackJob*);
+  bool (*admits_fixed_point)(const AdmitJob*);
+  void (*score)(const ScoreJob*);
+  void (*scatter_rows)(const RowsJob*);
+  void (*gather_rows)(const RowsJob*);
+  void (*finish_rows)(const FinishJob*);
+  void (*inverse_norms)(const NormsJob*);
+  uint64_t (*peak_operations)(Peak);  // runs a fixed stretch of multiply-adds and returns how many operations it was
+};
+
+constexpr float kNormEpsilon = 1e-12f;  // of torch.nn.functional.normalize
+
+}  // namespace edgecolbert

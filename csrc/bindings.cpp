@@ -1,0 +1,165 @@
+// The compiled module: addresses and integers in, nothing out. Shapes, dtypes and lifetimes are the caller's to check.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+
+#include "cpu/dispatch.h"
+#include "cpu/driver.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+using namespace edgecolbert;
+
+namespace {
+
+int64_t integer(PyObject* tuple, Py_ssize_t i) {
+  const int64_t value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+template <class T>
+T* address(int64_t value) {
+  return reinterpret_cast<T*>(value);
+}
+
+Sequences read_sequences(const py::tuple& arguments) {
+  PyObject* const t = arguments.ptr();
+  Sequences s;
+  if (arguments.size() != 6 && arguments.size() != 12) throw py::value_error("a sequence description has 6 or 12 integers");
+  const bool list = arguments.size() == 6;
+  const int64_t dtype = integer(t, list ? 0 : 1);
+  const int64_t dim = integer(t, list ? 1 : 2);
+  if (dtype < 0 || dtype > 2) throw py::value_error("unknown dtype code " + std::to_string(dtype));
+  if (dim < 1 || dim > INT32_MAX / 64) throw py::value_error("dim out of range: " + std::to_string(dim));
+  s.dtype = DType(dtype);
+  s.dim = int32_t(dim);
+  const int64_t bytes = s.dtype == DType::f32 ? 4 : 2;
+  if (list) {
+    s.dim_stride = bytes;
+    s.pointers = address<const int64_t>(integer(t, 2));
+    s.lengths = address<const int64_t>(integer(t, 3));
+    s.token_strides = address<const int64_t>(integer(t, 4));
+    s.count = integer(t, 5);
+    return s;
+  }
+  s.data = address<const char>(integer(t, 0));
+  s.dim_stride = integer(t, 3) * bytes;
+  s.token_stride = integer(t, 4) * bytes;
+  s.inner_stride = integer(t, 5) * bytes;
+  s.outer_stride = integer(t, 6) * bytes;
+  s.inner_count = integer(t, 7);
+  s.count = integer(t, 8);
+  s.length = integer(t, 9);
+  s.offsets = address<const int64_t>(integer(t, 10));
+  s.mask = address<const uint8_t>(integer(t, 11));
+  if (s.inner_count < 1 || s.count < 0 || s.length < 0) throw py::value_error("negative size in a sequence description");
+  return s;
+}
+
+// Token strides of a list are handed over in elements.
+struct ByteStrides {
+  explicit ByteStrides(Sequences& s) {
+    if (!s.token_strides) return;
+    const int64_t bytes = s.dtype == DType::f32 ? 4 : 2;
+    strides.assign(s.token_strides, s.token_strides + s.count);
+    for (int64_t& stride : strides) stride *= bytes;
+    s.token_strides = strides.data();
+  }
+  std::vector<int64_t> strides;
+};
+
+Pairs read_pairs(int layout, const py::tuple& index, const Sequences& queries, const Sequences& documents) {
+  if (layout < 0 || layout > 2) throw py::value_error("unknown layout " + std::to_string(layout));
+  Pairs pairs;
+  pairs.layout = Layout(layout);
+  if (pairs.layout == Layout::own && (queries.count ? documents.count % queries.count : documents.count)) {
+    throw py::value_error("the number of documents is no multiple of the number of queries");
+  }
+  if (pairs.layout == Layout::indexed) {
+    pairs.count = integer(index.ptr(), 0);
+    pairs.query_index = address<const int64_t>(integer(index.ptr(), 1));
+    pairs.document_index = address<const int64_t>(integer(index.ptr(), 2));
+  }
+  if (queries.dim != documents.dim) throw py::value_error("queries and documents differ in dim");
+  return pairs;
+}
+
+void check_winners(const Winners& winners, const Sequences& queries, const Pairs& pairs) {
+  if (!winners.data) return;
+  if (winners.bytes != 2 && winners.bytes != 4) throw py::value_error("argmax_bytes must be 2 or 4");
+  if (queries.pointers || (queries.offsets && pairs.layout != Layout::all)) throw py::value_error("no argmax for this layout of queries");
+}
+
+void py_forward(const py::tuple& queries, const py::tuple& documents, int layout, const py::tuple& index, int64_t out, int64_t argmax,
+                int argmax_bytes, int precision, bool zero_mode, bool normalize, int threads) {
+  ForwardCall call;
+  call.queries = read_sequences(queries);
+  call.documents = read_sequences(documents);
+  const ByteStrides query_strides(call.queries), document_strides(call.documents);
+  call.pairs = read_pairs(layout, index, call.queries, call.documents);
+  call.out = address<float>(out);
+  call.winners = {address<void>(argmax), argmax_bytes};
+  check_winners(call.winners, call.queries, call.pairs);
+  call.fixed_point = precision == 1;
+  call.masked_is_zero = zero_mode;
+  call.normalize = normalize;
+  call.threads = threads;
+  const Kernels& isa = kernels();
+  const py::gil_scoped_release release;
+  forward(isa, call);
+}
+
+void py_backward(const py::tuple& queries, const py::tuple& documents, int layout, const py::tuple& index, int64_t grad, int64_t argmax,
+                 int argmax_bytes, int64_t grad_queries, int64_t grad_documents, bool normalize, int threads) {
+  BackwardCall call;
+  call.queries = read_sequences(queries);
+  call.documents = read_sequences(documents);
+  if (call.queries.pointers || call.documents.pointers) throw py::value_error("no backward for lists");
+  call.pairs = read_pairs(layout, index, call.queries, call.documents);
+  call.gradient = address<const float>(grad);
+  call.winners = {address<void>(argmax), argmax_bytes};
+  check_winners(call.winners, call.queries, call.pairs);
+  call.grad_queries = address<char>(grad_queries);
+  call.grad_documents = address<char>(grad_documents);
+  call.normalize = normalize;
+  call.threads = threads;
+  const Kernels& isa = kernels();
+  const py::gil_scoped_release release;
+  backward(isa, call);
+}
+
+double measure_peak(const std::string& kind, double seconds) {
+  if (kind != "f32" && kind != "i16") throw py::value_error("kind must be 'f32' or 'i16', got '" + kind + "'");
+  const Kernels& isa = kernels();
+  const Peak peak = kind == "f32" ? Peak::f32 : Peak::i16;
+  const py::gil_scoped_release release;
+  using Clock = std::chrono::steady_clock;
+  double best = 0.0;
+  const auto end = Clock::now() + std::chrono::duration<double>(seconds);
+  do {
+    const auto start = Clock::now();
+    const uint64_t operations = isa.peak_operations(peak);
+    const double elapsed = std::chrono::duration<double, std::nano>(Clock::now() - start).count();
+    best = std::max(best, double(operations) / elapsed);
+  } while (Clock::now() < end);
+  return best;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of edgecolbert_kernels. Use the package's functions: these trust their arguments.";
+  m.def("built_isas", &built_isas, "Instruction sets compiled in, best first.");
+  m.def("available_isas", &available_isas, "Of these, what this CPU runs, best first.");
+  m.def("get_isa", [] { return std::string(kernels().name); }, "The instruction set in use; RuntimeError when EDGECOLBERT_ISA cannot run.");
+  m.def("set_isa", &set_isa, py::arg("name"), "Forces an instruction set; '' reads EDGECOLBERT_ISA again.");
+  m.def("has_openmp", &has_openmp);
+  m.def("measure_peak", &measure_peak, py::arg("kind"), py::arg("seconds") = 0.05,
+        "G operations/s (2 a multiply-add) of one thread on registers alone: 'f32', or 'i16' (0 where there is none).");
+  m.def("forward", &py_forward, py::arg("queries"), py::arg("documents"), py::arg("layout"), py::arg("index"), py::arg("out"), py::arg("argmax"),
+        py::arg("argmax_bytes"), py::arg("precision"), py::arg("zero_mode"), py::arg("normalize"), py::arg("threads"));
+  m.def("backward", &py_backward, py::arg("queries"), py::arg("documents"), py::arg("layout"), py::arg("index"), py::arg("grad"),
+        py::arg("argmax"), py::arg("argmax_bytes"), py::arg("grad_queries"), py::arg("grad_documents"), py::arg("normalize"), py::arg("threads"));
+}

@@ -1,0 +1,20 @@
+// Dot products in fp32: a k-word is one dimension.
+#pragma once
+
+namespace {
+
+struct DotF32 {
+  using V = Simd::F;
+  using Lane = float;
+  static constexpr bool fixed_point = false;
+
+  static V zero() { return Simd::zero(); }
+  static V load(const void* p) { return Simd::load(static_cast<const float*>(p)); }
+  static void store(Lane* p, V x) { Simd::store(p, x); }
+  static V broadcast(const uint32_t* p) { return Simd::broadcast(*reinterpret_cast<const float*>(p)); }
+  static void multiply_add(V& sum, V query, V document) { sum = Simd::multiply_add(query, document, sum); }
+  static V maximum(V a, V b) { return Simd::maximum(a, b); }
+  static V lowest() { return Simd::broadcast(-__builtin_inff()); }
+};
+
+}  // namespace

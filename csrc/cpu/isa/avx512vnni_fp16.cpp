@@ -1,0 +1,20 @@
+// Sapphire Rapids: AVX-512 with VNNI and FP16.
+#include "../../abi.h"
+#include "../simd/avx512.h"
+
+namespace {
+using namespace edgecolbert;
+constexpr char kName[] = "avx512vnni_fp16";
+constexpr int kTileTokens = 12;
+constexpr int kPanelRegisters = 2;  // 24 accumulators, 2 query registers, 1 broadcast of 32 registers
+}  // namespace
+
+#include "../kernels/rows_inl.h"
+#include "../dot/f32.h"
+#include "../dot/i16_avx512.h"
+#include "../kernels/table_inl.h"
+
+namespace edgecolbert {
+extern const Kernels kernels_avx512vnni_fp16;
+const Kernels kernels_avx512vnni_fp16 = kTable;
+}  // namespace edgecolbert

@@ -1,0 +1,20 @@
+// Alder Lake and its successors: AVX2 with AVX-VNNI.
+#include "../../abi.h"
+#include "../simd/avx2.h"
+
+namespace {
+using namespace edgecolbert;
+constexpr char kName[] = "avxvnni";
+constexpr int kTileTokens = 6;
+constexpr int kPanelRegisters = 2;  // 12 accumulators, 2 query registers, 1 broadcast of 16 registers
+}  // namespace
+
+#include "../kernels/rows_inl.h"
+#include "../dot/f32.h"
+#include "../dot/i16_avx2.h"
+#include "../kernels/table_inl.h"
+
+namespace edgecolbert {
+extern const Kernels kernels_avxvnni;
+const Kernels kernels_avxvnni = kTable;
+}  // namespace edgecolbert

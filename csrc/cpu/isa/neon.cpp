@@ -1,0 +1,20 @@
+// AArch64.
+#include "../../abi.h"
+#include "../simd/neon.h"
+
+namespace {
+using namespace edgecolbert;
+constexpr char kName[] = "neon";
+constexpr int kTileTokens = 6;
+constexpr int kPanelRegisters = 4;  // 24 accumulators, 4 query registers, 1 broadcast of 32 registers
+}  // namespace
+
+#include "../kernels/rows_inl.h"
+#include "../dot/f32.h"
+#include "../dot/none.h"
+#include "../kernels/table_inl.h"
+
+namespace edgecolbert {
+extern const Kernels kernels_neon;
+const Kernels kernels_neon = kTable;
+}  // namespace edgecolbert

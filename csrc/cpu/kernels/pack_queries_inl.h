@@ -1,0 +1,71 @@
+// Query tokens become lanes: one register row is transposed into [k-word][lane].
+#pragma once
+
+namespace {
+
+constexpr float kQueryScale = 32767.0f;  // 1 is represented exactly
+
+// The query token in fp32, normalised where asked, filled up to whole registers.
+template <class Element>
+inline void widen_query(const char* data, int dim, int64_t dim_stride, bool normalize, float* out) {
+  const Element* const row = contiguous_row<Element>(data, dim_stride, dim, out + round_up(dim, Simd::width));
+  if (normalize) {
+    normalize_row(row, dim, out);
+  } else {
+    for_each_register(row, dim, [&](int k, Simd::F x) { Simd::store(out + k, x); });
+  }
+}
+
+// |x| <= 1 and |q|^2 <= 1.05: with documents of |d|^2 <= 3.5 and the roundings of up to 2^16 dimensions, |<q, d>| stays below 2.
+template <class Element>
+bool admits_fixed_point(const AdmitJob& job) {
+  if (job.dim > 65536) return false;
+  for (int64_t i = 0; i < job.count; ++i) {
+    widen_query<Element>(job.rows[i], job.dim, job.dim_stride, job.normalize, job.buffer);
+    Simd::F squares = Simd::zero();
+    Simd::I largest = Simd::zero_integer();
+    for_each_register(job.buffer, job.dim, [&](int, Simd::F x) {
+      largest = Simd::maximum_unsigned(largest, Simd::absolute_bits(x));
+      squares = Simd::multiply_add(x, x, squares);
+    });
+    // Rounding may leave a normalised value a little above 1.
+    if (!(bits_to_float(Simd::largest_unsigned(largest)) <= 1.00001f && Simd::sum(squares) <= 1.05f)) return false;
+  }
+  return true;
+}
+
+// Queries that do not fit are not asked for; they only have to convert to something.
+inline int16_t to_query_fixed_point(float x) {
+  const float scaled = x * kQueryScale;
+  if (!(scaled > -kQueryScale)) return -32767;
+  return scaled < kQueryScale ? int16_t(__builtin_rintf(scaled)) : int16_t(32767);
+}
+
+template <class Element>
+void pack_register(PackJob& job) {
+  const int dim = job.dim;
+  float* row_f32 = job.buffer;
+  Simd::I peak_bits = Simd::zero_integer();
+  for (int lane = 0; lane < Simd::width; ++lane) {
+    if (!job.rows[lane]) {
+      for (int k = 0; k < dim; ++k) job.words_f32[k * job.word_stride + lane] = 0;
+      if (job.words_i16) {
+        for (int k = 0; k < dim; k += 2) job.words_i16[k / 2 * job.word_stride + lane] = 0;
+      }
+      continue;
+    }
+    widen_query<Element>(job.rows[lane], dim, job.dim_stride, job.normalize, row_f32);
+    for_each_register(row_f32, dim,
+                      [&](int, Simd::F x) { peak_bits = Simd::maximum_unsigned(peak_bits, Simd::absolute_bits(x)); });
+    for (int k = 0; k < dim; ++k) job.words_f32[k * job.word_stride + lane] = float_to_bits(row_f32[k]);
+    if (!job.words_i16) continue;
+    for (int k = 0; k < dim; k += 2) {
+      const uint32_t low = uint16_t(to_query_fixed_point(row_f32[k]));
+      const uint32_t high = k + 1 < dim ? uint16_t(to_query_fixed_point(row_f32[k + 1])) : 0;
+      job.words_i16[k / 2 * job.word_stride + lane] = low | high << 16;
+    }
+  }
+  job.peak = bits_to_float(Simd::largest_unsigned(peak_bits));
+}
+
+}  // namespace

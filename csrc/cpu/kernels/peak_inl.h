@@ -1,0 +1,39 @@
+// The most multiply-adds that this instruction set can do: the tile's instructions on registers alone.
+#pragma once
+
+namespace {
+
+template <class Dot>
+[[gnu::noinline]] uint64_t run_multiply_adds(int64_t steps) {
+  constexpr int chains = 12;  // latency 4 x 2 units, with room
+  typename Dot::V sum[chains];
+  alignas(64) const uint32_t zeros[Simd::width] = {};
+  typename Dot::V a = Dot::load(zeros), b = a;
+  Simd::keep(a);  // else the products are known to be zero
+#pragma GCC unroll 16
+  for (int i = 0; i < chains; ++i) sum[i] = Dot::zero();
+  for (int64_t step = 0; step < steps; ++step) {
+#pragma GCC unroll 16
+    for (int i = 0; i < chains; ++i) {
+      Dot::multiply_add(sum[i], a, b);
+      Simd::keep(sum[i]);
+      Simd::keep(b);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 1; i < chains; ++i) sum[0] = Dot::maximum(sum[0], sum[i]);
+  alignas(64) typename Dot::Lane sink[Simd::width];
+  Dot::store(sink, sum[0]);
+  __asm__ volatile("" : : "r"(sink) : "memory");
+  return uint64_t(steps) * chains * Simd::width * (Dot::fixed_point ? 2 : 1) * 2;
+}
+
+inline uint64_t peak_operations(Peak peak) {
+  constexpr int64_t steps = 1 << 14;
+#ifndef EDGECOLBERT_NO_FIXED_POINT
+  if (peak == Peak::i16) return run_multiply_adds<DotI16>(steps);
+#endif
+  return peak == Peak::f32 ? run_multiply_adds<DotF32>(steps) : 0;
+}
+
+}  // namespace

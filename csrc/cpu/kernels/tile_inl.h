@@ -1,0 +1,83 @@
+// The tile: T document tokens x R registers of query tokens.
+//
+// T * R accumulators stay in registers over all dimensions. A k-step costs R loads and T broadcasts for T * R multiply-adds.
+// Between k-steps the tile widens tokens of the next tile: conversions use units that the multiply-adds leave idle, while run
+// after one another they would cost a tenth (fp32) to a quarter (int16) of the time.
+#pragma once
+
+#include "widen_inl.h"
+
+namespace {
+
+enum class Pick { maximum, argmax, argmax_or_nan };
+
+template <class Dot, int T, int R>
+[[gnu::always_inline]] inline void multiply_add_step(typename Dot::V (&sum)[T][R], const uint32_t* (&rows)[T / 3], int64_t row_stride,
+                                                     const uint32_t*& query) {
+  typename Dot::V q[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) q[r] = Dot::load(query + r * Simd::width);
+  query += R * Simd::width;
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) {
+    const typename Dot::V d = Dot::broadcast(rows[t / 3] + (t % 3) * row_stride);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) Dot::multiply_add(sum[t][r], q[r], d);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < T / 3; ++i) {
+    ++rows[i];
+    __asm__("" : "+r"(rows[i]));  // else the compiler keeps T pointers and spills them
+  }
+}
+
+// best[lane] = max(best[lane], <query lane, document token>), and where asked the token of the maximum.
+template <class Dot, int T, int R, Pick pick, class Feeder>
+[[gnu::noinline]] void score_tile(const uint32_t* document, int64_t row_stride, const uint32_t* query, int64_t words,
+                                  typename Dot::Lane* best, int32_t* index, int32_t first_token, Feeder& feed) {
+  static_assert(T % 3 == 0, "rows are addressed in threes: base, base + stride, base + 2 * stride");
+  using V = typename Dot::V;
+  V sum[T][R];
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) sum[t][r] = Dot::zero();
+  }
+  const uint32_t* rows[T / 3];
+#pragma GCC unroll 16
+  for (int i = 0; i < T / 3; ++i) rows[i] = document + 3 * i * row_stride;
+  const uint32_t* const query_end = query + words * (R * Simd::width);
+  if constexpr (__is_same(Feeder, NoFeed)) {
+    while (query != query_end) multiply_add_step<Dot, T, R>(sum, rows, row_stride, query);
+  } else {
+    const int64_t steps = (words + T - 1) / T * (R * Simd::width);
+    while (query != query_end) {
+      const uint32_t* const pause = query_end - query > steps ? query + steps : query_end;
+      while (query != pause) multiply_add_step<Dot, T, R>(sum, rows, row_stride, query);
+      feed.step();
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    V top = Dot::load(best + r * Simd::width);
+    if constexpr (pick == Pick::maximum) {
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) top = Dot::maximum(sum[t][r], top);
+    } else {
+      Simd::I winner = Simd::load(index + r * Simd::width);
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) {
+        const Simd::I candidate = Simd::broadcast(first_token + t);
+        if constexpr (pick == Pick::argmax) {
+          Simd::take_greater(top, winner, sum[t][r], candidate);
+        } else {
+          Simd::take_greater_or_nan(top, winner, sum[t][r], candidate);
+        }
+      }
+      Simd::store(index + r * Simd::width, winner);
+    }
+    Dot::store(best + r * Simd::width, top);
+  }
+}
+
+}  // namespace

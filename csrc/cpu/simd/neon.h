@@ -1,0 +1,82 @@
+// AArch64 NEON: 32 registers of 4 lanes. Holds what the kernels use and nothing else.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "storage.h"
+
+namespace {
+
+struct Simd {
+  static constexpr int width = 4;
+  using F = float32x4_t;
+  using I = int32x4_t;
+
+  static F load(const float* p) { return vld1q_f32(p); }
+  static F load(const F16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
+  static F load(const BF16* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16)); }
+  // n < width elements, zeros behind them; memory past them is not touched.
+  template <class Element>
+  static F load_first(const Element* p, int n) {
+    Element copy[width] = {};
+    memcpy(copy, p, sizeof(Element) * size_t(n));
+    return load(copy);
+  }
+
+  static void store(float* p, F x) { vst1q_f32(p, x); }
+  static void store(F16* p, F x) { vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
+  static void store(BF16* p, F x) {
+    float lanes[width];
+    vst1q_f32(lanes, x);
+    for (int i = 0; i < width; ++i) narrow(lanes[i], p + i);
+  }
+  template <class Element>
+  static void store_first(Element* p, F x, int n) {
+    Element copy[width];
+    store(copy, x);
+    memcpy(p, copy, sizeof(Element) * size_t(n));
+  }
+
+  // Hides a value from the optimiser while it stays in its register.
+  template <class V>
+  static void keep(V& x) {
+    __asm__("" : "+w"(x));
+  }
+
+  static F zero() { return vdupq_n_f32(0.0f); }
+  static F broadcast(float x) { return vdupq_n_f32(x); }
+  static F add(F a, F b) { return vaddq_f32(a, b); }
+  static F subtract(F a, F b) { return vsubq_f32(a, b); }
+  static F multiply(F a, F b) { return vmulq_f32(a, b); }
+  static F multiply_add(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static F maximum(F a, F b) { return vmaxq_f32(a, b); }
+  static float sum(F x) { return vaddvq_f32(x); }
+
+  static I zero_integer() { return vdupq_n_s32(0); }
+  static I broadcast(int32_t x) { return vdupq_n_s32(x); }
+  static I load(const int32_t* p) { return vld1q_s32(p); }
+  static void store(int32_t* p, I x) { vst1q_s32(p, x); }
+  static I add(I a, I b) { return vaddq_s32(a, b); }
+  static I maximum_unsigned(I a, I b) {
+    return vreinterpretq_s32_u32(vmaxq_u32(vreinterpretq_u32_s32(a), vreinterpretq_u32_s32(b)));
+  }
+  static uint32_t largest_unsigned(I x) { return vmaxvq_u32(vreinterpretq_u32_s32(x)); }
+  static I bits(F x) { return vreinterpretq_s32_f32(x); }
+  static F from_bits(I x) { return vreinterpretq_f32_s32(x); }
+  static I absolute_bits(F x) { return vandq_s32(bits(x), vdupq_n_s32(0x7fffffff)); }
+
+  static void take_greater(F& best, I& index, F value, I candidate) { select(vcgtq_f32(value, best), best, index, value, candidate); }
+  // As above, and a NaN beats everything but an earlier NaN.
+  static void take_greater_or_nan(F& best, I& index, F value, I candidate) {
+    const uint32x4_t greater = vbicq_u32(vceqq_f32(best, best), vcleq_f32(value, best));
+    select(greater, best, index, value, candidate);
+  }
+
+ private:
+  static void select(uint32x4_t greater, F& best, I& index, F value, I candidate) {
+    best = vbslq_f32(greater, value, best);
+    index = vbslq_s32(greater, candidate, index);
+  }
+};
+
+}  // namespace

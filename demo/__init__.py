@@ -1,0 +1,1 @@
+"""Search over real text: encode a corpus, rank it with MaxSim, show what matched. Run `python -m demo`."""

@@ -1,0 +1,179 @@
+"""The public functions on numpy arrays, without torch; `ops.tensors` is the torch side of the same interface.
+
+Storage is float32, float16, or bfloat16 as uint16 bits or as an ml_dtypes array; other floats are rounded to float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from edgecolbert_kernels import checks
+from edgecolbert_kernels.backends import choose, layout, native
+
+Array = np.ndarray
+DTYPES = {
+    "float32": native.FLOAT32,
+    "float16": native.FLOAT16,
+    "bfloat16": native.BFLOAT16,
+    "uint16": native.BFLOAT16,
+}
+
+
+def array(name: str, seen: Any) -> Array:
+    if not isinstance(seen, np.ndarray):
+        raise checks.not_an_array(name, seen)
+    return seen
+
+
+def tokens(name: str, seen: Any) -> Array:
+    X = array(name, seen)
+    if X.dtype.name not in DTYPES:
+        if X.dtype.kind != "f":
+            raise checks.wrong_dtype(name, X.dtype, f"{checks.FLOATS}, or uint16 for the bits of bfloat16")
+        X = X.astype(np.float32)
+    # Kernels read whole elements in the machine's byte order.
+    return np.require(X, X.dtype.newbyteorder("="), "A")
+
+
+def mask(name: str, seen: Any, of: str, X: Array) -> Array | None:
+    if seen is None:
+        return None
+    checks.mask(name, array(name, seen).shape, of, X.shape)
+    return np.ascontiguousarray(seen != 0)
+
+
+def integers(name: str, seen: Any, like: Array | None = None) -> Array:
+    if not isinstance(seen, np.ndarray):
+        seen = np.asarray(seen, dtype=None if len(seen) else np.int64)
+    if seen.dtype.kind not in "iu":
+        raise checks.wrong_dtype(name, seen.dtype, checks.INTEGERS)
+    checks.rank(name, seen.shape, (1,), "one dimension")
+    return np.ascontiguousarray(seen, dtype=np.int64)
+
+
+def pack(X: Sequence[Array], masks: Sequence[Array | None] | None, like: Array) -> tuple[Array, Array | None, Array]:
+    boundaries = np.cumsum([0, *map(len, X)], dtype=np.int64)
+    rows = np.concatenate(X) if X else np.empty((0, like.shape[-1]), like.dtype)
+    if not masks:
+        return rows, None, boundaries
+    kept = [np.ones(len(x), bool) if each is None else each for x, each in zip(X, masks, strict=True)]
+    return rows, np.concatenate(kept), boundaries
+
+
+def pad(X: Sequence[Array], masks: Sequence[Array | None] | None, like: Array) -> tuple[Array, Array]:
+    longest = max(map(len, X), default=0)
+    rows = np.zeros((len(X), longest, like.shape[-1]), like.dtype)
+    kept = np.zeros((len(X), longest), bool)
+    for n, x in enumerate(X):
+        rows[n, : len(x)] = x
+        kept[n, : len(x)] = True if masks is None or masks[n] is None else masks[n]
+    return rows, kept
+
+
+def score(
+    Q: Array,
+    D: Array,
+    q_mask: Array | None,
+    d_mask: Array | None,
+    cu_q: Array | None,
+    cu_d: Array | None,
+    query_index: Array | None,
+    document_index: Array | None,
+    normalize: bool,
+    mask_mode: str,
+    precision: str,
+    out_dtype: Any,
+) -> Array:
+    dtype = _float(out_dtype)
+    if choose("maxsim", "cpu", "float32") == "torch":
+        batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
+        return _score_in_torch(Q, D, batch, normalize, mask_mode, precision).astype(dtype, copy=False)
+    checks.values(Q.shape, D.shape, cu_q, cu_d, query_index, document_index)
+    scores = np.empty(layout.scores_shape(Q, D, cu_q, cu_d, query_index), np.float32)
+    index = native.NO_INDEX
+    if query_index is not None and document_index is not None:
+        index = (len(query_index), _address(query_index), _address(document_index))
+    native.forward(
+        _operand(Q, q_mask, cu_q),
+        _operand(D, d_mask, cu_d),
+        layout.which(D, query_index),
+        index,
+        _address(scores),
+        normalize=normalize,
+        mask_mode=mask_mode,
+        precision=precision,
+        threads=native.threads(),
+    )
+    return scores.astype(dtype, copy=False)
+
+
+def score_in_place(
+    Q: Array | list[Array],
+    D: Array | list[Array],
+    q_mask: Any,
+    d_mask: Any,
+    normalize: bool,
+    mask_mode: str,
+    precision: str,
+    out_dtype: Any,
+) -> Array | None:
+    """Lists read where they lie, without a copy; None where the kernels cannot."""
+    for X, masks in ((Q, q_mask), (D, d_mask)):
+        if isinstance(X, list) and (not X or masks or any(x.strides[1] != x.itemsize for x in X)):
+            return None
+    dtype = _float(out_dtype)
+    if choose("maxsim", "cpu", "float32") != "cpu":
+        return None
+    queries, _q_rows = _table(Q) if isinstance(Q, list) else (_operand(Q, q_mask, None), None)
+    documents, _d_rows = _table(D) if isinstance(D, list) else (_operand(D, d_mask, None), None)
+    scores = np.empty(layout.scores_shape_of_lists(Q, D), np.float32)
+    native.forward(
+        queries,
+        documents,
+        native.EVERY,
+        native.NO_INDEX,
+        _address(scores),
+        normalize=normalize,
+        mask_mode=mask_mode,
+        precision=precision,
+        threads=native.threads(),
+    )
+    return scores.astype(dtype, copy=False)
+
+
+def _operand(X: Array, mask: Array | None, cu_seqlens: Array | None) -> native.Operand:
+    strides = [stride // X.itemsize for stride in X.strides]
+    dtype, mask_address = DTYPES[X.dtype.name], 0 if mask is None else _address(mask)
+    if cu_seqlens is None:
+        return native.padded(_address(X), dtype, X.shape, strides, mask_address)
+    return native.packed(_address(X), dtype, X.shape, strides, _address(cu_seqlens), len(cu_seqlens) - 1, mask_address)
+
+
+def _table(X: list[Array]) -> tuple[native.Operand, Array]:
+    addresses, lengths = [_address(x) for x in X], [len(x) for x in X]
+    strides = [x.strides[0] // x.itemsize for x in X]
+    return native.table(DTYPES[X[0].dtype.name], X[0].shape[1], addresses, lengths, strides)
+
+
+def _address(array: Array) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def _float(wanted: Any) -> np.dtype[Any]:
+    try:
+        dtype = np.dtype(np.float32 if wanted is None else wanted)
+    except TypeError:
+        raise checks.out_dtype(wanted, "numpy") from None
+    if dtype.kind != "f":
+        raise checks.out_dtype(wanted, "numpy")
+    return dtype
+
+
+def _score_in_torch(Q: Array, D: Array, batch: Sequence[Array | None], *options: Any) -> Array:
+    from edgecolbert_kernels.ops import tensors
+
+    inputs: Any = (None if each is None else tensors.from_numpy(each) for each in (Q, D, *batch))
+    return tensors.score(*inputs, *options, None).numpy()

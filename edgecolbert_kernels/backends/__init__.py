@@ -1,0 +1,95 @@
+"""Which implementation runs a call.
+
+`cpu` is the compiled module, `torch` plain PyTorch on any device. The choice is made at every call: the innermost
+`backend()` context, else the variable EDGECOLBERT_BACKEND, else the fastest that can run. Each backend is a module with
+`supports`, `forward` and `backward`; it is imported when it is first chosen.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+from edgecolbert_kernels.backends import native
+
+BACKENDS = ("auto", "cpu", "torch", "triton", "cuda")
+VARIABLE = "EDGECOLBERT_BACKEND"
+
+_chosen: ContextVar[str] = ContextVar("edgecolbert_backend", default="")
+
+
+class BackendUnsupported(RuntimeError):  # noqa: N818 - a reason to fall back, as peers name theirs
+    """The backend that was asked for cannot run this call; the message says why."""
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the calls inside the `with` block on one backend: "auto", "cpu", "torch", "triton" or "cuda".
+
+    Wins over EDGECOLBERT_BACKEND. It holds for the current thread or task. A call that the backend cannot run raises
+    `BackendUnsupported`; an unknown name raises ValueError at once.
+    """
+    token = _chosen.set(_known(name, "backend()"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def choose(op: str, device: str, dtype: str) -> str:
+    """The backend's name for an op ("maxsim") on a device type ("cpu", "cuda") with arithmetic in "float32" or "float64"."""
+    name = _chosen.get() or os.environ.get(VARIABLE)
+    if name and name != "auto":
+        reason = supports(_known(name, VARIABLE), op, device, dtype)
+        if reason:
+            raise BackendUnsupported(f"backend {name!r} cannot run {op}: {reason}")
+        return name
+    if not native.supports(op, device, dtype):
+        return "cpu"
+    if device == "cpu":
+        _warn_without_module()
+    return "torch"
+
+
+def select(op: str, device: str, dtype: str) -> ModuleType:
+    """The backend itself, as `choose` names it."""
+    return load(choose(op, device, dtype))
+
+
+def supports(name: str, op: str, device: str, dtype: str) -> str | None:
+    """None where the backend can run such a call, else the reason why not."""
+    if name == "cpu":
+        return native.supports(op, device, dtype)
+    if name == "torch":
+        return None if _torch_is_installed() else "torch is not installed"
+    return "no GPU kernels are in this version"
+
+
+@cache
+def load(name: str) -> ModuleType:
+    return importlib.import_module({"cpu": f"{__name__}.cpu", "torch": f"{__name__}.torch_"}[name])
+
+
+def _known(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} names the backend {name!r}; want one of {BACKENDS}")
+    return name
+
+
+@cache
+def _torch_is_installed() -> bool:
+    return find_spec("torch") is not None
+
+
+@cache
+def _warn_without_module() -> None:
+    reason = native.missing()
+    if reason:
+        warnings.warn(f"scoring runs in plain PyTorch, which is slower: {reason}", RuntimeWarning, stacklevel=2)

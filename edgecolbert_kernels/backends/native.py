@@ -1,0 +1,120 @@
+"""The compiled module `_C`: loading it, what it supports, and how it is told where tokens lie.
+
+Framework-free: the torch backend `cpu` and the numpy path both speak to `_C` through this file. `_C` reads raw memory, so
+whoever calls it keeps every array alive and has checked every shape, offset and index.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
+PRECISIONS = {"exact": 0, "fast": 1}
+EVERY, OWN, INDEXED = 0, 1, 2
+NO_INDEX = (0, 0, 0)
+# An int16 argmax holds the token numbers of documents up to this length.
+LONGEST_INT16 = 32768
+
+Operand = tuple[Any, ...]
+
+
+@cache
+def _load() -> tuple[Any, str | None]:
+    # Late, so that torch's OpenMP runtime, where there is one, is in the process first and both share it.
+    try:
+        from edgecolbert_kernels import _C
+    except ImportError as error:
+        return None, f"the compiled module edgecolbert_kernels._C does not load ({error})"
+    return _C, None
+
+
+def module() -> Any:
+    return _load()[0]
+
+
+def missing() -> str | None:
+    """The reason why there is no compiled module, None where there is one."""
+    return _load()[1]
+
+
+def supports(op: str, device: str, dtype: str) -> str | None:
+    if device != "cpu":
+        return f"the inputs are on {device} and its kernels run on the CPU"
+    if dtype != "float32":
+        return f"its kernels accumulate in float32, not in {dtype}"
+    return missing()
+
+
+def padded(address: int, dtype: int, shape: Sequence[int], strides: Sequence[int], mask: int) -> Operand:
+    """`[L, d]`, `[N, L, d]` or `[N, K, L, d]`; strides in elements; `mask` is the address of a byte a token, or 0."""
+    length, dim = shape[-2:]
+    token_stride, dim_stride = strides[-2:]
+    if len(shape) == 3:
+        batch = (strides[0], 0, max(shape[0], 1), shape[0])
+    elif len(shape) == 4:
+        batch = (strides[1], strides[0], max(shape[1], 1), shape[0] * shape[1])
+    else:
+        batch = (0, 0, 1, 1)
+    return (address, dtype, dim, dim_stride, token_stride, *batch, length, 0, mask)
+
+
+def packed(
+    address: int, dtype: int, shape: Sequence[int], strides: Sequence[int], offsets: int, count: int, mask: int
+) -> Operand:
+    """`[T, d]`, sequence n being the rows from `offsets[n]` to `offsets[n + 1]`."""
+    return (address, dtype, shape[1], strides[1], strides[0], 0, 0, 1, count, 0, offsets, mask)
+
+
+def table(dtype: int, dim: int, addresses: list[int], lengths: list[int], strides: list[int]) -> tuple[Operand, Any]:
+    """A list of `[L, d]`, each with its rows `strides[n]` elements apart; with it, the array to keep alive."""
+    rows = np.array([addresses, lengths, strides], dtype=np.int64)
+    start, step = rows.ctypes.data, rows.strides[0]
+    return (dtype, dim, start, start + step, start + 2 * step, len(lengths)), rows
+
+
+def forward(
+    queries: Operand,
+    documents: Operand,
+    layout: int,
+    index: tuple[int, int, int],
+    scores: int,
+    argmax: int = 0,
+    argmax_bytes: int = 4,
+    *,
+    normalize: bool,
+    mask_mode: str,
+    precision: str,
+    threads: int,
+) -> None:
+    """Write float32 scores, and the argmax unless its address is 0."""
+    module().forward(
+        queries,
+        documents,
+        layout,
+        index,
+        scores,
+        argmax,
+        argmax_bytes,
+        PRECISIONS[precision],
+        mask_mode == "zero",
+        normalize,
+        threads,
+    )
+
+
+@cache
+def _threads(variables: tuple[str | None, ...]) -> int:
+    for value in variables:
+        if value and value.isdecimal() and int(value) > 0:
+            return int(value)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads() -> int:
+    """Threads for calls without torch: EDGECOLBERT_NUM_THREADS, else OMP_NUM_THREADS, else the CPUs of this process."""
+    return _threads((os.environ.get("EDGECOLBERT_NUM_THREADS"), os.environ.get("OMP_NUM_THREADS")))

@@ -1,0 +1,159 @@
+"""What a valid call looks like, and every error message, stated once.
+
+Works on shapes and names alone, so torch tensors and numpy arrays share it; values are looked at only where a wrong one
+would make a kernel read outside a buffer. `TypeError`: not an array, or a dtype without a meaning here. `ValueError`: a
+shape, an option or an offset. `IndexError`: a query or document that does not exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+MASK_MODES = ("exclude", "zero")
+PRECISIONS = ("exact", "fast")
+
+QUERIES = "[Lq, d], [Nq, Lq, d] or a list of [Lq, d]"
+INTEGERS = "an integer dtype"
+FLOATS = "float32, float16, bfloat16 or float64"
+DOCUMENTS = "[Nd, Ld, d], [Nq, K, Ld, d] or a list of [Ld, d]"
+
+
+def options(mask_mode: str, precision: str) -> None:
+    if mask_mode not in MASK_MODES:
+        raise ValueError(f"mask_mode is {mask_mode!r}; want one of {MASK_MODES}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; want one of {PRECISIONS}")
+
+
+def not_an_array(name: str, seen: object, wanted: str = "a torch tensor or a numpy array") -> TypeError:
+    return TypeError(f"{name} is a {type(seen).__name__}; want {wanted}")
+
+
+def wrong_dtype(name: str, seen: object, wanted: str) -> TypeError:
+    return TypeError(f"{name} has dtype {_plain(seen)}; want {wanted}")
+
+
+def wrong_layout(name: str, seen: object) -> TypeError:
+    return TypeError(f"{name} has layout {_plain(seen)}; want a dense (strided) tensor")
+
+
+def wrong_shape(name: str, seen: Sequence[Any], wanted: str) -> ValueError:
+    return ValueError(f"{name} has shape {_show(seen)}; want {wanted}")
+
+
+def out_dtype(seen: object, framework: str) -> TypeError:
+    return TypeError(f"out_dtype is {_plain(seen)!r}; want a float dtype of {framework}")
+
+
+def rank(name: str, shape: Sequence[Any], ranks: tuple[int, ...], wanted: str) -> None:
+    if len(shape) not in ranks:
+        raise wrong_shape(name, shape, wanted)
+
+
+def same_dim(queries: Sequence[Any], documents: Sequence[Any]) -> None:
+    if queries[-1] != documents[-1]:
+        raise ValueError(f"Q has shape {_show(queries)} and D {_show(documents)}; want the same last dimension")
+    if queries[-1] < 1:
+        raise wrong_shape("Q", queries, "a last dimension of at least 1")
+
+
+def same_batch(queries: Sequence[Any], documents: Sequence[Any], packed: bool = False) -> None:
+    count = queries[0] if len(queries) == 3 else 1
+    if packed or documents[0] != count:
+        wanted = "padded queries" if packed else f"{count} as D's first dimension"
+        raise ValueError(f"Q has shape {_show(queries)} and D {_show(documents)}; want {wanted}")
+
+
+def same_length(first: str, first_shape: Sequence[Any], second: str, second_shape: Sequence[Any]) -> None:
+    if tuple(first_shape) != tuple(second_shape):
+        raise ValueError(f"{first} has shape {_show(first_shape)} and {second} {_show(second_shape)}; want the same")
+
+
+def same_count(first: str, first_count: Any, second: str, second_count: Any) -> None:
+    if first_count != second_count:
+        raise ValueError(f"{first} has {first_count} entries and {second} has {second_count}; want as many")
+
+
+def pairs(queries: Sequence[Any], documents: Sequence[Any]) -> ValueError:
+    return ValueError(
+        f"Q has shape {_show(queries)} and D {_show(documents)}; chosen pairs want both indices, "
+        "Q [Nq, Lq, d] and D [Nd, Ld, d] or a list"
+    )
+
+
+def mask(name: str, shape: Sequence[Any], of: str, tokens: Sequence[Any]) -> None:
+    """One value a token: the shape of the tokens without the last dimension."""
+    if tuple(shape) != tuple(tokens[:-1]):
+        raise wrong_shape(name, shape, f"{_show(tokens[:-1])}, one value for each token of {of} {_show(tokens)}")
+
+
+def token_list(name: str, matrices: Sequence[Any]) -> None:
+    """Every entry `[L, d]`, with the dtype and the d of the first."""
+    for n, matrix in enumerate(matrices):
+        entry, first = f"{name}[{n}]", matrices[0]
+        rank(entry, matrix.shape, (2,), "[L, d]")
+        if matrix.shape[1] != first.shape[1]:
+            raise wrong_shape(entry, matrix.shape, f"[L, {first.shape[1]}], as {name}[0] has")
+        if matrix.dtype != first.dtype:
+            raise wrong_dtype(entry, matrix.dtype, f"{_plain(first.dtype)}, as {name}[0] has")
+
+
+def mask_list(name: str, seen: object, of: str, count: int) -> None:
+    if not isinstance(seen, (list, tuple)):
+        raise not_an_array(name, seen, f"a list of masks, as {of} is a list")
+    if len(seen) != count:
+        raise ValueError(f"{name} has {len(seen)} entries; want {count}, one for each of {of}")
+
+
+def same_device(name: str, seen: object, wanted: object) -> None:
+    if seen != wanted:
+        raise ValueError(f"{name} is on {seen}; want {wanted}, the device of Q")
+
+
+def boundaries(name: str, shape: Sequence[Any]) -> None:
+    if len(shape) != 1 or shape[0] < 1:
+        raise wrong_shape(name, shape, "[N + 1]: one boundary more than there are sequences")
+
+
+def values(
+    queries: Sequence[int],
+    documents: Sequence[int],
+    cu_q: np.ndarray | None,
+    cu_d: np.ndarray | None,
+    query_index: np.ndarray | None,
+    document_index: np.ndarray | None,
+) -> None:
+    """Boundaries and indices that stay inside Q and D, whose shapes are given."""
+    if cu_q is not None:
+        _cu_seqlens("cu_seqlens_q", cu_q, "Q", queries[0])
+    if cu_d is not None:
+        _cu_seqlens("cu_seqlens_d", cu_d, "D", documents[0])
+    if query_index is not None:
+        _index("query_index", query_index, "queries", queries[0])
+    if document_index is not None:
+        _index("document_index", document_index, "documents", documents[0] if cu_d is None else len(cu_d) - 1)
+
+
+def _cu_seqlens(name: str, boundaries: np.ndarray, of: str, num_tokens: int) -> None:
+    if boundaries[0] != 0:
+        raise ValueError(f"{name} starts at {boundaries[0]}; want 0")
+    if (boundaries[1:] < boundaries[:-1]).any():
+        raise ValueError(f"{name} decreases; want boundaries in order")
+    if boundaries[-1] > num_tokens:
+        raise ValueError(f"{name} ends at {boundaries[-1]}; want at most {num_tokens}, the tokens of {of}")
+
+
+def _index(name: str, index: np.ndarray, of: str, count: int) -> None:
+    if index.size and not (index.min() >= 0 and index.max() < count):
+        raise IndexError(f"{name} spans {index.min()} to {index.max()}; there are {count} {of}, counted from 0")
+
+
+def _plain(dtype_or_layout: object) -> str:
+    return str(dtype_or_layout).removeprefix("torch.")
+
+
+def _show(shape: Sequence[Any]) -> str:
+    return f"[{', '.join(str(size) for size in shape)}]"

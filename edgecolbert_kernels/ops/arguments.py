@@ -1,0 +1,102 @@
+"""What an op accepts, whoever calls it: the public functions, a compiled graph, or `torch.ops.edgecolbert` by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edgecolbert_kernels import checks
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+Inputs = tuple[
+    Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]
+
+
+def check(
+    Q: Tensor,
+    D: Tensor,
+    q_mask: Tensor | None,
+    d_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_d: Tensor | None,
+    query_index: Tensor | None,
+    document_index: Tensor | None,
+) -> None:
+    """Shapes, dtypes, layouts and devices: nothing that needs a value, so that it runs on fake tensors too."""
+    for name, tokens in (("Q", Q), ("D", D)):
+        dtype(name, tokens)
+        if tokens.layout is not torch.strided:
+            raise checks.wrong_layout(name, tokens.layout)
+    checks.rank("Q", Q.shape, (2, 3) if cu_q is None else (2,), "[Lq, d], [Nq, Lq, d], or [Tq, d] with cu_q")
+    checks.rank("D", D.shape, (3, 4) if cu_d is None else (2,), "[Nd, Ld, d], [Nq, K, Ld, d], or [Td, d] with cu_d")
+    checks.same_dim(Q.shape, D.shape)
+    if query_index is not None or document_index is not None:
+        if query_index is None or document_index is None or cu_q is not None or Q.ndim == 2 or D.ndim == 4:
+            raise checks.pairs(Q.shape, D.shape)
+        checks.same_length("query_index", query_index.shape, "document_index", document_index.shape)
+    elif D.ndim == 4:
+        checks.same_batch(Q.shape, D.shape, packed=cu_q is not None)
+    for name, mask, of, tokens in (("q_mask", q_mask, "Q", Q), ("d_mask", d_mask, "D", D)):
+        if mask is not None:
+            checks.mask(name, mask.shape, of, tokens.shape)
+    for name, cu_seqlens in (("cu_seqlens_q", cu_q), ("cu_seqlens_d", cu_d)):
+        if cu_seqlens is not None:
+            checks.boundaries(name, cu_seqlens.shape)
+    for name, integers in _integers(cu_q, cu_d, query_index, document_index):
+        if integers.dtype not in INTEGERS:
+            raise checks.wrong_dtype(name, integers.dtype, checks.INTEGERS)
+        checks.rank(name, integers.shape, (1,), "one dimension")
+    others = ("D", D), ("q_mask", q_mask), ("d_mask", d_mask), *_integers(cu_q, cu_d, query_index, document_index)
+    for name, tensor in others:
+        if tensor is not None:
+            checks.same_device(name, tensor.device, Q.device)
+
+
+def check_values(Q: Tensor, D: Tensor, *integers: Tensor | None) -> None:
+    """Boundaries and indices, on the CPU."""
+    checks.values(Q.shape, D.shape, *(None if each is None else each.cpu().numpy() for each in integers))
+
+
+def dtype(name: str, tokens: Tensor) -> None:
+    if tokens.dtype not in DTYPES:
+        raise checks.wrong_dtype(name, tokens.dtype, checks.FLOATS)
+
+
+def readable(
+    Q: Tensor,
+    D: Tensor,
+    q_mask: Tensor | None,
+    d_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_d: Tensor | None,
+    query_index: Tensor | None,
+    document_index: Tensor | None,
+) -> Inputs:
+    """As backends read them: masks a contiguous byte a token, integers contiguous int64 with values in range."""
+    cu_q, cu_d, query_index, document_index = (
+        None if each is None else each.to(torch.int64).contiguous()
+        for each in (cu_q, cu_d, query_index, document_index)
+    )
+    check_values(Q, D, cu_q, cu_d, query_index, document_index)
+    return Q, D, kept(q_mask), kept(d_mask), cu_q, cu_d, query_index, document_index
+
+
+def kept(mask: Tensor | None) -> Tensor | None:
+    if mask is None:
+        return None
+    return (mask if mask.dtype == torch.bool else mask != 0).contiguous()
+
+
+def arithmetic(Q: Tensor, D: Tensor) -> str:
+    """The dtype that scores are summed in, by name."""
+    return "float64" if torch.float64 in (Q.dtype, D.dtype) else "float32"
+
+
+def _integers(
+    cu_q: Tensor | None, cu_d: Tensor | None, query_index: Tensor | None, document_index: Tensor | None
+) -> list[tuple[str, Tensor]]:
+    named = (("cu_seqlens_q", cu_q), ("cu_seqlens_d", cu_d), ("query_index", query_index), ("document_index", document_index))
+    return [(name, tensor) for name, tensor in named if tensor is not None]

@@ -1,0 +1,56 @@
+"""When a call may go past the dispatcher: eager code on tensors that are what they look like.
+
+The kernels read raw memory, and a dispatched call costs microseconds more than a direct one. So plain tensors that nobody
+traces or transforms go straight to a backend; in every other case the op is called, which is slower and right.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_Keys, _Key = torch._C.DispatchKeySet, torch._C.DispatchKey
+# What a dense CPU tensor dispatches on; the second was made in inference mode. Negative views, zero tensors without storage,
+# sparse, nested, quantized, fake, functional and batched tensors each carry another key.
+_TENSOR_KEYS = (
+    _Keys(_Key.CPU).add(_Key.AutocastCPU).add(_Key.ADInplaceOrView).add(_Key.AutogradCPU).raw_repr(),
+    _Keys(_Key.CPU).add(_Key.AutocastCPU).raw_repr(),
+)
+# What every call dispatches on where no tracer, transform or dispatch mode is active; the second is inference mode.
+_CALL_KEYS = (
+    _Keys(_Key.BackendSelect).add(_Key.ADInplaceOrView).raw_repr(),
+    _Keys(_Key.BackendSelect).raw_repr(),
+)
+_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def plain(*inputs: Tensor | None) -> bool:
+    """Whether an eager call with these inputs may hand their addresses to a kernel."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._dispatch_tls_local_include_set().raw_repr() not in _CALL_KEYS
+        or torch._C._len_torch_function_stack()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for tensor in inputs:
+        if tensor is not None and (
+            type(tensor) not in _TYPES or torch._C._dispatch_keys(tensor).raw_repr() not in _TENSOR_KEYS
+        ):
+            return False
+    return True
+
+
+def in_functorch() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def refuse_tangents(*inputs: Tensor) -> None:
+    """Without a rule for them, forward-mode derivatives would be dropped without a word."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise no_derivative("forward-mode")
+
+
+def no_derivative(kind: str) -> NotImplementedError:
+    return NotImplementedError(f"maxsim has no {kind} derivative; edgecolbert_kernels.reference has")

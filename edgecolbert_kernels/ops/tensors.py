@@ -1,0 +1,145 @@
+"""The public functions on torch tensors; `arrays` is the numpy side of the same interface.
+
+numpy arrays are taken too, next to tensors: as the bits they are, without a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from edgecolbert_kernels import arrays, checks
+from edgecolbert_kernels.backends import choose, cpu, select
+from edgecolbert_kernels.ops import arguments
+from edgecolbert_kernels.ops.function import MaxSim
+from edgecolbert_kernels.ops.maxsim import forward_op
+from edgecolbert_kernels.ops.plain import in_functorch, plain, refuse_tangents
+
+
+def tokens(name: str, seen: Any) -> Tensor:
+    tensor = seen if isinstance(seen, Tensor) else from_numpy(arrays.tokens(name, seen))
+    arguments.dtype(name, tensor)
+    return tensor
+
+
+def mask(name: str, seen: Any, of: str, X: Tensor) -> Tensor | None:
+    if seen is None:
+        return None
+    if not isinstance(seen, Tensor):
+        seen = from_numpy(arrays.array(name, seen)).to(X.device)
+    checks.mask(name, seen.shape, of, X.shape)
+    return arguments.kept(seen)
+
+
+def integers(name: str, seen: Any, like: Tensor) -> Tensor:
+    if not isinstance(seen, Tensor):
+        seen = from_numpy(arrays.integers(name, seen)).to(like.device)
+    if seen.dtype not in arguments.INTEGERS:
+        raise checks.wrong_dtype(name, seen.dtype, checks.INTEGERS)
+    checks.rank(name, seen.shape, (1,), "one dimension")
+    return seen.to(torch.int64).contiguous()
+
+
+def pack(X: list[Tensor], masks: list[Tensor | None] | None, like: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    lengths = torch.tensor([0, *(x.shape[0] for x in X)], dtype=torch.int64, device=like.device)
+    rows = torch.cat(X) if X else like.new_empty(0, like.shape[-1])
+    kept = torch.cat(_kept(X, masks)) if masks else None
+    return rows, kept, lengths.cumsum(0)
+
+
+def pad(X: list[Tensor], masks: list[Tensor | None] | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    if not X:
+        return like.new_empty(0, 0, like.shape[-1]), like.new_empty(0, 0, dtype=torch.bool)
+    return pad_sequence(X, batch_first=True), pad_sequence(_kept(X, masks), batch_first=True)
+
+
+def score(
+    Q: Tensor,
+    D: Tensor,
+    q_mask: Tensor | None,
+    d_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_d: Tensor | None,
+    query_index: Tensor | None,
+    document_index: Tensor | None,
+    normalize: bool,
+    mask_mode: str,
+    precision: str,
+    out_dtype: Any,
+) -> Tensor:
+    dtype = _float(out_dtype)
+    batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
+    needs_grad = torch.is_grad_enabled() and (Q.requires_grad or D.requires_grad)
+    options = normalize, mask_mode, precision
+    if plain(Q, D, *batch):
+        if cu_q is not None or cu_d is not None or query_index is not None:
+            arguments.check_values(Q, D, cu_q, cu_d, query_index, document_index)
+        backend = select("maxsim", "cpu", arguments.arithmetic(Q, D))
+        if needs_grad:
+            scores, _ = MaxSim.apply(backend, Q, D, *batch, *options)
+        else:
+            scores, _ = backend.forward(Q, D, *batch, *options, False)
+    elif in_functorch():
+        scores, _ = MaxSim.apply(None, Q, D, *batch, *options)
+    else:
+        refuse_tangents(Q, D)
+        scores, _ = forward_op(Q, D, *batch, *options, needs_grad)
+    return scores if scores.dtype == dtype else scores.to(dtype)
+
+
+def score_in_place(
+    Q: Tensor | list[Tensor],
+    D: Tensor | list[Tensor],
+    q_mask: Any,
+    d_mask: Any,
+    normalize: bool,
+    mask_mode: str,
+    precision: str,
+    out_dtype: Any,
+) -> Tensor | None:
+    """Lists read where they lie, without a copy; None where the kernels cannot, or where a gradient is wanted."""
+    every: list[Tensor] = []
+    for X, masks in ((Q, q_mask), (D, d_mask)):
+        if not isinstance(X, list):
+            every += [X] if masks is None else [X, masks]
+        elif not X or masks or any(x.stride(1) != 1 for x in X):
+            return None
+        else:
+            every += X
+    if torch.is_grad_enabled() and any(x.requires_grad for x in every):
+        return None
+    if not plain(*every) or any(x.dtype == torch.float64 for x in every):
+        return None
+    if choose("maxsim", "cpu", "float32") != "cpu":
+        return None
+    dtype = _float(out_dtype)
+    scores = cpu.forward_lists(Q, D, q_mask, d_mask, normalize, mask_mode, precision)
+    return scores if scores.dtype == dtype else scores.to(dtype)
+
+
+def from_numpy(array: np.ndarray) -> Tensor:
+    # torch takes neither negative strides nor, without a warning, what it may not write to.
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    if array.dtype.name in ("uint16", "bfloat16"):
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _kept(X: Sequence[Tensor], masks: Sequence[Tensor | None] | None) -> list[Tensor]:
+    if masks is None:
+        masks = [None] * len(X)
+    return [x.new_ones(x.shape[0], dtype=torch.bool) if each is None else each for x, each in zip(X, masks, strict=True)]
+
+
+def _float(dtype: Any) -> torch.dtype:
+    if dtype is None:
+        return torch.float32
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise checks.out_dtype(dtype, "torch")
+    return dtype

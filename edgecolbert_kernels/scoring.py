@@ -1,0 +1,269 @@
+"""The public scoring functions: what they take is settled here, once for torch tensors and numpy arrays alike.
+
+`ops.tensors` and `arrays` are the two sides of one interface; this file only looks at shapes.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from edgecolbert_kernels import arrays, checks
+
+# A torch tensor or a numpy array: Any, as the package must import where there is no torch.
+Array = Any
+Options = tuple[bool, str, str]
+
+
+def maxsim(
+    Q: Array,
+    D: Array,
+    q_mask: Array = None,
+    d_mask: Array = None,
+    *,
+    normalize: bool = False,
+    mask_mode: str = "exclude",
+    precision: str = "exact",
+    out_dtype: Any = None,
+) -> Array:
+    """Score queries against documents: the sum over query tokens of the largest similarity to a document token.
+
+    Args:
+        Q: `[Nq, Lq, d]`, or `[Lq, d]` for one query, whose axis the result then lacks, or a list of `[Lq, d]`.
+        D: `[Nd, Ld, d]` or a list of `[Ld, d]`, scored with every query, or `[Nq, K, Ld, d]`, each query's own documents.
+        q_mask: what to keep of Q: bool or 0/1 in any dtype, `Q.shape[:-1]`, holes allowed; for a list, a list of `[Lq]`.
+        d_mask: the same for D.
+        normalize: divide every token by its Euclidean norm first (at least 1e-12).
+        mask_mode: "exclude": a masked document token is never chosen, and a document with no token left scores 0.
+            "zero": its similarity is 0 and takes part in the maximum, as in PyLate.
+        precision: "exact" accumulates in float32 whatever the storage. "fast" may use 16-bit fixed point where all values
+            are within [-1, 1]: an error of at most 5e-4 a score at d <= 128 and Lq = 32.
+        out_dtype: the result's dtype; float32 if None.
+
+    Both are torch tensors in float32, float16, bfloat16 or float64, not necessarily the same, with any strides; or numpy
+    arrays, where uint16 is the bits of bfloat16 and float64 is rounded to float32. Gradients flow to tensors Q and D. float64
+    tensors are scored in float64 by the torch backend.
+
+    Returns:
+        `[Nq, Nd]`, or `[Nq, K]` for a query's own documents; `[Nd]` or `[K]` for a Q of `[Lq, d]`.
+
+    Raises:
+        TypeError: an argument is not an array or has a dtype other than those.
+        ValueError: a shape does not fit, devices differ, or an option is unknown.
+        BackendUnsupported: the backend that was asked for cannot run this call.
+    """
+    checks.options(mask_mode, precision)
+    xp = _framework(Q, D)
+    Q, q_mask = _read(xp, "Q", Q, q_mask, (2, 3), checks.QUERIES)
+    D, d_mask = _read(xp, "D", D, d_mask, (3, 4), checks.DOCUMENTS)
+    options = normalize, mask_mode, precision
+    if type(Q) is list or type(D) is list:
+        return _score_lists(xp, Q, D, q_mask, d_mask, options, out_dtype)
+    checks.same_dim(Q.shape, D.shape)
+    if D.ndim == 4:
+        checks.same_batch(Q.shape, D.shape)
+    return xp.score(Q, D, q_mask, d_mask, None, None, None, None, *options, out_dtype)
+
+
+def maxsim_pairs(
+    Q: Array,
+    D: Array,
+    q_mask: Array = None,
+    d_mask: Array = None,
+    *,
+    normalize: bool = False,
+    mask_mode: str = "exclude",
+    precision: str = "exact",
+    out_dtype: Any = None,
+) -> Array:
+    """Score row by row: query b against document b.
+
+    Args:
+        Q: `[B, Lq, d]` or a list of B `[Lq, d]`.
+        D: `[B, Ld, d]` or a list of B `[Ld, d]`.
+
+    The other arguments, dtypes and errors are those of `maxsim`.
+
+    Returns:
+        `[B]`.
+    """
+    checks.options(mask_mode, precision)
+    xp = _framework(Q, D)
+    Q, q_mask = _read(xp, "Q", Q, q_mask, (3,), "[B, Lq, d] or a list of [Lq, d]")
+    D, d_mask = _read(xp, "D", D, d_mask, (3,), "[B, Ld, d] or a list of [Ld, d]")
+    checks.same_count("Q", len(Q), "D", len(D))
+    options = normalize, mask_mode, precision
+    if type(D) is list:
+        each = xp.integers("D", range(len(D)), _first(D, Q))
+        return _score_pairs(xp, Q, D, each, each, q_mask, d_mask, options, out_dtype)
+    Q, q_mask = _padded(xp, Q, q_mask, D)
+    checks.same_dim(Q.shape, D.shape)
+    d_mask = None if d_mask is None else d_mask[:, None]
+    return xp.score(Q, D[:, None], q_mask, d_mask, None, None, None, None, *options, out_dtype)[:, 0]
+
+
+def maxsim_varlen(
+    Q: Array,
+    D: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_d: Array,
+    q_mask: Array = None,
+    d_mask: Array = None,
+    *,
+    normalize: bool = False,
+    mask_mode: str = "exclude",
+    precision: str = "exact",
+    out_dtype: Any = None,
+) -> Array:
+    """Score every query against every document, both stored back to back without padding.
+
+    Args:
+        Q: `[Tq, d]`, the tokens of all queries.
+        D: `[Td, d]`, the tokens of all documents.
+        cu_seqlens_q: `[Nq + 1]` integers: query n is the rows from `cu_seqlens_q[n]` to `cu_seqlens_q[n + 1]`. They start at
+            0, never decrease and end within Q.
+        cu_seqlens_d: `[Nd + 1]`, the same for D.
+        q_mask: `[Tq]`.
+        d_mask: `[Td]`.
+
+    The other arguments, dtypes and errors are those of `maxsim`.
+
+    Returns:
+        `[Nq, Nd]`.
+    """
+    checks.options(mask_mode, precision)
+    xp = _framework(Q, D)
+    Q, q_mask = xp.tokens("Q", Q), xp.mask("q_mask", q_mask, "Q", Q)
+    D, d_mask = xp.tokens("D", D), xp.mask("d_mask", d_mask, "D", D)
+    checks.rank("Q", Q.shape, (2,), "[Tq, d]")
+    checks.rank("D", D.shape, (2,), "[Td, d]")
+    checks.same_dim(Q.shape, D.shape)
+    cu_q, cu_d = xp.integers("cu_seqlens_q", cu_seqlens_q, Q), xp.integers("cu_seqlens_d", cu_seqlens_d, D)
+    checks.boundaries("cu_seqlens_q", cu_q.shape)
+    checks.boundaries("cu_seqlens_d", cu_d.shape)
+    return xp.score(Q, D, q_mask, d_mask, cu_q, cu_d, None, None, normalize, mask_mode, precision, out_dtype)
+
+
+def maxsim_indexed(
+    Q: Array,
+    D: Array,
+    query_index: Array,
+    document_index: Array,
+    q_mask: Array = None,
+    d_mask: Array = None,
+    *,
+    normalize: bool = False,
+    mask_mode: str = "exclude",
+    precision: str = "exact",
+    out_dtype: Any = None,
+) -> Array:
+    """Score chosen pairs: query `query_index[p]` against document `document_index[p]`.
+
+    Args:
+        Q: `[Nq, Lq, d]` or a list of `[Lq, d]`.
+        D: `[Nd, Ld, d]` or a list of `[Ld, d]`.
+        query_index: `[P]` integers from 0 to Nq - 1, in any order, repeated at will.
+        document_index: `[P]` integers from 0 to Nd - 1.
+
+    The other arguments, dtypes and errors are those of `maxsim`; an index out of range raises IndexError.
+
+    Returns:
+        `[P]`.
+    """
+    checks.options(mask_mode, precision)
+    xp = _framework(Q, D)
+    Q, q_mask = _read(xp, "Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
+    D, d_mask = _read(xp, "D", D, d_mask, (3,), "[Nd, Ld, d] or a list of [Ld, d]")
+    query_index = xp.integers("query_index", query_index, _first(Q, D))
+    document_index = xp.integers("document_index", document_index, _first(D, Q))
+    checks.same_length("query_index", query_index.shape, "document_index", document_index.shape)
+    options = normalize, mask_mode, precision
+    return _score_pairs(xp, Q, D, query_index, document_index, q_mask, d_mask, options, out_dtype)
+
+
+def _score_lists(xp: Any, Q: Array, D: Array, q_mask: Array, d_mask: Array, options: Options, out_dtype: Any) -> Array:
+    if type(D) is not list and D.ndim == 4:
+        Q, q_mask = _padded(xp, Q, q_mask, D)
+        checks.same_dim(Q.shape, D.shape)
+        checks.same_batch(Q.shape, D.shape)
+        return xp.score(Q, D, q_mask, d_mask, None, None, None, None, *options, out_dtype)
+    checks.same_dim(_first(Q, D).shape, _first(D, Q).shape)
+    scores = xp.score_in_place(Q, D, q_mask, d_mask, *options, out_dtype)
+    if scores is not None:
+        return scores
+    (Q, q_mask, cu_q), (D, d_mask, cu_d) = _packed(xp, Q, q_mask, D), _packed(xp, D, d_mask, Q)
+    return xp.score(Q, D, q_mask, d_mask, cu_q, cu_d, None, None, *options, out_dtype)
+
+
+def _score_pairs(
+    xp: Any,
+    Q: Array,
+    D: Array,
+    query_index: Array,
+    document_index: Array,
+    q_mask: Array,
+    d_mask: Array,
+    options: Options,
+    out_dtype: Any,
+) -> Array:
+    (Q, q_mask), (D, d_mask, cu_d) = _padded(xp, Q, q_mask, D), _packed(xp, D, d_mask, Q)
+    checks.same_dim(Q.shape, D.shape)
+    return xp.score(Q, D, q_mask, d_mask, None, cu_d, query_index, document_index, *options, out_dtype)
+
+
+def _read(xp: Any, name: str, X: Any, mask: Any, ranks: tuple[int, ...], wanted: str) -> tuple[Any, Any]:
+    """An array and its mask, or a list of matrices and a list of theirs, each right by itself."""
+    mask_name = f"{name.lower()}_mask"
+    if not isinstance(X, (list, tuple)):
+        X = xp.tokens(name, X)
+        checks.rank(name, X.shape, ranks, wanted)
+        return X, xp.mask(mask_name, mask, name, X)
+    X = [xp.tokens(f"{name}[{n}]", matrix) for n, matrix in enumerate(X)]
+    checks.token_list(name, X)
+    if mask is None:
+        return X, None
+    checks.mask_list(mask_name, mask, name, len(X))
+    return X, [xp.mask(f"{mask_name}[{n}]", each, f"{name}[{n}]", X[n]) for n, each in enumerate(mask)]
+
+
+def _packed(xp: Any, X: Any, mask: Any, other: Any) -> tuple[Array, Array, Array]:
+    """A list back to back, with its boundaries; an array as it is, without."""
+    return xp.pack(X, mask, _first(X, other)) if type(X) is list else (X, mask, None)
+
+
+def _padded(xp: Any, X: Any, mask: Any, other: Any) -> tuple[Array, Array]:
+    """A list as one array with a mask; an array as it is."""
+    return xp.pad(X, mask, _first(X, other)) if type(X) is list else (X, mask)
+
+
+def _first(X: Any, other: Any) -> Array:
+    """An array that has the d, the dtype and the device of X; an empty list takes them from the other side."""
+    for batch in (X, other):
+        if type(batch) is not list:
+            return batch
+        if batch:
+            return batch[0]
+    return np.empty((0, 1), np.float32)
+
+
+_tensors: Any = None
+
+
+def _framework(*inputs: Any) -> Any:
+    """The side that handles these inputs: numpy if all are arrays, else torch, which whoever has tensors has loaded."""
+    for batch in inputs:
+        for matrix in batch if isinstance(batch, (list, tuple)) else (batch,):
+            if not isinstance(matrix, np.ndarray):
+                return _tensors or _load_tensors()
+    return arrays
+
+
+def _load_tensors() -> Any:
+    global _tensors
+    if "torch" not in sys.modules:
+        return arrays
+    from edgecolbert_kernels.ops import tensors as _tensors
+
+    return _tensors

@@ -1,0 +1,370 @@
+// Every instruction set that this CPU runs against plain double loops, at every tail, without Python: for emulators and
+// cross-compiled builds, which have none.
+//
+//   native_sweep [--emulated] [isa ...]
+//
+// Named instruction sets must be exactly those that can run here; then each that runs is swept and gets one line. The
+// exit status is 1 when a score, an argmax or a gradient is off. --emulated allows for subnormal fp16 gradients being
+// flushed to zero: vcvtps2ph ignores MXCSR.FTZ on hardware, qemu 7.2 does not.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/driver.h"
+
+using namespace edgecolbert;
+
+namespace {
+
+const int kDims[] = {1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 48, 64, 96, 128, 129};
+const std::vector<int64_t> kQueryLengths = {0, 1, 2, 11, 12, 13, 31, 33};
+const std::vector<int64_t> kDocumentLengths = {0, 1, 2, 11, 12, 13, 31, 33, 300};
+const DType kDtypes[] = {DType::f32, DType::f16, DType::bf16};
+const char* const kDtypeNames[] = {"f32", "f16", "bf16"};
+
+bool emulated = false;
+
+constexpr double kRoundoff_f32 = 0x1p-24;
+// Unit roundoff of the storage type, which a gradient is rounded to once.
+double storage_roundoff(DType dtype) {
+  return dtype == DType::f32 ? kRoundoff_f32 : dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
+}
+
+struct Random {
+  uint64_t state;
+  uint32_t bits() {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return uint32_t(state >> 33);
+  }
+  float within(float limit) { return (float(bits()) / 0x1p30f - 1.0f) * limit; }
+};
+
+uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+float bits_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// `x` cut to what the storage type holds. For fp16: normal numbers below 2, which is all this file makes.
+float representable(float x, DType dtype) {
+  if (dtype == DType::f16 && std::fabs(x) < 0x1p-14f) return 0.0f;
+  return bits_float(float_bits(x) & (dtype == DType::f32 ? ~0u : dtype == DType::f16 ? 0xffffe000u : 0xffff0000u));
+}
+
+uint16_t stored_16(float x, DType dtype) {
+  const uint32_t bits = float_bits(x);
+  if (dtype == DType::bf16 || x == 0.0f) return uint16_t(bits >> 16);
+  return uint16_t((bits >> 16 & 0x8000) | (((bits >> 23 & 0xff) - 112) << 10) | (bits >> 13 & 0x3ff));
+}
+
+double load_16(uint16_t bits, DType dtype) {
+  if (dtype == DType::bf16) return bits_float(uint32_t(bits) << 16);
+  const int exponent = bits >> 10 & 31;
+  const double magnitude = exponent ? std::ldexp(1024 + (bits & 1023), exponent - 25) : std::ldexp(bits & 1023, -24);
+  return bits & 0x8000 ? -magnitude : magnitude;
+}
+
+// Sequences back to back, in storage and as the same values in float.
+struct Packed {
+  DType dtype;
+  int dim;
+  std::vector<int64_t> offsets{0};
+  std::vector<float> values;
+  std::vector<uint8_t> bytes, mask;
+
+  Packed(DType type, int d, const std::vector<int64_t>& lengths, Random& random) : dtype(type), dim(d) {
+    for (int64_t length : lengths) offsets.push_back(offsets.back() + length);
+    const float limit = 1.0f / std::sqrt(float(d));  // rows of norm <= 1, where fixed point applies
+    for (int64_t i = 0; i < tokens() * d; ++i) values.push_back(representable(random.within(limit), type));
+    bytes.resize(values.size() * element_bytes());
+    for (size_t i = 0; i < values.size(); ++i) {
+      const uint16_t half = stored_16(values[i], type);
+      if (type == DType::f32) {
+        std::memcpy(&bytes[i * 4], &values[i], 4);
+      } else {
+        std::memcpy(&bytes[i * 2], &half, 2);
+      }
+    }
+    for (int64_t i = 0; i < tokens(); ++i) mask.push_back(random.bits() % 3 != 0);
+  }
+
+  size_t element_bytes() const { return dtype == DType::f32 ? 4 : 2; }
+  int64_t tokens() const { return offsets.back(); }
+  int64_t count() const { return int64_t(offsets.size()) - 1; }
+  int64_t length(int64_t j) const { return offsets[size_t(j) + 1] - offsets[size_t(j)]; }
+  const float* row(int64_t token) const { return &values[size_t(token * dim)]; }
+
+  Sequences view(bool masked) const {
+    Sequences s;
+    s.dtype = dtype;
+    s.dim = dim;
+    s.count = count();
+    s.data = reinterpret_cast<const char*>(bytes.data());
+    s.dim_stride = int64_t(element_bytes());
+    s.token_stride = dim * s.dim_stride;
+    s.offsets = offsets.data();
+    s.mask = masked ? mask.data() : nullptr;
+    return s;
+  }
+};
+
+double dot(const float* a, const float* b, int dim) {
+  double sum = 0.0;
+  for (int k = 0; k < dim; ++k) sum += double(a[k]) * b[k];
+  return sum;
+}
+
+std::vector<double> norms(const Packed& sequences) {
+  std::vector<double> out;
+  for (int64_t t = 0; t < sequences.tokens(); ++t) {
+    out.push_back(std::max(std::sqrt(dot(sequences.row(t), sequences.row(t), sequences.dim)), 1e-12));
+  }
+  return out;
+}
+
+// One set of inputs and what every check of it needs.
+struct Inputs {
+  Packed queries, documents;
+  std::vector<double> query_norms, document_norms;
+  std::vector<double> dots;  // [query tokens, document tokens]
+
+  Inputs(DType dtype, int dim, Random& random)
+      : queries(dtype, dim, kQueryLengths, random),
+        documents(dtype, dim, kDocumentLengths, random),
+        query_norms(norms(queries)),
+        document_norms(norms(documents)) {
+    for (int64_t i = 0; i < queries.tokens(); ++i) {
+      for (int64_t j = 0; j < documents.tokens(); ++j) dots.push_back(dot(queries.row(i), documents.row(j), dim));
+    }
+  }
+};
+
+struct Variant {
+  const char* name;
+  bool fixed_point, masked, masked_is_zero, normalize;
+};
+
+const Variant kVariants[] = {
+    {"exact", false, false, false, false},       {"fast", true, false, false, false},
+    {"exact, masks", false, true, false, false}, {"fast, masks", true, true, false, false},
+    {"zero masks", false, true, true, false},    {"normalize", false, true, false, true},
+    {"fast, normalize", true, true, true, true},
+};
+
+class Check {
+ public:
+  Check(const std::string& isa, const Inputs& inputs, const Variant& variant)
+      : isa_(isa),
+        inputs_(inputs),
+        queries_(inputs.queries),
+        documents_(inputs.documents),
+        variant_(variant),
+        query_norms_(variant.normalize ? inputs.query_norms : std::vector<double>(size_t(queries_.tokens()), 1.0)),
+        document_norms_(variant.normalize ? inputs.document_norms
+                                          : std::vector<double>(size_t(documents_.tokens()), 1.0)) {}
+
+  // Largest error met, as a fraction of what is allowed; above 1 something was printed.
+  double run(Random& random) {
+    forward_and_compare();
+    std::vector<float> gradient(scores_.size());
+    for (float& g : gradient) g = random.within(1.0f);
+    backward_and_compare(gradient);
+    return worst_;
+  }
+
+ private:
+  int64_t pair(int64_t q, int64_t d) const { return q * documents_.count() + d; }
+  const int32_t* winners(int64_t q, int64_t d) const {
+    return &winners_[size_t(queries_.offsets[size_t(q)] * documents_.count() + d * queries_.length(q))];
+  }
+
+  double similarity(int64_t query_token, int64_t document_token) const {
+    const double dot = inputs_.dots[size_t(query_token * documents_.tokens() + document_token)];
+    return dot / (query_norms_[size_t(query_token)] * document_norms_[size_t(document_token)]);
+  }
+
+  // Bound on the error of one similarity of vectors whose norms are at most 1.
+  double similarity_error() const {
+    const double rounded = (queries_.dim + 8) * kRoundoff_f32;
+    // Q15 rounds every element by at most 2^-16, and |x|_1 <= sqrt(d) |x|_2.
+    return variant_.fixed_point ? rounded + 2.5 * std::sqrt(double(queries_.dim)) * 0x1p-16 : rounded;
+  }
+
+  void expect(const char* what, double got, double want, double allowed, int64_t at) {
+    const double error = std::fabs(got - want);
+    worst_ = std::max(worst_, std::isfinite(error) ? error / allowed : std::numeric_limits<double>::infinity());
+    if (error <= allowed) return;
+    std::printf("%s, %s, d = %d, %s: %s %lld is %.9g, want %.9g +- %.1g\n", isa_.c_str(),
+                kDtypeNames[int(queries_.dtype)], queries_.dim, variant_.name, what, static_cast<long long>(at), got,
+                want, allowed);
+  }
+
+  void forward_and_compare() {
+    scores_.assign(size_t(queries_.count() * documents_.count()), NAN);
+    winners_.assign(size_t(queries_.tokens() * documents_.count()), 12345);
+
+    ForwardCall call;
+    call.queries = queries_.view(variant_.masked);
+    call.documents = documents_.view(variant_.masked);
+    call.out = scores_.data();
+    call.winners = {winners_.data(), 4};
+    call.fixed_point = variant_.fixed_point;
+    call.masked_is_zero = variant_.masked_is_zero;
+    call.normalize = variant_.normalize;
+    call.threads = 2;
+    forward(kernels(), call);
+
+    for (int64_t q = 0; q < queries_.count(); ++q) {
+      for (int64_t d = 0; d < documents_.count(); ++d) compare_pair(q, d);
+    }
+  }
+
+  void compare_pair(int64_t q, int64_t d) {
+    double score = 0.0;
+    for (int64_t i = 0; i < queries_.length(q); ++i) {
+      const int64_t token = queries_.offsets[size_t(q)] + i;
+      const int64_t winner = winners(q, d)[i];
+      double best = -std::numeric_limits<double>::infinity(), won = NAN;
+      if (!variant_.masked || queries_.mask[size_t(token)]) {
+        for (int64_t j = 0; j < documents_.length(d); ++j) {
+          const int64_t other = documents_.offsets[size_t(d)] + j;
+          const bool kept = !variant_.masked || documents_.mask[size_t(other)];
+          if (!kept && !variant_.masked_is_zero) continue;
+          const double value = kept ? similarity(token, other) : 0.0;
+          best = std::max(best, value);
+          if (kept && j == winner) won = value;
+          if (!kept && winner == -1) won = 0.0;
+        }
+      }
+      if (std::isinf(best)) {
+        expect("argmax of no token", double(winner), -1.0, 0.5, token);
+        continue;
+      }
+      score += best;
+      expect("similarity at the argmax", won, best, 2.0 * similarity_error(), token);
+    }
+    const double terms = double(queries_.length(q)) + 1.0;
+    expect("score", scores_[size_t(pair(q, d))], score, terms * (similarity_error() + terms * kRoundoff_f32),
+           pair(q, d));
+  }
+
+  void backward_and_compare(const std::vector<float>& gradient) {
+    std::vector<char> grad_queries(queries_.bytes.size()), grad_documents(documents_.bytes.size());
+    BackwardCall call;
+    call.queries = queries_.view(variant_.masked);
+    call.documents = documents_.view(variant_.masked);
+    call.gradient = gradient.data();
+    call.winners = {winners_.data(), 4};
+    call.grad_queries = grad_queries.data();
+    call.grad_documents = grad_documents.data();
+    call.normalize = variant_.normalize;
+    call.threads = 2;
+    backward(kernels(), call);
+
+    const size_t dim = size_t(queries_.dim);
+    std::vector<double> want_queries(queries_.values.size()), want_documents(documents_.values.size());
+    for (int64_t q = 0; q < queries_.count(); ++q) {
+      for (int64_t d = 0; d < documents_.count(); ++d) {
+        for (int64_t i = 0; i < queries_.length(q); ++i) {
+          if (winners(q, d)[i] < 0) continue;
+          const size_t query = size_t(queries_.offsets[size_t(q)] + i);
+          const size_t document = size_t(documents_.offsets[size_t(d)] + winners(q, d)[i]);
+          const double g = gradient[size_t(pair(q, d))];
+          for (size_t k = 0; k < dim; ++k) {
+            want_queries[query * dim + k] += g * documents_.values[document * dim + k] / document_norms_[document];
+            want_documents[document * dim + k] += g * queries_.values[query * dim + k] / query_norms_[query];
+          }
+        }
+      }
+    }
+    compare_gradient("query gradient", queries_, grad_queries, want_queries, query_norms_, double(documents_.count()));
+    compare_gradient("document gradient", documents_, grad_documents, want_documents, document_norms_,
+                     double(queries_.tokens()));
+  }
+
+  // `terms`: at most so many rows of norm <= 1, each times a gradient of at most 1, were added up for a token.
+  void compare_gradient(const char* what, const Packed& tokens, const std::vector<char>& got, std::vector<double>& want,
+                        const std::vector<double>& norms, double terms) {
+    const int64_t dim = tokens.dim;
+    for (int64_t t = 0; t < tokens.tokens(); ++t) {
+      double* const row = &want[size_t(t * dim)];
+      const double norm = norms[size_t(t)];
+      if (variant_.normalize) {
+        double along = 0.0;
+        for (int64_t k = 0; k < dim; ++k) along += row[k] * tokens.row(t)[k] / norm;
+        for (int64_t k = 0; k < dim; ++k) row[k] = (row[k] - along * tokens.row(t)[k] / norm) / norm;
+      }
+      for (int64_t k = 0; k < dim; ++k) {
+        double value;
+        if (tokens.dtype == DType::f32) {
+          float value_f32;
+          std::memcpy(&value_f32, &got[size_t(t * dim + k) * 4], 4);
+          value = value_f32;
+        } else {
+          uint16_t bits;
+          std::memcpy(&bits, &got[size_t(t * dim + k) * 2], 2);
+          value = load_16(bits, tokens.dtype);
+        }
+        // 2^-25: half the smallest subnormal of fp16, the coarsest of the storage types near zero.
+        const double smallest = emulated && tokens.dtype == DType::f16 ? 0x1p-14 : 0x1p-25;
+        const double allowed = 2.0 * storage_roundoff(tokens.dtype) * std::fabs(row[k]) +
+                               terms * (terms + double(dim) + 8.0) * kRoundoff_f32 / norm + smallest;
+        expect(what, value, row[k], allowed, t * dim + k);
+      }
+    }
+  }
+
+  const std::string& isa_;
+  const Inputs& inputs_;
+  const Packed& queries_;
+  const Packed& documents_;
+  const Variant& variant_;
+  const std::vector<double> query_norms_, document_norms_;  // 1 where nothing is normalised
+  std::vector<float> scores_;
+  std::vector<int32_t> winners_;
+  double worst_ = 0.0;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  emulated = argc > 1 && std::strcmp(argv[1], "--emulated") == 0;
+  const std::vector<std::string> runnable = available_isas(), wanted(argv + 1 + emulated, argv + argc);
+  if (!wanted.empty() && wanted != runnable) {
+    std::printf("this CPU should run exactly the instruction sets named, but runs:");
+    for (const std::string& isa : runnable) std::printf(" %s", isa.c_str());
+    std::printf("\n");
+    return 1;
+  }
+  Random random{1};
+  std::vector<double> worst(runnable.size());
+  for (int dim : kDims) {
+    for (DType dtype : kDtypes) {
+      const Inputs inputs(dtype, dim, random);
+      for (size_t i = 0; i < runnable.size(); ++i) {
+        set_isa(runnable[i]);
+        for (const Variant& variant : kVariants) {
+          worst[i] = std::max(worst[i], Check(runnable[i], inputs, variant).run(random));
+        }
+      }
+    }
+  }
+  for (size_t i = 0; i < runnable.size(); ++i) {
+    std::printf("%-16s %s, largest error %.2f of the bound\n", runnable[i].c_str(), worst[i] <= 1.0 ? "right" : "WRONG",
+                worst[i]);
+  }
+  return std::all_of(worst.begin(), worst.end(), [](double w) { return w <= 1.0; }) ? 0 : 1;
+}

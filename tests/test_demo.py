@@ -1,0 +1,266 @@
+"""The demonstration without its encoder: reading tasks, measuring rankings, ranking, caching, highlighting."""
+
+import ast
+import asyncio
+import gzip
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("tqdm")
+pytest.importorskip("rich")
+
+from demo import cache, corpus, encoders, highlight, metrics, search  # noqa: E402
+from demo.vectors import TokenVectors  # noqa: E402
+
+
+class WordEncoder:
+    """One token a word, and one in front that is not text; equal words get equal unit vectors."""
+
+    name = "words"
+
+    def __init__(self):
+        self.calls = 0
+
+    def encode_documents(self, texts):
+        self.calls += 1
+        return TokenVectors.from_texts(torch.stack([self.vector(w) for w in ["", *t.lower().split()]]) for t in texts)
+
+    def encode_queries(self, texts):
+        return TokenVectors.from_texts(torch.stack([self.vector(w) for w in t.lower().split()]) for t in texts)
+
+    def spans(self, text):
+        return [(0, 0), *(word.span() for word in highlight.UNBROKEN.finditer(text))]
+
+    def state(self):
+        return {"scale": torch.ones(1)}
+
+    def load_state(self, state):
+        self.scale = state["scale"]
+
+    @staticmethod
+    def vector(word):
+        generator = torch.Generator().manual_seed(int.from_bytes(word.encode()[:6], "little"))
+        return torch.nn.functional.normalize(torch.randn(16, generator=generator), dim=0)
+
+
+def make_task(texts, queries, relevant):
+    documents = [corpus.Document(str(i), "", text) for i, text in enumerate(texts)]
+    return corpus.Task("made up", documents, queries, relevant, max_tokens=8, samples=[], notes=[])
+
+
+@pytest.fixture
+def animals():
+    return make_task(
+        ["the cat sat on the mat", "dogs bark at night", "a fish swims deep"],
+        ["cat mat", "fish deep", "dogs"],
+        [{0: 1}, {2: 1}, {1: 1}],
+    )
+
+
+def write_beir(folder, opener, suffix):
+    records = {
+        "corpus.jsonl": [
+            {"_id": "d1", "title": "On cats", "text": "They purr."},
+            {"_id": "d2", "title": "", "text": "Dogs é."},
+            {"_id": "d3", "text": "No title."},
+        ],
+        "queries.jsonl": [{"_id": "q1", "text": "who purrs"}, {"_id": "q2", "text": "unjudged"}],
+    }
+    (folder / "qrels").mkdir()
+    for name, lines in records.items():
+        with opener(folder / (name + suffix), "wt", encoding="utf-8") as file:
+            file.write("\n".join(json.dumps(line) for line in lines) + "\n")
+    with opener(folder / "qrels" / ("test.tsv" + suffix), "wt", encoding="utf-8") as file:
+        file.write("query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td2\t0\nq1\tgone\t1\nq1\td3\t1\n")
+
+
+@pytest.mark.parametrize(
+    ("docstring", "expected"),
+    [
+        ("Opens a file.  Then closes\n    it.", ("Opens a file.", "Then closes it.")),
+        ("Summary without a stop\n\nAnd the\nrest.", ("Summary without a stop", "And the rest.")),
+        ("Uses e.g. commas and os.path too. `x` follows", ("Uses e.g. commas and os.path too.", "`x` follows")),
+        ("Only one sentence.", ("Only one sentence.", "")),
+        ("", ("", "")),
+    ],
+)
+def test_first_sentence(docstring, expected):
+    assert corpus.split_first_sentence(docstring) == expected
+
+
+def test_docstrings_have_dotted_names():
+    source = '''
+"""Module."""
+class Outer:
+    """Class."""
+    if True:
+        async def method(self):
+            """Method."""
+            def inner():
+                """Inner."""
+def bare():
+    "not a docstring".upper()
+'''
+    assert list(corpus.docstrings(ast.parse(source), "m")) == [
+        ("m", "Module."),
+        ("m.Outer", "Class."),
+        ("m.Outer.method", "Method."),
+        ("m.Outer.method.inner", "Inner."),
+    ]
+
+
+def test_sources_that_cannot_be_parsed_are_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "good.py").write_text('"""Find the nearest of all things. It looks at one after the other."""')
+    (tmp_path / "bad.py").write_text("def (:\n")
+    (tmp_path / "nul.py").write_bytes(b"x = 1\0")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "skipped.py").write_text('"""Never read this file at all. It belongs to the tests."""')
+    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path))
+    task = corpus.standard_library()
+    assert [document.name for document in task.documents] == ["good"]
+    assert task.queries == ["Find the nearest of all things."]
+    assert task.relevant == [{0: 1}]
+
+
+def test_a_library_without_sources_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="--data"):
+        corpus.standard_library()
+
+
+def test_a_part_of_the_real_library(monkeypatch):
+    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(Path(asyncio.__file__).parent))
+    task = corpus.standard_library()
+    assert len(task.documents) > 100
+    assert len(task.queries) == len(set(task.queries)) == len(task.relevant)
+    judged = [number for grades in task.relevant for number in grades]
+    assert sorted(judged) == list(range(len(task.documents)))
+
+
+@pytest.mark.parametrize(("opener", "suffix"), [(open, ""), (gzip.open, ".gz")])
+def test_beir_folder(tmp_path, opener, suffix):
+    write_beir(tmp_path, opener, suffix)
+    task = corpus.beir(tmp_path)
+    assert [document.text for document in task.documents] == ["On cats They purr.", "Dogs é.", "No title."]
+    assert task.queries == ["who purrs"]
+    assert task.relevant == [{0: 2, 2: 1}]
+    assert len(task.notes) == 1
+
+
+def test_missing_beir_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"corpus\.jsonl"):
+        corpus.beir(tmp_path)
+
+
+def test_subsample_keeps_judgements_right(animals):
+    assert corpus.subsample(animals, 3) is animals
+    small = corpus.subsample(animals, 2)
+    assert len(small.documents) == 2
+    assert small == corpus.subsample(animals, 2)
+    for query, grades in zip(small.queries, small.relevant, strict=True):
+        (number,) = grades
+        assert query.split()[0] in small.documents[number].text
+    assert "1 of 3" in small.notes[-1]
+
+
+def test_metrics_by_hand():
+    grades = {7: 2, 9: 1}
+    ideal = 2 / math.log2(2) + 1 / math.log2(3)
+    assert metrics.ndcg([7, 9, 1], grades) == pytest.approx(1.0)
+    assert metrics.ndcg([9, 1, 7], grades) == pytest.approx((1 + 2 / math.log2(4)) / ideal)
+    assert metrics.ndcg([1, 2], grades) == 0
+    assert metrics.ndcg([1, 2, 7], grades, depth=2) == 0
+    assert metrics.reciprocal_rank([1, 9, 7], grades) == pytest.approx(1 / 2)
+    assert metrics.reciprocal_rank([1, 9], grades, depth=1) == 0
+
+
+def test_token_vectors():
+    vectors = TokenVectors.from_texts([torch.ones(2, 3), torch.zeros(0, 3), torch.full((1, 3), 2.0)])
+    assert vectors.values.dtype is torch.float16
+    assert vectors.offsets.tolist() == [0, 2, 2, 3]
+    assert [len(view) for view in vectors.views()] == [2, 0, 1]
+    values, mask = vectors.padded()
+    assert values.shape == (3, 2, 3)
+    assert mask.tolist() == [[True, True], [False, False], [True, False]]
+    assert values[2].tolist() == [[2.0] * 3, [0.0] * 3]
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_ranking(animals, precision):
+    encoder = WordEncoder()
+    documents = encoder.encode_documents([document.text for document in animals.documents])
+    queries = encoder.encode_queries(animals.queries)
+    scores, numbers = search.rank(queries, documents, 10, precision=precision)
+    assert scores.shape == numbers.shape == (3, 3)
+    assert numbers[:, 0].tolist() == [0, 2, 1]
+    assert scores[:, 0].tolist() == pytest.approx([2, 2, 1], abs=1e-2)
+
+
+def test_encodings_are_kept(animals, tmp_path):
+    encoder = WordEncoder()
+    first = cache.encode(animals, encoder, 8, tmp_path)
+    second = cache.encode(animals, encoder, 8, tmp_path)
+    assert encoder.calls == 1
+    assert encoder.scale.tolist() == [1]
+    for kept, fresh in zip(second, first, strict=True):
+        assert torch.equal(kept.values, fresh.values)
+        assert torch.equal(kept.offsets, fresh.offsets)
+
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    cache.encode(animals, encoder, 8, tmp_path)
+    assert encoder.calls == 2
+    cache.encode(animals, encoder, 9, tmp_path)
+    assert encoder.calls == 3
+
+
+def test_winning_words_are_marked():
+    text = "The cat sat; on a mat."
+    encoder = WordEncoder()
+    document, query = encoder.encode_documents([text]), encoder.encode_queries(["mat. cat"])
+    marked = highlight.winning_words(query.values, document.values, encoder.spans(text), text)
+    assert [text[start:stop] for start, stop in marked] == ["cat", "mat"]
+    assert str(highlight.excerpt(text, marked, colour=False)) == "The «cat» sat; on a «mat»."
+    coloured = highlight.excerpt(text, marked, colour=True)
+    assert str(coloured) == text
+    assert [text[span.start : span.end] for span in coloured.spans] == ["cat", "mat"]
+
+
+def test_tokens_that_are_not_text_mark_nothing():
+    text = "some words"
+    encoder = WordEncoder()
+    assert (
+        highlight.winning_words(
+            encoder.vector("")[None], encoder.encode_documents([text]).values, encoder.spans(text), text
+        )
+        == []
+    )
+
+
+def test_part_of_a_word_marks_the_word():
+    document = torch.eye(2)
+    assert highlight.winning_words(document[1:], document, [(0, 3), (3, 6)], "tokens go") == [(0, 6)]
+
+
+def test_excerpt_shows_where_the_marks_are():
+    words = [f"w{i}" for i in range(100)]
+    text = " ".join(words)
+    marked = [(text.index(word), text.index(word) + len(word)) for word in ("w3", "w50", "w52")]
+    assert str(highlight.excerpt(text, marked, num_words=5, colour=False)) == "… w48 w49 «w50» w51 «w52» …"
+    assert str(highlight.excerpt(text, [], num_words=2, colour=False)) == "w0 w1 …"
+
+
+def test_principal_directions_keep_inner_products():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, 3, generator=generator) @ torch.randn(3, 20, generator=generator)
+    projection = encoders.principal_directions(rows, 3)
+    torch.testing.assert_close(projection.T @ projection, torch.eye(3))
+    torch.testing.assert_close((rows @ projection) @ (rows @ projection).T, rows @ rows.T, rtol=0, atol=1e-3)
+
+
+def test_a_server_that_is_not_there_does_not_answer():
+    assert not encoders._answers("http://127.0.0.1:9")

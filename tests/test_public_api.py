@@ -1,0 +1,73 @@
+"""The public names and signatures are a contract: a rename, a moved default or a new positional argument fails here."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+import torch
+
+import edgecolbert_kernels as ek
+
+NAMES = {"BackendUnsupported", "__version__", "backend", "maxsim", "maxsim_indexed", "maxsim_pairs", "maxsim_varlen"}
+OPTIONS = {"normalize": False, "mask_mode": "exclude", "precision": "exact", "out_dtype": (None, torch.float32)}
+POSITIONAL = {
+    "maxsim": ["Q", "D", "q_mask", "d_mask"],
+    "maxsim_pairs": ["Q", "D", "q_mask", "d_mask"],
+    "maxsim_varlen": ["Q", "D", "cu_seqlens_q", "cu_seqlens_d", "q_mask", "d_mask"],
+    "maxsim_indexed": ["Q", "D", "query_index", "document_index", "q_mask", "d_mask"],
+}
+
+
+def test_names():
+    assert set(ek.__all__) == NAMES
+    assert all(hasattr(ek, name) for name in NAMES)
+    assert NAMES <= set(dir(ek))
+
+
+@pytest.mark.parametrize("name", POSITIONAL)
+def test_signature(name):
+    parameters = inspect.signature(getattr(ek, name)).parameters
+    assert [p for p in parameters if parameters[p].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD] == POSITIONAL[name]
+    assert [p for p in parameters if parameters[p].kind is inspect.Parameter.KEYWORD_ONLY] == list(OPTIONS)
+    assert parameters["q_mask"].default is None
+    assert parameters["d_mask"].default is None
+    for option, default in OPTIONS.items():
+        assert parameters[option].default in (default if isinstance(default, tuple) else (default,)), option
+
+
+@pytest.mark.parametrize("name", sorted(NAMES - {"__version__"}))
+def test_docstring(name):
+    """Shapes, dtypes and errors are said where a user looks."""
+    text = inspect.getdoc(getattr(ek, name))
+    assert text
+    if name.startswith("maxsim"):
+        for word in ("Lq", "Ld", "d]", "float16", "ValueError", "TypeError", "mask"):
+            assert word in text or name != "maxsim", word
+        assert re.search(r"\[[^\]]+\]", text), "no shape"
+
+
+def test_version():
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", ek.__version__)
+    try:
+        assert version("edgecolbert-kernels") == ek.__version__
+    except PackageNotFoundError:
+        pytest.skip("run from the source tree, not installed")
+
+
+def test_exception():
+    assert issubclass(ek.BackendUnsupported, Exception)
+
+
+def test_ops_are_registered():
+    """Loaded models and exported programs look the ops up by these names."""
+    ek.maxsim(torch.ones(1, 1, 1), torch.ones(1, 1, 1))
+    for op in ("maxsim_forward", "maxsim_backward"):
+        assert hasattr(torch.ops.edgecolbert, op)
+
+
+def test_the_default_out_dtype_is_float32():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert ek.maxsim(torch.ones(2, 3, 4, dtype=dtype), torch.ones(2, 3, 4, dtype=dtype)).dtype == torch.float32

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The native sweep and the Python tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the sources
+# below build/sanitize, so that the module in use stays as it is. Arguments go to pytest.
+#
+# Leaks are not looked for: the interpreter and torch keep memory until the process ends. Left out: tests of the build,
+# of the layers and of the demo, which run no kernel on memory of their own.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+source=build/sanitize/source
+objects=$PWD/build/sanitize/objects
+mkdir -p "$source"
+# `cp -p`: what has not changed is not compiled again.
+git ls-files --cached --others --exclude-standard -z | xargs -0 cp -p --parents -t "$source"
+cd "$source"
+
+cmake -S . -B "$objects" -G Ninja -DCMAKE_MAKE_PROGRAM="$(command -v ninja)" -DEDGECOLBERT_SANITIZE=address,undefined -DEDGECOLBERT_NATIVE_TESTS=ON \
+  -DPython_EXECUTABLE="$(command -v python)" -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" >/dev/null
+cmake --build "$objects"
+cmake --install "$objects" --prefix edgecolbert_kernels
+
+export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+echo "== native sweep"
+"$objects/tests/native/native_sweep"
+
+echo "== tests"
+compiler=$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' "$objects/CMakeCache.txt")
+# The interpreter is not instrumented, so the runtime must be there before it; and libstdc++ before the runtime looks for
+# the function that throws.
+LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)" \
+  python -m pytest tests --ignore=tests/test_objects.py --ignore=tests/test_layers.py --ignore=tests/test_no_torch.py \
+  --ignore=tests/test_demo.py "$@"
