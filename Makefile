@@ -57,7 +57,7 @@ emulate: $(BIN)/.base  ## the kernels on other CPUs, under qemu
 	PATH="$(abspath $(BIN)):$$PATH" tools/emulate.sh
 
 sanitize: $(BIN)/.test  ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	PATH="$(abspath $(BIN)):$$PATH" tools/sanitize.sh
+	PATH="$(abspath $(BIN)):$$PATH" tools/sanitize.sh $(PYTEST)
 
 matrix:  ## installs with every Python and compiler of this machine (slow)
 	tools/build_matrix.sh

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 
@@ -104,30 +105,26 @@ def evaluate(task: Task, queries: TokenVectors, documents: TokenVectors) -> None
 
 def show_timing(console: Console, queries: TokenVectors, documents: TokenVectors) -> None:
     batch, measurements = timing.measure_all(queries, documents)
-    threads = torch.get_num_threads()
-    dimension = documents.values.shape[1]
-    table = Table(title=f"Scoring {len(documents.lengths)} documents, {dimension} dimensions, {threads} threads")
-    for heading in (
-        "",
-        "1 query, ms",
-        f"{batch} queries, ms",
-        "speed-up",
-        "documents, MiB",
-        "working peak, MiB",
-        "largest error",
-    ):
-        table.add_column(heading, justify="right" if heading else "left")
+    lengths = documents.lengths
+    console.print(
+        f"Scoring {len(lengths)} documents of {lengths.float().mean():.0f} tokens, padded to {lengths.max()}, "
+        f"{documents.values.shape[1]} dimensions, {torch.get_num_threads()} threads. "
+        "Peak: memory that scoring the batch takes beyond the documents. Error: the largest, of a score."
+    )
+    table = Table()
+    table.add_column("")
+    for heading in ("1 query", f"{batch} queries", "documents", "peak", "error"):
+        table.add_column(heading, justify="right")
     baseline = next(iter(measurements.values()))
     for name, measured in measurements.items():
-        working = measured.working_bytes
+        peak = measured.peak_bytes
         table.add_row(
             name,
-            f"{measured.single_s * 1e3:.2f}",
-            f"{measured.batch_s * 1e3:.1f}",
-            f"{baseline.single_s / measured.single_s:.1f}x, {baseline.batch_s / measured.batch_s:.1f}x",
-            f"{measured.document_bytes / 2**20:.1f}",
-            "unknown" if working is None else f"{working / 2**20:.1f}",
-            f"{measured.max_error:.0e}",
+            f"{measured.single_s * 1e3:.2f} ms {baseline.single_s / measured.single_s:5.1f}x",
+            f"{measured.batch_s * 1e3:.1f} ms {baseline.batch_s / measured.batch_s:5.1f}x",
+            f"{measured.document_bytes / 2**20:.1f} MiB",
+            "unknown" if peak is None else f"{peak / 2**20:.1f} MiB",
+            "" if measured is baseline else f"{measured.max_error:.0e}",
         )
     console.print(table)
 
@@ -137,9 +134,8 @@ def answer(console: Console, query: str, task: Task, encoder: Encoder, documents
     start = time.perf_counter()
     scores, numbers = rank(vectors, documents, hits)
     milliseconds = (time.perf_counter() - start) * 1e3
-    console.print(
-        f"\n[bold]{len(documents.lengths)} documents ranked in {milliseconds:.1f} ms for:[/bold]", query, markup=True
-    )
+    console.print(f"\n{query}", style="bold", markup=False)
+    console.print(f"{len(documents.lengths)} documents ranked in {milliseconds:.1f} ms", style="dim")
     for score, number in zip(scores[0].tolist(), numbers[0].tolist(), strict=True):
         document = task.documents[number]
         rows = documents.values[documents.offsets[number] : documents.offsets[number + 1]]
@@ -148,7 +144,7 @@ def answer(console: Console, query: str, task: Task, encoder: Encoder, documents
         console.print(excerpt(document.text, marked, colour=console.is_terminal))
 
 
-def typed_queries():
+def typed_queries() -> Iterator[str]:
     print("\nType a query; an empty line ends.")
     while True:
         try:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
+from tqdm import tqdm
+
 # Not written for a reader of the library, or not part of it.
 SKIPPED_FOLDERS = {"__pycache__", "dist-packages", "idlelib", "lib2to3", "site-packages", "test", "tests"}
 
@@ -144,7 +146,7 @@ def split_first_sentence(docstring: str) -> tuple[str, str]:
 
 
 def _library_docstrings(root: Path) -> Iterator[tuple[str, str]]:
-    for path in sorted(root.rglob("*.py")):
+    for path in tqdm(sorted(root.rglob("*.py")), desc="Reading the library", unit=" files"):
         module = path.relative_to(root).with_suffix("")
         if SKIPPED_FOLDERS.intersection(module.parts):
             continue

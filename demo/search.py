@@ -5,7 +5,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from demo.vectors import TokenVectors
-from edgecolbert_kernels import maxsim
+from edgecolbert_kernels import maxsim_varlen
 
 # Bounds the score matrix, and lets the bar move.
 QUERIES_A_CALL = 64
@@ -18,13 +18,16 @@ def rank(
 
     progress: the label of a progress bar, None for none.
     """
-    query_views, document_views = queries.views(), documents.views()
-    depth = min(depth, len(document_views))
-    bar = tqdm(total=len(query_views), desc=progress, unit=" queries", disable=progress is None)
+    num_queries = len(queries.lengths)
+    depth = min(depth, len(documents.lengths))
     best = []
-    with bar:
-        for start in range(0, len(query_views), QUERIES_A_CALL):
-            chunk = query_views[start : start + QUERIES_A_CALL]
-            best.append(maxsim(chunk, document_views, precision=precision).topk(depth))
-            bar.update(len(chunk))
+    with tqdm(total=num_queries, desc=progress, unit=" queries", disable=progress is None) as bar:
+        for start in range(0, num_queries, QUERIES_A_CALL):
+            offsets = queries.offsets[start : start + QUERIES_A_CALL + 1]
+            values = queries.values[offsets[0] : offsets[-1]]
+            scores = maxsim_varlen(
+                values, documents.values, offsets - offsets[0], documents.offsets, precision=precision
+            )
+            best.append(scores.topk(depth))
+            bar.update(len(scores))
     return torch.cat([top.values for top in best]), torch.cat([top.indices for top in best])

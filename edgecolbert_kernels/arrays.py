@@ -14,11 +14,10 @@ from edgecolbert_kernels import checks
 from edgecolbert_kernels.backends import choose, layout, native
 
 Array = np.ndarray
-DTYPES = {
-    "float32": native.FLOAT32,
-    "float16": native.FLOAT16,
-    "bfloat16": native.BFLOAT16,
-    "uint16": native.BFLOAT16,
+_CODES = {
+    np.dtype(np.float32): native.FLOAT32,
+    np.dtype(np.float16): native.FLOAT16,
+    np.dtype(np.uint16): native.BFLOAT16,
 }
 
 
@@ -30,12 +29,21 @@ def array(name: str, seen: Any) -> Array:
 
 def tokens(name: str, seen: Any) -> Array:
     X = array(name, seen)
-    if X.dtype.name not in DTYPES:
+    if _code(X) is None:
         if X.dtype.kind != "f":
             raise checks.wrong_dtype(name, X.dtype, f"{checks.FLOATS}, or uint16 for the bits of bfloat16")
-        X = X.astype(np.float32)
-    # Kernels read whole elements in the machine's byte order.
-    return np.require(X, X.dtype.newbyteorder("="), "A")
+        # In the machine's byte order, and in float32 if it is another float.
+        X = X.astype(np.float16 if X.itemsize == 2 else np.float32)
+    return X if X.flags.aligned else X.copy()
+
+
+def token_list(name: str, seen: Sequence[Any]) -> list[Array]:
+    X = [x if isinstance(x, np.ndarray) else array(f"{name}[{n}]", x) for n, x in enumerate(seen)]
+    checks.token_list(name, X)
+    # They share a dtype: often none needs a second look.
+    if X and tokens(f"{name}[0]", X[0]) is X[0] and all(x.flags.aligned for x in X):
+        return X
+    return [tokens(f"{name}[{n}]", x) for n, x in enumerate(X)]
 
 
 def mask(name: str, seen: Any, of: str, X: Array) -> Array | None:
@@ -146,7 +154,7 @@ def score_in_place(
 
 def _operand(X: Array, mask: Array | None, cu_seqlens: Array | None) -> native.Operand:
     strides = [stride // X.itemsize for stride in X.strides]
-    dtype, mask_address = DTYPES[X.dtype.name], 0 if mask is None else _address(mask)
+    dtype, mask_address = _code(X), 0 if mask is None else _address(mask)
     if cu_seqlens is None:
         return native.padded(_address(X), dtype, X.shape, strides, mask_address)
     return native.packed(_address(X), dtype, X.shape, strides, _address(cu_seqlens), len(cu_seqlens) - 1, mask_address)
@@ -155,7 +163,12 @@ def _operand(X: Array, mask: Array | None, cu_seqlens: Array | None) -> native.O
 def _table(X: list[Array]) -> tuple[native.Operand, Array]:
     addresses, lengths = [_address(x) for x in X], [len(x) for x in X]
     strides = [x.strides[0] // x.itemsize for x in X]
-    return native.table(DTYPES[X[0].dtype.name], X[0].shape[1], addresses, lengths, strides)
+    return native.table(_code(X[0]), X[0].shape[1], addresses, lengths, strides)
+
+
+def _code(X: Array) -> Any:
+    code = _CODES.get(X.dtype)
+    return native.BFLOAT16 if code is None and X.dtype.name == "bfloat16" else code
 
 
 def _address(array: Array) -> int:
@@ -172,8 +185,11 @@ def _float(wanted: Any) -> np.dtype[Any]:
     return dtype
 
 
-def _score_in_torch(Q: Array, D: Array, batch: Sequence[Array | None], *options: Any) -> Array:
+def _score_in_torch(
+    Q: Array, D: Array, batch: Sequence[Array | None], normalize: bool, mask_mode: str, precision: str
+) -> Array:
     from edgecolbert_kernels.ops import tensors
 
-    inputs: Any = (None if each is None else tensors.from_numpy(each) for each in (Q, D, *batch))
-    return tensors.score(*inputs, *options, None).numpy()
+    inputs: list[Any] = [None if each is None else tensors.from_numpy(each) for each in (Q, D, *batch)]
+    inputs += normalize, mask_mode, precision, None
+    return tensors.score(*inputs).numpy()

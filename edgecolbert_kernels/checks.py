@@ -91,14 +91,17 @@ def mask(name: str, shape: Sequence[Any], of: str, tokens: Sequence[Any]) -> Non
 
 
 def token_list(name: str, matrices: Sequence[Any]) -> None:
-    """Every entry `[L, d]`, with the dtype and the d of the first."""
+    """Every entry `[L, d]`, with the d and the dtype of the first."""
+    if not matrices:
+        return
+    first, dtype = matrices[0].shape, matrices[0].dtype
+    rank(f"{name}[0]", first, (2,), "[L, d]")
     for n, matrix in enumerate(matrices):
-        entry, first = f"{name}[{n}]", matrices[0]
-        rank(entry, matrix.shape, (2,), "[L, d]")
-        if matrix.shape[1] != first.shape[1]:
-            raise wrong_shape(entry, matrix.shape, f"[L, {first.shape[1]}], as {name}[0] has")
-        if matrix.dtype != first.dtype:
-            raise wrong_dtype(entry, matrix.dtype, f"{_plain(first.dtype)}, as {name}[0] has")
+        shape = matrix.shape
+        if len(shape) != 2 or shape[1] != first[1]:
+            raise wrong_shape(f"{name}[{n}]", shape, f"[L, {first[1]}], as {name}[0] has")
+        if matrix.dtype != dtype:
+            raise wrong_dtype(f"{name}[{n}]", matrix.dtype, f"{_plain(dtype)}, as {name}[0] has")
 
 
 def mask_list(name: str, seen: object, of: str, count: int) -> None:

@@ -15,6 +15,7 @@ from edgecolbert_kernels import arrays, checks
 # A torch tensor or a numpy array: Any, as the package must import where there is no torch.
 Array = Any
 Options = tuple[bool, str, str]
+_MASKS = {"Q": "q_mask", "D": "d_mask"}
 
 
 def maxsim(
@@ -215,13 +216,12 @@ def _score_pairs(
 
 def _read(xp: Any, name: str, X: Any, mask: Any, ranks: tuple[int, ...], wanted: str) -> tuple[Any, Any]:
     """An array and its mask, or a list of matrices and a list of theirs, each right by itself."""
-    mask_name = f"{name.lower()}_mask"
+    mask_name = _MASKS[name]
     if not isinstance(X, (list, tuple)):
         X = xp.tokens(name, X)
         checks.rank(name, X.shape, ranks, wanted)
         return X, xp.mask(mask_name, mask, name, X)
-    X = [xp.tokens(f"{name}[{n}]", matrix) for n, matrix in enumerate(X)]
-    checks.token_list(name, X)
+    X = xp.token_list(name, X)
     if mask is None:
         return X, None
     checks.mask_list(mask_name, mask, name, len(X))
@@ -262,7 +262,7 @@ def _framework(*inputs: Any) -> Any:
 
 def _load_tensors() -> Any:
     global _tensors
-    if "torch" not in sys.modules:
+    if sys.modules.get("torch") is None:
         return arrays
     from edgecolbert_kernels.ops import tensors as _tensors
 

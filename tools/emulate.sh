@@ -8,7 +8,8 @@ cd "$(dirname "$0")/.."
 build() {  # <folder> <cmake options>
   local folder=$1
   shift
-  cmake -S . -B "$folder" -G Ninja -DCMAKE_MAKE_PROGRAM="$(command -v ninja)" -DEDGECOLBERT_PYTHON=OFF -DEDGECOLBERT_NATIVE_TESTS=ON "$@" >/dev/null
+  cmake -S . -B "$folder" -G Ninja -DCMAKE_MAKE_PROGRAM="$(command -v ninja)" \
+    -DEDGECOLBERT_PYTHON=OFF -DEDGECOLBERT_NATIVE_TESTS=ON "$@" >/dev/null
   cmake --build "$folder" --target native_sweep
 }
 
@@ -28,7 +29,7 @@ if [ "$(uname -m)" = x86_64 ] && have "emulated x86-64" qemu-x86_64; then
   # qemu warns about each feature of the model that it lacks; none of them matters here.
   without=-pcid,-x2apic,-tsc-deadline,-hle,-invpcid,-rtm
   echo "== Nehalem"
-  qemu-x86_64 -cpu Nehalem build/native/tests/native/native_sweep --emulated scalar
+  qemu-x86_64 -cpu Nehalem build/native/tests/native/native_sweep scalar
   echo "== Haswell"
   qemu-x86_64 -cpu "Haswell,$without" build/native/tests/native/native_sweep --emulated avx2 scalar
 fi
@@ -36,5 +37,5 @@ fi
 if [ "$(uname -m)" != aarch64 ] && have "emulated AArch64" qemu-aarch64 aarch64-linux-gnu-g++; then
   echo "== AArch64"
   build build/aarch64 -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake
-  qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/tests/native/native_sweep --emulated neon scalar
+  qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/tests/native/native_sweep neon scalar
 fi

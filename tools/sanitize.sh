@@ -9,13 +9,15 @@ cd "$(dirname "$0")/.."
 
 source=build/sanitize/source
 objects=$PWD/build/sanitize/objects
+rm -rf "$source"
 mkdir -p "$source"
 # `cp -p`: what has not changed is not compiled again.
 git ls-files --cached --others --exclude-standard -z | xargs -0 cp -p --parents -t "$source"
 cd "$source"
 
-cmake -S . -B "$objects" -G Ninja -DCMAKE_MAKE_PROGRAM="$(command -v ninja)" -DEDGECOLBERT_SANITIZE=address,undefined -DEDGECOLBERT_NATIVE_TESTS=ON \
-  -DPython_EXECUTABLE="$(command -v python)" -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" >/dev/null
+cmake -S . -B "$objects" -G Ninja -DCMAKE_MAKE_PROGRAM="$(command -v ninja)" \
+  -DPython_EXECUTABLE="$(command -v python)" -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" \
+  -DEDGECOLBERT_SANITIZE=address,undefined -DEDGECOLBERT_NATIVE_TESTS=ON >/dev/null
 cmake --build "$objects"
 cmake --install "$objects" --prefix edgecolbert_kernels
 

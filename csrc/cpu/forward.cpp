@@ -17,7 +17,7 @@ constexpr int64_t kGroupLanes = 16384;
 // Widened document tokens at a time: a fraction of any second-level cache.
 constexpr int64_t kBlockBytes = 128 * 1024;
 // Below this many multiply-adds a call is over before a second thread has woken up.
-constexpr int64_t kSerialWork = 500'000;
+constexpr int64_t kSerialWork = 8'000'000;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 

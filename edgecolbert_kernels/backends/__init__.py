@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from importlib.util import find_spec
 from types import ModuleType
 
 from edgecolbert_kernels.backends import native
@@ -25,7 +24,7 @@ VARIABLE = "EDGECOLBERT_BACKEND"
 _chosen: ContextVar[str] = ContextVar("edgecolbert_backend", default="")
 
 
-class BackendUnsupported(RuntimeError):  # noqa: N818 - a reason to fall back, as peers name theirs
+class BackendUnsupported(RuntimeError):
     """The backend that was asked for cannot run this call; the message says why."""
 
 
@@ -44,15 +43,19 @@ def backend(name: str) -> Iterator[None]:
 
 
 def choose(op: str, device: str, dtype: str) -> str:
-    """The backend's name for an op ("maxsim") on a device type ("cpu", "cuda") with arithmetic in "float32" or "float64"."""
+    """The name of the backend for an op ("maxsim") on a device type ("cpu", "cuda"), summing in "float32" or "float64"."""
     name = _chosen.get() or os.environ.get(VARIABLE)
     if name and name != "auto":
         reason = supports(_known(name, VARIABLE), op, device, dtype)
         if reason:
             raise BackendUnsupported(f"backend {name!r} cannot run {op}: {reason}")
         return name
-    if not native.supports(op, device, dtype):
+    reason = supports("cpu", op, device, dtype)
+    if reason is None:
         return "cpu"
+    no_torch = supports("torch", op, device, dtype)
+    if no_torch:
+        raise BackendUnsupported(f"no backend can run {op}: {reason}; {no_torch}")
     if device == "cpu":
         _warn_without_module()
     return "torch"
@@ -60,7 +63,7 @@ def choose(op: str, device: str, dtype: str) -> str:
 
 def select(op: str, device: str, dtype: str) -> ModuleType:
     """The backend itself, as `choose` names it."""
-    return load(choose(op, device, dtype))
+    return _load(choose(op, device, dtype))
 
 
 def supports(name: str, op: str, device: str, dtype: str) -> str | None:
@@ -68,13 +71,22 @@ def supports(name: str, op: str, device: str, dtype: str) -> str | None:
     if name == "cpu":
         return native.supports(op, device, dtype)
     if name == "torch":
-        return None if _torch_is_installed() else "torch is not installed"
-    return "no GPU kernels are in this version"
+        return _missing_torch()
+    return "this version has no GPU kernels"
 
 
 @cache
-def load(name: str) -> ModuleType:
+def _load(name: str) -> ModuleType:
     return importlib.import_module({"cpu": f"{__name__}.cpu", "torch": f"{__name__}.torch_"}[name])
+
+
+@cache
+def _missing_torch() -> str | None:
+    try:
+        importlib.import_module("torch")
+    except ImportError as error:
+        return f"torch does not load ({error})"
+    return None
 
 
 def _known(name: str, source: str) -> str:

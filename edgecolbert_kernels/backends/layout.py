@@ -24,13 +24,14 @@ def which(D: Any, query_index: Any) -> int:
 def scores_shape(Q: Any, D: Any, cu_q: Any, cu_d: Any, query_index: Any) -> Shape:
     if query_index is not None:
         return (query_index.shape[0],)
-    if cu_q is not None:
-        queries: Shape = (cu_q.shape[0] - 1,)
+    queries, documents = Q.shape, D.shape
+    if len(documents) == 4:
+        per_query = documents[1]
     else:
-        queries = tuple(Q.shape[:-2])
-    if len(D.shape) == 4:
-        return (*queries, D.shape[1])
-    return (*queries, D.shape[0] if cu_d is None else cu_d.shape[0] - 1)
+        per_query = documents[0] if cu_d is None else cu_d.shape[0] - 1
+    if cu_q is not None:
+        return (cu_q.shape[0] - 1, per_query)
+    return (queries[0], per_query) if len(queries) == 3 else (per_query,)
 
 
 def scores_shape_of_lists(Q: Any, D: Any) -> Shape:

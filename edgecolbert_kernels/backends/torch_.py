@@ -261,7 +261,7 @@ def _sum_rows(rows: Tensor, source: Tensor, weight: Tensor, target: Tensor, num_
 
 
 def _arithmetic(Q: Tensor, D: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (Q.dtype, D.dtype) else torch.float32
+    return torch.float64 if Q.dtype is torch.float64 or D.dtype is torch.float64 else torch.float32
 
 
 def _blocks(count: int, size: int) -> Iterator[slice]:

@@ -92,7 +92,7 @@ def kept(mask: Tensor | None) -> Tensor | None:
 
 def arithmetic(Q: Tensor, D: Tensor) -> str:
     """The dtype that scores are summed in, by name."""
-    return "float64" if torch.float64 in (Q.dtype, D.dtype) else "float32"
+    return "float64" if Q.dtype is torch.float64 or D.dtype is torch.float64 else "float32"
 
 
 def _integers(

@@ -27,6 +27,14 @@ def tokens(name: str, seen: Any) -> Tensor:
     return tensor
 
 
+def token_list(name: str, seen: Sequence[Any]) -> list[Tensor]:
+    X = [x if isinstance(x, Tensor) else tokens(f"{name}[{n}]", x) for n, x in enumerate(seen)]
+    if X:
+        arguments.dtype(f"{name}[0]", X[0])
+    checks.token_list(name, X)
+    return X
+
+
 def mask(name: str, seen: Any, of: str, X: Tensor) -> Tensor | None:
     if seen is None:
         return None
@@ -107,15 +115,13 @@ def score_in_place(
     for X, masks in ((Q, q_mask), (D, d_mask)):
         if not isinstance(X, list):
             every += [X] if masks is None else [X, masks]
-        elif not X or masks or any(x.stride(1) != 1 for x in X):
+        elif not X or masks or X[0].dtype not in cpu.DTYPES or any(x.stride(1) != 1 for x in X):
             return None
         else:
             every += X
     if torch.is_grad_enabled() and any(x.requires_grad for x in every):
         return None
-    if not plain(*every) or any(x.dtype == torch.float64 for x in every):
-        return None
-    if choose("maxsim", "cpu", "float32") != "cpu":
+    if not plain(*every) or choose("maxsim", "cpu", "float32") != "cpu":
         return None
     dtype = _float(out_dtype)
     scores = cpu.forward_lists(Q, D, q_mask, d_mask, normalize, mask_mode, precision)

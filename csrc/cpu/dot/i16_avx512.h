@@ -1,6 +1,8 @@
 // int16 on AVX-512: vpdpwssd with VNNI (one instruction for 32 multiply-adds), else vpmaddwd + vpaddd.
 #pragma once
 
+#include "fixed_point.h"
+
 namespace {
 
 struct Int16 {
@@ -13,18 +15,42 @@ struct Int16 {
 #endif
   }
 
-  using Magnitudes = __m256i;
-  static Magnitudes no_magnitudes() { return _mm256_setzero_si256(); }
-
-  static void store_rounded(int16_t* out, __m512 x, Magnitudes& largest) {
-    const __m512 magic = _mm512_set1_ps(384.0f);
-    const __m512i integer = _mm512_sub_epi32(_mm512_castps_si512(_mm512_add_ps(x, magic)), _mm512_castps_si512(magic));
-    const __m256i rounded = _mm512_cvtsepi32_epi16(integer);
-    largest = _mm256_max_epu16(largest, _mm256_abs_epi16(rounded));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), rounded);
+  // Word j = (low[j], high[j]) in fixed point.
+  static __m512i round_pair(__m512 low, __m512 high) {
+    const __m512i a = _mm512_castps_si512(_mm512_add_ps(low, _mm512_set1_ps(kRounder)));
+    const __m512i b = _mm512_castps_si512(_mm512_add_ps(high, _mm512_set1_ps(kRounder)));
+    return _mm512_mask_blend_epi16(0xaaaaaaaau, a, _mm512_slli_epi32(b, 16));
+  }
+  // Word j = (x[2j], x[2j + 1]) in the lower half, zeros above.
+  static __m512i round_single(__m512 x) {
+    return _mm512_zextsi256_si512(_mm512_cvtepi32_epi16(_mm512_castps_si512(_mm512_add_ps(x, _mm512_set1_ps(kRounder)))));
+  }
+  static void store_lower(uint32_t* out, __m512i x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(x));
   }
 
-  static uint32_t largest(Magnitudes x) { return _mm512_reduce_max_epu32(_mm512_cvtepu16_epi32(x)); }
+  // Squares of 2^15-scaled values, in steps of 2^-22 when folded. A lane that saturates is 2 or more.
+  static void add_squares(__m512i& sum, __m512i x) {
+#ifdef __AVX512VNNI__
+    sum = _mm512_dpwssds_epi32(sum, x, x);
+#else
+    sum = _mm512_add_epi32(sum, _mm512_srli_epi32(_mm512_madd_epi16(x, x), 8));
+#endif
+  }
+  static __m128i fold_squares(__m512i sum) {
+#ifdef __AVX512VNNI__
+    sum = _mm512_srli_epi32(sum, 8);
+#endif
+    const __m256i eight = _mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  }
+
+  // Magnitudes of 32 fp16 or bf16 values, as bits.
+  static __m512i load_magnitudes(const void* p) { return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(0x7fff7fff)); }
+  static __m512i maximum_magnitudes(__m512i a, __m512i b) { return _mm512_max_epu16(a, b); }
+  static uint32_t largest_magnitude(__m512i x) {
+    return _mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_srli_epi32(x, 16), _mm512_and_si512(x, _mm512_set1_epi32(0xffff))));
+  }
 };
 
 }  // namespace

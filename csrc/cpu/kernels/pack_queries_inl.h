@@ -3,8 +3,6 @@
 
 namespace {
 
-constexpr float kQueryScale = 32767.0f;  // 1 is represented exactly
-
 // The query token in fp32, normalised where asked, filled up to whole registers.
 template <class Element>
 inline void widen_query(const char* data, int dim, int64_t dim_stride, bool normalize, float* out) {
@@ -16,10 +14,10 @@ inline void widen_query(const char* data, int dim, int64_t dim_stride, bool norm
   }
 }
 
-// |x| <= 1 and |q|^2 <= 1.05: with documents of |d|^2 <= 3.5 and the roundings of up to 2^16 dimensions, |<q, d>| stays below 2.
+#ifndef EDGECOLBERT_NO_FIXED_POINT
 template <class Element>
 bool admits_fixed_point(const AdmitJob& job) {
-  if (job.dim > 65536) return false;
+  if (job.dim > kFixedPointDimensions) return false;
   for (int64_t i = 0; i < job.count; ++i) {
     widen_query<Element>(job.rows[i], job.dim, job.dim_stride, job.normalize, job.buffer);
     Simd::F squares = Simd::zero();
@@ -34,12 +32,21 @@ bool admits_fixed_point(const AdmitJob& job) {
   return true;
 }
 
-// Queries that do not fit are not asked for; they only have to convert to something.
-inline int16_t to_query_fixed_point(float x) {
+inline uint32_t to_query_fixed_point(float x) {
   const float scaled = x * kQueryScale;
-  if (!(scaled > -kQueryScale)) return -32767;
-  return scaled < kQueryScale ? int16_t(__builtin_rintf(scaled)) : int16_t(32767);
+  const float held = scaled < kQueryScale ? (scaled > -kQueryScale ? scaled : -kQueryScale) : kQueryScale;
+  return uint16_t(int16_t(__builtin_rintf(held)));
 }
+
+inline void pack_fixed_point(const PackJob& job, const float* row, int lane) {
+  for (int word = 0; word < (job.dim + 1) / 2; ++word) {
+    int low, high;
+    DotI16::dimensions(word, job.dim, &low, &high);
+    const uint32_t upper = high < 0 ? 0 : to_query_fixed_point(row[high]);
+    job.words_i16[word * job.word_stride + lane] = to_query_fixed_point(row[low]) | upper << 16;
+  }
+}
+#endif
 
 template <class Element>
 void pack_register(PackJob& job) {
@@ -58,12 +65,9 @@ void pack_register(PackJob& job) {
     for_each_register(row_f32, dim,
                       [&](int, Simd::F x) { peak_bits = Simd::maximum_unsigned(peak_bits, Simd::absolute_bits(x)); });
     for (int k = 0; k < dim; ++k) job.words_f32[k * job.word_stride + lane] = float_to_bits(row_f32[k]);
-    if (!job.words_i16) continue;
-    for (int k = 0; k < dim; k += 2) {
-      const uint32_t low = uint16_t(to_query_fixed_point(row_f32[k]));
-      const uint32_t high = k + 1 < dim ? uint16_t(to_query_fixed_point(row_f32[k + 1])) : 0;
-      job.words_i16[k / 2 * job.word_stride + lane] = low | high << 16;
-    }
+#ifndef EDGECOLBERT_NO_FIXED_POINT
+    if (job.words_i16) pack_fixed_point(job, row_f32, lane);
+#endif
   }
   job.peak = bits_to_float(Simd::largest_unsigned(peak_bits));
 }

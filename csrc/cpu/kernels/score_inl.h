@@ -67,7 +67,7 @@ class DocumentBlock {
   uint32_t* const words_;
   const bool feedable_;
   int64_t first_ = 0, tokens_ = 0, ready_ = 0;
-  Seen<Dot> seen_;
+  Seen<Dot, Element> seen_;
 };
 
 template <class Dot, class Element, Pick pick>

@@ -11,11 +11,11 @@ inline int64_t widened_stride(int dim) {
   return Dot::fixed_point ? round_up(dim, 2 * Simd::width) / 2 : round_up(dim, Simd::width);
 }
 
-template <class Dot>
+template <class Dot, class Element>
 struct Seen;
 
-template <>
-struct Seen<DotF32> {
+template <class Element>
+struct Seen<DotF32, Element> {
   Simd::I largest = Simd::zero_integer();  // |x| as bits
 
   // True when neither NaN nor an infinity that could become one can arise in any order of summation.
@@ -25,9 +25,11 @@ struct Seen<DotF32> {
   }
 };
 
-template <class Element>
-[[gnu::always_inline]] inline void store_widened(const Element* row, int dim, uint32_t* out, Seen<DotF32>& seen) {
-  Simd::I largest = seen.largest;  // a local: `out` might alias the caller's
+// `Row` is Element, or float where the row had to be normalised first. Registers of `seen` are copied to locals and back one by one:
+// `out` might alias them, and a copy of the whole would be loaded in pieces that the processor cannot forward from its stores.
+template <class Row, class Element>
+[[gnu::always_inline]] inline void store_widened(const Row* row, int dim, uint32_t* out, Seen<DotF32, Element>& seen) {
+  Simd::I largest = seen.largest;
   for_each_register(row, dim, [&](int k, Simd::F x) {
     largest = Simd::maximum_unsigned(largest, Simd::absolute_bits(x));
     Simd::store(reinterpret_cast<float*>(out) + k, x);
@@ -36,26 +38,56 @@ template <class Element>
 }
 
 #ifndef EDGECOLBERT_NO_FIXED_POINT
-template <>
-struct Seen<DotI16> {
-  uint32_t square_norm = 0;  // the largest of a token, as bits: NaN is larger than any number
-  Int16::Magnitudes largest = Int16::no_magnitudes();
-
-  // True when no value saturated and no sum can overflow, see admits_fixed_point.
-  bool sound(const QueryGroup&, int) const { return Int16::largest(largest) < 32767 && square_norm < float_to_bits(3.5f); }
-};
+// The first magnitude that is not below 1.
+inline uint32_t bits_of_one(F16) { return 0x3c00; }
+inline uint32_t bits_of_one(BF16) { return 0x3f80; }
+inline uint32_t bits_of_one(float) { return 1; }  // never gathered: `largest` holds them
 
 template <class Element>
-[[gnu::always_inline]] inline void store_widened(const Element* row, int dim, uint32_t* out, Seen<DotI16>& seen) {
-  Simd::F squares = Simd::zero();
-  Int16::Magnitudes largest = seen.largest;
-  for_each_register(row, dim, [&](int k, Simd::F x) {
-    squares = Simd::multiply_add(x, x, squares);
-    Int16::store_rounded(reinterpret_cast<int16_t*>(out) + k, x, largest);
-  });
-  const uint32_t square_norm = float_to_bits(Simd::sum(squares));
-  seen.square_norm = square_norm > seen.square_norm ? square_norm : seen.square_norm;
+struct Seen<DotI16, Element> {
+  Simd::I largest = Simd::zero_integer();      // |x| as bits of an fp32
+  Simd::I largest_raw = Simd::zero_integer();  // |x| as bits of a 16-bit Element
+  __m128i squares = _mm_setzero_si128();       // in lane l the largest, over tokens, of the squares that fell into lane l
+
+  // True when no value was too large and no sum can overflow: the lanes' sum bounds every squared norm.
+  bool sound(const QueryGroup&, int) const {
+    alignas(16) uint32_t lanes[4];
+    _mm_store_si128(reinterpret_cast<__m128i*>(lanes), squares);
+    float square_norm = 0.0f;
+    for (uint32_t lane : lanes) {
+      if (lane >= (1u << 23) - 1) return false;
+      square_norm += float(lane);
+    }
+    return square_norm < kSquareNormLimit && Simd::largest_unsigned(largest) <= float_to_bits(kDocumentLimit) &&
+           Int16::largest_magnitude(largest_raw) < bits_of_one(Element{});
+  }
+};
+
+template <class Row, class Element>
+[[gnu::always_inline]] inline void store_widened(const Row* row, int dim, uint32_t* out, Seen<DotI16, Element>& seen) {
+  Simd::I largest = seen.largest, largest_raw = seen.largest_raw, squares = Simd::zero_integer();
+  int k = 0;
+  for (; k + 2 * Simd::width <= dim; k += 2 * Simd::width) {
+    const Simd::F low = Simd::load(row + k), high = Simd::load(row + k + Simd::width);
+    if constexpr (sizeof(Row) == 2) {
+      largest_raw = Int16::maximum_magnitudes(largest_raw, Int16::load_magnitudes(row + k));
+    } else {
+      largest = Simd::maximum_unsigned(largest, Simd::maximum_unsigned(Simd::absolute_bits(low), Simd::absolute_bits(high)));
+    }
+    const Simd::I words = Int16::round_pair(low, high);
+    Int16::add_squares(squares, words);
+    Simd::store(reinterpret_cast<int32_t*>(out) + k / 2, words);
+  }
+  for (; k < dim; k += Simd::width) {
+    const Simd::F x = k + Simd::width <= dim ? Simd::load(row + k) : Simd::load_first(row + k, dim - k);
+    largest = Simd::maximum_unsigned(largest, Simd::absolute_bits(x));
+    const Simd::I words = Int16::round_single(x);
+    Int16::add_squares(squares, words);
+    Int16::store_lower(out + k / 2, words);
+  }
+  seen.squares = _mm_max_epu32(seen.squares, Int16::fold_squares(squares));
   seen.largest = largest;
+  seen.largest_raw = largest_raw;
 }
 #endif
 
@@ -66,7 +98,7 @@ struct Feed {
   int dim;
   int64_t next, end;  // kept tokens still to widen
   uint32_t* out;
-  Seen<Dot>* seen;
+  Seen<Dot, Element>* seen;
 
   // One token whose dimensions lie side by side.
   [[gnu::always_inline]] void step() {
