@@ -8,13 +8,9 @@ import torch
 
 from benchmarks.contenders import blocked
 from benchmarks.machine import last_level_cache_bytes
+from tests.cases import embeddings
 
 MOST_COPIES = 16
-
-
-def unit_rows(*shape: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(shape, generator=generator), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -81,8 +77,8 @@ class Shape:
 
 @lru_cache(maxsize=1)
 def make(shape: Shape) -> Inputs:
-    queries = unit_rows(shape.num_queries, shape.query_length, shape.dim, seed=0).half()
-    documents = unit_rows(shape.num_documents, shape.length, shape.dim, seed=1).half()
+    queries = embeddings(shape.num_queries, shape.query_length, shape.dim, seed=0, dtype=torch.float16)
+    documents = embeddings(shape.num_documents, shape.length, shape.dim, seed=1, dtype=torch.float16)
     copies = min(MOST_COPIES, 1 + -(-last_level_cache_bytes() // documents.nbytes))
     copied = [documents.clone() for _ in range(copies)]
     return Inputs(queries, queries.float(), copied, [copy.float() for copy in copied])

@@ -11,9 +11,10 @@ from functools import lru_cache, partial
 import torch
 
 from benchmarks import contenders, machine, suite
-from benchmarks.inputs import Shape, unit_rows
+from benchmarks.inputs import Shape
 from benchmarks.interleave import Contender, Samples, quantiles
 from edgecolbert_kernels import maxsim
+from tests.cases import embeddings
 
 SHAPE = Shape(1, 32, 10, 300, 48)
 FLOAT16, EVERY_PAIR, EXACT = 1, 0, 0  # the module's codes
@@ -21,8 +22,8 @@ FLOAT16, EVERY_PAIR, EXACT = 1, 0, 0  # the module's codes
 
 @lru_cache(maxsize=1)
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    queries = unit_rows(SHAPE.num_queries, SHAPE.query_length, SHAPE.dim, seed=0).half()
-    return queries, unit_rows(SHAPE.num_documents, SHAPE.length, SHAPE.dim, seed=1).half()
+    queries = embeddings(SHAPE.num_queries, SHAPE.query_length, SHAPE.dim, seed=0, dtype=torch.float16)
+    return queries, embeddings(SHAPE.num_documents, SHAPE.length, SHAPE.dim, seed=1, dtype=torch.float16)
 
 
 def operand(tensor: torch.Tensor) -> tuple[int, ...]:

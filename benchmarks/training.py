@@ -10,15 +10,16 @@ from functools import lru_cache
 import torch
 
 from benchmarks import contenders, suite
-from benchmarks.inputs import Shape, unit_rows
+from benchmarks.inputs import Shape
 from benchmarks.interleave import Contender, Samples
+from tests.cases import embeddings
 
 
 @lru_cache(maxsize=1)
 def batch(shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, documents, the gradient of the scores, and a mask that keeps half to all tokens."""
-    queries = unit_rows(shape.num_queries, shape.query_length, shape.dim, seed=0)
-    documents = unit_rows(shape.num_documents, shape.length, shape.dim, seed=1)
+    queries = embeddings(shape.num_queries, shape.query_length, shape.dim, seed=0)
+    documents = embeddings(shape.num_documents, shape.length, shape.dim, seed=1)
     generator = torch.Generator().manual_seed(2)
     grad = torch.randn(shape.num_queries, shape.num_documents, generator=generator)
     lengths = torch.randint(shape.length // 2, shape.length + 1, (shape.num_documents, 1), generator=generator)

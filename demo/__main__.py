@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -71,16 +72,16 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(highlight=False)
     try:
         task = beir(options.data) if options.data else standard_library()
-    except FileNotFoundError as error:
+        if options.limit:
+            task = subsample(task, options.limit)
+        max_tokens = options.tokens or task.max_tokens
+        encoder = load_encoder(options.encoder, max_tokens)
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
-    if options.limit:
-        task = subsample(task, options.limit)
-    max_tokens = options.tokens or task.max_tokens
-    encoder = load_encoder(options.encoder, max_tokens)
 
     print(f"{task.name}: {len(task.documents)} documents, {len(task.queries)} queries. Encoder: {encoder.name}.")
     print("\n".join([*task.notes, f"Documents are cut at {max_tokens} tokens (--tokens)."]))
-    documents, queries = encode(task, encoder, max_tokens, options.cache)
+    documents, queries = encode(task, encoder, options.cache)
 
     if options.query:
         for query in options.query:
@@ -107,23 +108,23 @@ def show_timing(console: Console, queries: TokenVectors, documents: TokenVectors
     batch, measurements = timing.measure_all(queries, documents)
     lengths = documents.lengths
     console.print(
-        f"Scoring {len(lengths)} documents of {lengths.float().mean():.0f} tokens, padded to {lengths.max()}, "
-        f"{documents.values.shape[1]} dimensions, {torch.get_num_threads()} threads. "
-        "Peak: memory that scoring the batch takes beyond the documents. Error: the largest, of a score."
+        f"Scoring {len(lengths)} documents of {lengths.float().mean():.0f} tokens (padded: {lengths.max()}), "
+        f"{documents.values.shape[1]} dimensions, {torch.get_num_threads()} threads. Peak: what scoring the batch takes "
+        "beyond the documents. Error: the largest difference of a score from eager PyTorch."
     )
-    table = Table()
+    table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("")
-    for heading in ("1 query", f"{batch} queries", "documents", "peak", "error"):
+    for heading in ("1 query, ms", f"{batch} queries, ms", "documents, MiB", "peak, MiB", "error"):
         table.add_column(heading, justify="right")
     baseline = next(iter(measurements.values()))
     for name, measured in measurements.items():
         peak = measured.peak_bytes
         table.add_row(
             name,
-            f"{measured.single_s * 1e3:.2f} ms {baseline.single_s / measured.single_s:5.1f}x",
-            f"{measured.batch_s * 1e3:.1f} ms {baseline.batch_s / measured.batch_s:5.1f}x",
-            f"{measured.document_bytes / 2**20:.1f} MiB",
-            "unknown" if peak is None else f"{peak / 2**20:.1f} MiB",
+            f"{measured.single_s * 1e3:.2f} {baseline.single_s / measured.single_s:5.1f}x",
+            f"{measured.batch_s * 1e3:.1f} {baseline.batch_s / measured.batch_s:5.1f}x",
+            f"{measured.document_bytes / 2**20:.1f}",
+            "unknown" if peak is None else f"{peak / 2**20:.1f}",
             "" if measured is baseline else f"{measured.max_error:.0e}",
         )
     console.print(table)

@@ -16,10 +16,10 @@ from demo.vectors import TokenVectors
 FORMAT = 1  # to raise whenever the same texts would be encoded differently
 
 
-def encode(task: Task, encoder: Encoder, max_tokens: int, folder: Path) -> tuple[TokenVectors, TokenVectors]:
+def encode(task: Task, encoder: Encoder, folder: Path) -> tuple[TokenVectors, TokenVectors]:
     """Token vectors of the documents and of the queries, read from `folder` if they are there, else left there."""
     texts = [document.text for document in task.documents]
-    identity = json.dumps([FORMAT, encoder.name, max_tokens, texts, task.queries])
+    identity = json.dumps([FORMAT, encoder.fingerprint, texts, task.queries])
     path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
     try:
         return _load(path, encoder)

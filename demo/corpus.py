@@ -4,6 +4,7 @@ import ast
 import csv
 import gzip
 import json
+import os
 import random
 import re
 import sysconfig
@@ -146,17 +147,21 @@ def split_first_sentence(docstring: str) -> tuple[str, str]:
 
 
 def _library_docstrings(root: Path) -> Iterator[tuple[str, str]]:
-    for path in tqdm(sorted(root.rglob("*.py")), desc="Reading the library", unit=" files"):
-        module = path.relative_to(root).with_suffix("")
-        if SKIPPED_FOLDERS.intersection(module.parts):
-            continue
+    for path in tqdm(sorted(_sources(root)), desc="Reading the library", unit=" files"):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
             continue  # templates and deliberate mistakes
+        module = path.relative_to(root).with_suffix("")
         yield from docstrings(tree, ".".join(part for part in module.parts if part != "__init__"))
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = set(subfolders) - SKIPPED_FOLDERS
+        yield from (Path(folder, file) for file in files if file.endswith(".py"))
 
 
 def docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:

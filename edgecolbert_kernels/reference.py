@@ -1,7 +1,7 @@
 r"""MaxSim in plain PyTorch: what every kernel is held to.
 
-Everything is materialised and nothing is fast. It runs in the dtype of its inputs (pass float64 for the truth) and PyTorch's
-own autograd gives its gradients.
+Everything is materialised and nothing is fast. It runs in the dtype of its inputs (pass float64 for the truth), and
+PyTorch's own autograd gives its gradients.
 
 With query tokens $q_i$, document tokens $d_j$, the kept tokens $K_q$, $K_d$ and $s_{ij} = \langle q_i, d_j \rangle$:
 
@@ -15,6 +15,8 @@ $$\text{score}(q, d) = \sum_{i \in K_q} \max_{j \in K_d} s_{ij}$$
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -75,7 +77,10 @@ def maxsim(
     normalize: bool = False,
     mask_mode: str = "exclude",
 ) -> tuple[Tensor, Tensor]:
-    """`Q [Nq, Lq, d]` against every `D [Nd, Ld, d]` -> `[Nq, Nd]`, or its own `D [Nq, K, Ld, d]` -> `[Nq, K]`; and argmax."""
+    """`Q [Nq, Lq, d]` against `D [Nd, Ld, d]` -> `[Nq, Nd]`, or against its own `D [Nq, K, Ld, d]` -> `[Nq, K]`.
+
+    The argmax has an axis Lq more.
+    """
     if D.ndim == 3:
         D, d_mask = D[None], None if d_mask is None else d_mask[None]
     q_mask = None if q_mask is None else q_mask[:, None]
@@ -106,7 +111,7 @@ def maxsim_indexed(
     normalize: bool = False,
     mask_mode: str = "exclude",
 ) -> tuple[Tensor, Tensor]:
-    """The pairs `(query_index[p], document_index[p])` of `Q [Nq, Lq, d]` and `D [Nd, Ld, d]` -> `[P]`, argmax `[P, Lq]`."""
+    """Pairs `query_index[p]`, `document_index[p]` of `Q [Nq, Lq, d]` and `D [Nd, Ld, d]` -> `[P]`, argmax `[P, Lq]`."""
     q_mask = None if q_mask is None else q_mask[query_index]
     d_mask = None if d_mask is None else d_mask[document_index]
     return score(Q[query_index], D[document_index], q_mask, d_mask, normalize=normalize, mask_mode=mask_mode)
@@ -123,11 +128,10 @@ def maxsim_varlen(
     normalize: bool = False,
     mask_mode: str = "exclude",
 ) -> tuple[Tensor, list[list[Tensor]]]:
-    """`Q [Tq, d]` and `D [Td, d]`, sequence n being rows `cu[n]` to `cu[n + 1]` -> `[Nq, Nd]`, argmax `[query][document]`."""
+    """`Q [Tq, d]`, `D [Td, d]`, sequence n being rows `cu[n]` to `cu[n + 1]` -> `[Nq, Nd]`, argmax `[query][document]`."""
 
     def spans(cu_seqlens: Tensor) -> list[slice]:
-        bounds = cu_seqlens.tolist()
-        return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+        return [slice(start, stop) for start, stop in pairwise(cu_seqlens.tolist())]
 
     def pair(query: slice, document: slice) -> tuple[Tensor, Tensor]:
         masks = None if q_mask is None else q_mask[query], None if d_mask is None else d_mask[document]

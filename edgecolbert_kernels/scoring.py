@@ -33,19 +33,20 @@ def maxsim(
 
     Args:
         Q: `[Nq, Lq, d]`, or `[Lq, d]` for one query, whose axis the result then lacks, or a list of `[Lq, d]`.
-        D: `[Nd, Ld, d]` or a list of `[Ld, d]`, scored with every query, or `[Nq, K, Ld, d]`, each query's own documents.
-        q_mask: what to keep of Q: bool or 0/1 in any dtype, `Q.shape[:-1]`, holes allowed; for a list, a list of `[Lq]`.
+        D: `[Nd, Ld, d]` or a list of `[Ld, d]`, scored with every query; or `[Nq, K, Ld, d]`, a query's own documents.
+        q_mask: the tokens of Q to keep, in the shape of Q without d: bool, or 0/1 in any dtype, with holes or without;
+            for a list, a list of `[Lq]`.
         d_mask: the same for D.
         normalize: divide every token by its Euclidean norm first (at least 1e-12).
         mask_mode: "exclude": a masked document token is never chosen, and a document with no token left scores 0.
             "zero": its similarity is 0 and takes part in the maximum, as in PyLate.
-        precision: "exact" accumulates in float32 whatever the storage. "fast" may use 16-bit fixed point where all values
-            are within [-1, 1]: an error of at most 5e-4 a score at d <= 128 and Lq = 32.
+        precision: "exact" accumulates in float32 whatever the storage. "fast" may use 16-bit fixed point where all
+            values are within [-1, 1]: an error of at most 5e-4 a score at d <= 128 and Lq = 32.
         out_dtype: the result's dtype; float32 if None.
 
-    Both are torch tensors in float32, float16, bfloat16 or float64, not necessarily the same, with any strides; or numpy
-    arrays, where uint16 is the bits of bfloat16 and float64 is rounded to float32. Gradients flow to tensors Q and D. float64
-    tensors are scored in float64 by the torch backend.
+    Q and D are torch tensors in float32, float16, bfloat16 or float64, not necessarily the same, with any strides; or
+    numpy arrays, where uint16 is the bits of bfloat16 and float64 is rounded to float32. Gradients flow to tensors Q and
+    D. float64 tensors are scored in float64, by the torch backend.
 
     Returns:
         `[Nq, Nd]`, or `[Nq, K]` for a query's own documents; `[Nd]` or `[K]` for a Q of `[Lq, d]`.
@@ -123,8 +124,8 @@ def maxsim_varlen(
     Args:
         Q: `[Tq, d]`, the tokens of all queries.
         D: `[Td, d]`, the tokens of all documents.
-        cu_seqlens_q: `[Nq + 1]` integers: query n is the rows from `cu_seqlens_q[n]` to `cu_seqlens_q[n + 1]`. They start at
-            0, never decrease and end within Q.
+        cu_seqlens_q: `[Nq + 1]` integers: query n is the rows from `cu_seqlens_q[n]` to `cu_seqlens_q[n + 1]`. They start
+            at 0, never decrease and end within Q.
         cu_seqlens_d: `[Nd + 1]`, the same for D.
         q_mask: `[Tq]`.
         d_mask: `[Td]`.
@@ -252,7 +253,7 @@ _tensors: Any = None
 
 
 def _framework(*inputs: Any) -> Any:
-    """The side that handles these inputs: numpy if all are arrays, else torch, which whoever has tensors has loaded."""
+    """The side that handles these inputs: numpy if all are arrays, else torch, which who has tensors has loaded."""
     for batch in inputs:
         for matrix in batch if isinstance(batch, (list, tuple)) else (batch,):
             if not isinstance(matrix, np.ndarray):

@@ -20,7 +20,7 @@ from demo.vectors import TokenVectors  # noqa: E402
 class WordEncoder:
     """One token a word, and one in front that is not text; equal words get equal unit vectors."""
 
-    name = "words"
+    name = fingerprint = "words"
 
     def __init__(self):
         self.calls = 0
@@ -202,8 +202,8 @@ def test_ranking(animals, precision):
 
 def test_encodings_are_kept(animals, tmp_path):
     encoder = WordEncoder()
-    first = cache.encode(animals, encoder, 8, tmp_path)
-    second = cache.encode(animals, encoder, 8, tmp_path)
+    first = cache.encode(animals, encoder, tmp_path)
+    second = cache.encode(animals, encoder, tmp_path)
     assert encoder.calls == 1
     assert encoder.scale.tolist() == [1]
     for kept, fresh in zip(second, first, strict=True):
@@ -212,9 +212,10 @@ def test_encodings_are_kept(animals, tmp_path):
 
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:100])
-    cache.encode(animals, encoder, 8, tmp_path)
+    cache.encode(animals, encoder, tmp_path)
     assert encoder.calls == 2
-    cache.encode(animals, encoder, 9, tmp_path)
+    encoder.fingerprint = "other words"
+    cache.encode(animals, encoder, tmp_path)
     assert encoder.calls == 3
 
 

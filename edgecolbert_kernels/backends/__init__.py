@@ -43,7 +43,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def choose(op: str, device: str, dtype: str) -> str:
-    """The name of the backend for an op ("maxsim") on a device type ("cpu", "cuda"), summing in "float32" or "float64"."""
+    """The backend's name, for an op ("maxsim") on a device type ("cpu", "cuda") that sums in "float32" or "float64"."""
     name = _chosen.get() or os.environ.get(VARIABLE)
     if name and name != "auto":
         reason = supports(_known(name, VARIABLE), op, device, dtype)
@@ -93,11 +93,6 @@ def _known(name: str, source: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{source} names the backend {name!r}; want one of {BACKENDS}")
     return name
-
-
-@cache
-def _torch_is_installed() -> bool:
-    return find_spec("torch") is not None
 
 
 @cache

@@ -114,9 +114,7 @@ def _operand(X: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> nativ
     if cu_seqlens is None:
         return native.padded(X.data_ptr(), DTYPES[X.dtype], X.shape, X.stride(), mask_address)
     count = cu_seqlens.shape[0] - 1
-    return native.packed(
-        X.data_ptr(), DTYPES[X.dtype], X.shape, X.stride(), cu_seqlens.data_ptr(), count, mask_address
-    )
+    return native.packed(X.data_ptr(), DTYPES[X.dtype], X.shape, X.stride(), cu_seqlens.data_ptr(), count, mask_address)
 
 
 def _table(X: list[Tensor]) -> tuple[native.Operand, Any]:

@@ -25,10 +25,7 @@ def scores_shape(Q: Any, D: Any, cu_q: Any, cu_d: Any, query_index: Any) -> Shap
     if query_index is not None:
         return (query_index.shape[0],)
     queries, documents = Q.shape, D.shape
-    if len(documents) == 4:
-        per_query = documents[1]
-    else:
-        per_query = documents[0] if cu_d is None else cu_d.shape[0] - 1
+    per_query = documents[1 if len(documents) == 4 else 0] if cu_d is None else cu_d.shape[0] - 1
     if cu_q is not None:
         return (cu_q.shape[0] - 1, per_query)
     return (queries[0], per_query) if len(queries) == 3 else (per_query,)

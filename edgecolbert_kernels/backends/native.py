@@ -1,7 +1,7 @@
 """The compiled module `_C`: loading it, what it supports, and how it is told where tokens lie.
 
-Framework-free: the torch backend `cpu` and the numpy path both speak to `_C` through this file. `_C` reads raw memory, so
-whoever calls it keeps every array alive and has checked every shape, offset and index.
+No framework: the backend `cpu` and the numpy path both speak to `_C` through this file. `_C` reads raw memory, so whoever
+calls it keeps every array alive and has checked every shape, offset and index.
 """
 
 from __future__ import annotations

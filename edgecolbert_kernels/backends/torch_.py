@@ -1,8 +1,8 @@
 """Backend `torch`: plain PyTorch on any device, in blocks, so that the similarities never exist in full.
 
-The arithmetic is float32, or float64 where an input is. `precision="fast"` is answered exactly. The backward reads the saved
-argmax alone: each entry adds one weighted document row to a query row and one weighted query row to a document row, summed in
-a fixed order, so that gradients are the same bits in every run.
+The arithmetic is float32, or float64 where an input is; `precision="fast"` is answered exactly. The backward goes by the
+saved argmax: each entry adds a weighted document row to a query row and a weighted query row to a document row, in a fixed
+order, so that gradients are the same bits in every run.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def forward(
         dtype = torch.int16 if layout.argmax_is_int16(D, cu_d) else torch.int32
         argmax = torch.full((layout.argmax_length(Q, shape, cu_q),), NO_TOKEN, dtype=dtype, device=Q.device)
 
-    pairs = max(1, SIMILARITIES.get(Q.device.type, SIMILARITIES_ELSEWHERE) // max(1, queries.longest * documents.longest))
+    similarities = SIMILARITIES.get(Q.device.type, SIMILARITIES_ELSEWHERE)
+    pairs = max(1, similarities // max(1, queries.longest * documents.longest))
     # Autocast would lower the products to half precision.
     with torch.autocast(Q.device.type, enabled=False):
         if layout.which(D, query_index) == native.EVERY:
@@ -229,7 +230,7 @@ def _without_masked(best: Tensor, token: Tensor | None, kept: Tensor | None) -> 
 def _record(
     argmax: Tensor, token: Tensor, queries: _Sequences, num_documents: int, some_queries: slice, some_documents: slice
 ) -> None:
-    """Write `[queries, documents, Lq]` where the flat argmax has them: a query's block is `[num_documents, its length]`."""
+    """Write `[queries, documents, Lq]` into the flat argmax, where a query's block is `[num_documents, its length]`."""
     start, stop = queries.bounds[:-1][some_queries, None, None], queries.bounds[1:][some_queries, None, None]
     document = torch.arange(some_documents.start, some_documents.stop, device=token.device)[:, None]
     position = torch.arange(token.shape[-1], device=token.device)
@@ -254,7 +255,7 @@ def _pairs(D: Tensor, query_index: Tensor | None, document_index: Tensor | None)
 
 
 def _sum_rows(rows: Tensor, source: Tensor, weight: Tensor, target: Tensor, num_targets: int) -> Tensor:
-    """out[t] = the sum of weight[e] * rows[source[e]] over the entries e with target[e] = t, in the order of the entries."""
+    """out[t] = the sum of weight[e] * rows[source[e]] over the entries e with target[e] = t, in their order."""
     target, order = target.sort(stable=True)
     first = torch.searchsorted(target, torch.arange(num_targets, device=target.device))
     return embedding_bag(source[order], rows, first, mode="sum", per_sample_weights=weight[order])

@@ -10,9 +10,7 @@ from edgecolbert_kernels import checks
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-Inputs = tuple[
-    Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
-]
+Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def check(
@@ -98,5 +96,6 @@ def arithmetic(Q: Tensor, D: Tensor) -> str:
 def _integers(
     cu_q: Tensor | None, cu_d: Tensor | None, query_index: Tensor | None, document_index: Tensor | None
 ) -> list[tuple[str, Tensor]]:
-    named = (("cu_seqlens_q", cu_q), ("cu_seqlens_d", cu_d), ("query_index", query_index), ("document_index", document_index))
-    return [(name, tensor) for name, tensor in named if tensor is not None]
+    names = ("cu_seqlens_q", "cu_seqlens_d", "query_index", "document_index")
+    tensors = (cu_q, cu_d, query_index, document_index)
+    return [(name, tensor) for name, tensor in zip(names, tensors, strict=True) if tensor is not None]

@@ -1,10 +1,12 @@
 """`edgecolbert::maxsim_forward` and `edgecolbert::maxsim_backward`: schema, implementation, fake, autograd and vmap.
 
-One pair of ops carries every layout. Q is `[Lq, d]` (one query, without an axis for it), `[Nq, Lq, d]`, or `[Tq, d]` with
-boundaries `cu_q [Nq + 1]`; D is `[Nd, Ld, d]`, `[Nq, K, Ld, d]` (a query's own documents), or `[Td, d]` with
-`cu_d [Nd + 1]`; `query_index` and `document_index` `[P]` choose pairs. Scores are `[Nq, Nd]`, `[Nq, K]` or `[P]` in float32,
-in float64 where an input is. The argmax is flat, the tokens of a query innermost, and empty unless asked for: int16 where
-D is padded to at most 32768 tokens, else int32.
+One pair of ops carries every layout. Q is `[Lq, d]` (one query, without an axis for it), `[Nq, Lq, d]`, or `[Tq, d]`
+with boundaries `cu_q [Nq + 1]`; D is `[Nd, Ld, d]`, `[Nq, K, Ld, d]` (a query's own documents), or `[Td, d]` with
+`cu_d [Nd + 1]`; `query_index` and `document_index` `[P]` choose pairs. Scores are `[Nq, Nd]`, `[Nq, K]` or `[P]` in
+float32, in float64 where an input is.
+
+The argmax is flat, each query's tokens innermost, and empty unless asked for; it counts the tokens of the document from 0
+and is -1 where no token was chosen. int16 where D is padded to at most 32768 tokens, else int32.
 """
 
 from __future__ import annotations
@@ -93,7 +95,7 @@ def _differentiate_twice(ctx: Any, *grads: Tensor) -> None:
 
 
 def _one_by_one(op: Any) -> Any:
-    """A vmap rule: the op once for each element of the batch, so that the answer is the unbatched one by construction."""
+    """A vmap rule: the op once for each element of the batch, whose answers are then the unbatched ones."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         moved = [x if dim is None else x.movedim(dim, 0) for x, dim in zip(args, in_dims, strict=True)]

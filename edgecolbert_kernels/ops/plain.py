@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _Keys, _Key = torch._C.DispatchKeySet, torch._C.DispatchKey
-# What a dense CPU tensor dispatches on; the second was made in inference mode. Negative views, zero tensors without storage,
-# sparse, nested, quantized, fake, functional and batched tensors each carry another key.
+# What a dense CPU tensor dispatches on; the second was made in inference mode. Negative views, zero tensors without
+# storage, sparse, nested, quantized, fake, functional and batched tensors each carry another key.
 _TENSOR_KEYS = (
     _Keys(_Key.CPU).add(_Key.AutocastCPU).add(_Key.ADInplaceOrView).add(_Key.AutogradCPU).raw_repr(),
     _Keys(_Key.CPU).add(_Key.AutocastCPU).raw_repr(),

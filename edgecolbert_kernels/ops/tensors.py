@@ -140,7 +140,8 @@ def from_numpy(array: np.ndarray) -> Tensor:
 def _kept(X: Sequence[Tensor], masks: Sequence[Tensor | None] | None) -> list[Tensor]:
     if masks is None:
         masks = [None] * len(X)
-    return [x.new_ones(x.shape[0], dtype=torch.bool) if each is None else each for x, each in zip(X, masks, strict=True)]
+    every = ((x, each) for x, each in zip(X, masks, strict=True))
+    return [x.new_ones(x.shape[0], dtype=torch.bool) if each is None else each for x, each in every]
 
 
 def _float(dtype: Any) -> torch.dtype:

@@ -21,6 +21,10 @@ struct Int16 {
     const __m256i b = _mm256_castps_si256(_mm256_add_ps(high, _mm256_set1_ps(kRounder)));
     return _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa);
   }
+  template <class Element>
+  static __m256i load_pair(const Element* p) {
+    return round_pair(Simd::load(p), Simd::load(p + Simd::width));
+  }
   // Word j = (x[2j], x[2j + 1]) in the lower half, zeros above.
   static __m256i round_single(__m256 x) {
     const __m256i shifted = _mm256_slli_epi32(_mm256_castps_si256(_mm256_add_ps(x, _mm256_set1_ps(kRounder))), 16);

@@ -21,6 +21,18 @@ struct Int16 {
     const __m512i b = _mm512_castps_si512(_mm512_add_ps(high, _mm512_set1_ps(kRounder)));
     return _mm512_mask_blend_epi16(0xaaaaaaaau, a, _mm512_slli_epi32(b, 16));
   }
+  template <class Element>
+  static __m512i load_pair(const Element* p) {
+    return round_pair(Simd::load(p), Simd::load(p + Simd::width));
+  }
+#ifdef __AVX512FP16__
+  static __m512i load_pair(const F16* p) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512h scaled = _mm512_mul_ph(_mm512_loadu_ph(p), _mm512_set1_ph(_Float16(32768.0f)));
+    return _mm512_permutexvar_epi16(order, _mm512_cvtph_epi16(scaled));
+  }
+#endif
   // Word j = (x[2j], x[2j + 1]) in the lower half, zeros above.
   static __m512i round_single(__m512 x) {
     return _mm512_zextsi256_si512(_mm512_cvtepi32_epi16(_mm512_castps_si512(_mm512_add_ps(x, _mm512_set1_ps(kRounder)))));

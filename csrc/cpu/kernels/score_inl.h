@@ -1,7 +1,8 @@
 // MaxSim of one document against register rows of query tokens.
 //
 // Lanes are query tokens, so the maximum over a document needs no horizontal step. Documents stay as they are stored; their tokens are
-// widened into a scratch, a block at a time, while the first panel of query registers is scored; further panels find the block ready.
+// widened on the way. One panel of query registers: two tiles take turns, each being widened while the other one is scored, and never
+// leave the nearest cache. Several panels: a block of the document is widened while the first panel is scored, and kept for the others.
 //
 // A ragged end runs the last T tokens again, since a maximum may see a token twice; fewer than T tokens repeat the last one.
 #pragma once
@@ -10,88 +11,72 @@
 
 namespace {
 
-// Widened tokens of a block of a document, row by row.
+// Tokens of a document by their position among the kept ones, widened where the caller wants them.
 template <class Dot, class Element>
-class DocumentBlock {
+class Widener {
  public:
-  explicit DocumentBlock(const ScoreJob& job)
+  explicit Widener(const ScoreJob& job)
       : job_(job),
         stride_(widened_stride<Dot>(job.dim)),
         row_buffer_(reinterpret_cast<float*>(job.scratch)),
-        words_(reinterpret_cast<uint32_t*>(job.scratch) + 2 * round_up(job.dim, Simd::width)),
         feedable_(!job.normalize && (job.document.dim_stride == int64_t(sizeof(Element)) || job.dim == 1)) {}
 
-  // Tokens [first, first + tokens) of the document.
-  void start(int64_t first, int64_t tokens) {
-    first_ = first;
-    tokens_ = tokens;
-    ready_ = 0;
+  void widen(int64_t begin, int64_t end, uint32_t* out) {
+    const Tokens& tokens = job_.document;
+    void* const copy = row_buffer_ + round_up(job_.dim, Simd::width);
+    for (int64_t i = begin; i < end; ++i, out += stride_) {
+      const char* const data = tokens.data + (tokens.kept ? tokens.kept[i] : i) * tokens.token_stride;
+      const Element* const row = contiguous_row<Element>(data, tokens.dim_stride, job_.dim, copy);
+      if (job_.normalize) {
+        normalize_row(row, job_.dim, row_buffer_);
+        store_widened(row_buffer_, job_.dim, out, seen_);
+      } else {
+        store_widened(row, job_.dim, out, seen_);
+      }
+    }
   }
 
-  // Widened rows of the tile of T tokens at `token` of the block.
-  const uint32_t* tile(int64_t token, int tile_tokens) {
-    const int64_t wanted = token + tile_tokens;
-    for (; ready_ < wanted && ready_ < tokens_; ++ready_) widen(ready_);
-    for (int64_t i = tokens_; i < wanted; ++i) memcpy(words_ + i * stride_, words_ + (tokens_ - 1) * stride_, size_t(stride_) * 4);
-    return words_ + token * stride_;
+  // For a tile to widen on the side; done at once, and nothing left to do, when rows need more than a conversion.
+  Feed<Dot, Element> feed(int64_t begin, int64_t end, uint32_t* out) {
+    if (!feedable_) {
+      widen(begin, end, out);
+      begin = end;
+    }
+    return {&job_.document, job_.dim, begin, end, out, &seen_};
   }
 
-  // The next tokens of the block, for the tile at hand to widen; they count as ready.
-  Feed<Dot, Element> feed(int count) {
-    const int64_t begin = ready_;
-    if (feedable_) ready_ = ready_ + count < tokens_ ? ready_ + count : tokens_;
-    return {&job_.document, job_.dim, first_ + begin, first_ + ready_, words_ + begin * stride_, &seen_};
+  // Rows [count, wanted) repeat the last of `count` rows.
+  void repeat_last(uint32_t* rows, int64_t count, int64_t wanted) const {
+    for (int64_t i = count; i < wanted; ++i) memcpy(rows + i * stride_, rows + (count - 1) * stride_, size_t(stride_) * 4);
   }
 
+  uint32_t* rows() const { return reinterpret_cast<uint32_t*>(row_buffer_ + 2 * round_up(job_.dim, Simd::width)); }
   int64_t stride() const { return stride_; }
   bool sound() const { return seen_.sound(*job_.group, job_.dim); }
 
  private:
-  void widen(int64_t i) {
-    const Tokens& tokens = job_.document;
-    const int64_t number = tokens.kept ? tokens.kept[first_ + i] : first_ + i;
-    void* const copy = row_buffer_ + round_up(job_.dim, Simd::width);
-    const Element* const row = contiguous_row<Element>(tokens.data + number * tokens.token_stride, tokens.dim_stride, job_.dim, copy);
-    uint32_t* const out = words_ + i * stride_;
-    if (job_.normalize) {
-      normalize_row(row, job_.dim, row_buffer_);
-      store_widened(row_buffer_, job_.dim, out, seen_);
-    } else {
-      store_widened(row, job_.dim, out, seen_);
-    }
-  }
-
   const ScoreJob& job_;
   const int64_t stride_;     // k-words
-  float* const row_buffer_;  // one row in fp32, and one as it is stored
-  uint32_t* const words_;
+  float* const row_buffer_;  // one row in fp32, and one as it is stored; widened rows lie behind it
   const bool feedable_;
-  int64_t first_ = 0, tokens_ = 0, ready_ = 0;
   Seen<Dot, Element> seen_;
 };
 
 template <class Dot, class Element, Pick pick>
 class DocumentScore {
  public:
-  explicit DocumentScore(const ScoreJob& job) : job_(job), block_(job), best_(reinterpret_cast<Lane*>(job.best)) {}
+  explicit DocumentScore(const ScoreJob& job)
+      : job_(job), group_(*job.group), length_(job.document.length), widener_(job), best_(reinterpret_cast<Lane*>(job.best)) {}
 
   // False when the values do not allow this way of computing; `best` and `index` are then undefined.
   bool run() {
-    const QueryGroup& group = *job_.group;
-    for (int64_t lane = 0; lane < group.registers * Simd::width; lane += Simd::width) {
+    for (int64_t lane = 0; lane < group_.registers * Simd::width; lane += Simd::width) {
       Dot::store(best_ + lane, Dot::lowest());
       if (pick != Pick::maximum) Simd::store(job_.index + lane, Simd::zero_integer());
     }
-    const int64_t length = job_.document.length;
-    for (int64_t done = 0; done < length;) {
-      first_ = length - done < T && length >= T ? length - T : done;
-      tokens_ = length - first_ < job_.block_tokens ? length - first_ : job_.block_tokens;
-      block_.start(first_, tokens_);
-      for (int64_t r = 0; r < group.registers;) r += r + R <= group.registers ? panel<R>(r) : panel<1>(r);
-      if (pick != Pick::argmax_or_nan && !block_.sound()) return false;
-      done = first_ + tokens_;
-    }
-    return true;
+    if (group_.registers == R) return roll<R>();
+    if (group_.registers == 1) return roll<1>();
+    return score_blocks();
   }
 
  private:
@@ -99,32 +84,85 @@ class DocumentScore {
   static constexpr int T = kTileTokens;
   static constexpr int R = kPanelRegisters;
 
+  bool sound() const { return pick == Pick::argmax_or_nan || widener_.sound(); }
+
   template <int registers>
-  int panel(int64_t r) {
+  bool roll() {
+    uint32_t* const rows = widener_.rows();
+    const int64_t first_tokens = length_ < T ? length_ : T;
+    widener_.widen(0, first_tokens, rows);
+    widener_.repeat_last(rows, first_tokens, T);
+    if (!sound()) return false;
+    uint32_t *now = rows, *next = rows + T * widener_.stride();
+    for (int64_t start = 0;;) {
+      const int64_t left = length_ - start - T;  // tokens behind this tile
+      if (left <= 0) {
+        tile<registers>(now, 0, start);
+        return sound();
+      }
+      const int64_t following = left < T ? length_ - T : start + T;
+      auto feed = widener_.feed(following, following + T, next);
+      tile<registers>(now, 0, start, feed);
+      start = following;
+      uint32_t* const scored = now;
+      now = next;
+      next = scored;
+    }
+  }
+
+  bool score_blocks() {
+    for (int64_t done = 0; done < length_;) {
+      const int64_t first = length_ - done < T && length_ >= T ? length_ - T : done;
+      const int64_t tokens = length_ - first < job_.block_tokens ? length_ - first : job_.block_tokens;
+      widen_and_score_panel(first, tokens);
+      for (int64_t r = R; r < group_.registers;) {
+        const bool panel = r + R <= group_.registers;
+        for (int64_t token = 0; token < tokens; token += T) {
+          const int64_t start = start_of(token, tokens);
+          uint32_t* const rows = widener_.rows() + start * widener_.stride();
+          panel ? tile<R>(rows, r, first + start) : tile<1>(rows, r, first + start);
+        }
+        r += panel ? R : 1;
+      }
+      if (!sound()) return false;
+      done = first + tokens;
+    }
+    return true;
+  }
+
+  // Tokens [first, first + tokens), with the first panel of query registers.
+  void widen_and_score_panel(int64_t first, int64_t tokens) {
+    const auto row = [&](int64_t i) { return widener_.rows() + i * widener_.stride(); };
+    int64_t ready = tokens < T ? tokens : T;
+    widener_.widen(first, first + ready, row(0));
+    widener_.repeat_last(row(0), ready, T);
+    for (int64_t token = 0; token < tokens; token += T) {
+      const int64_t start = start_of(token, tokens);
+      const int64_t wanted = ready + T < tokens ? ready + T : tokens;
+      auto feed = widener_.feed(first + ready, first + wanted, row(ready));
+      R <= group_.registers ? tile<R>(row(start), 0, first + start, feed) : tile<1>(row(start), 0, first + start, feed);
+      ready = wanted;
+    }
+  }
+
+  static int64_t start_of(int64_t token, int64_t tokens) { return token + T > tokens && tokens >= T ? tokens - T : token; }
+
+  // Scores the tile of widened rows that stand for tokens `token` and on, against registers r and on.
+  template <int registers, class... Feeder>
+  void tile(const uint32_t* rows, int64_t r, int64_t token, Feeder&... feed) {
     const int64_t words = Dot::fixed_point ? (job_.dim + 1) / 2 : job_.dim;
-    const uint32_t* const query = (Dot::fixed_point ? job_.group->words_i16 : job_.group->words_f32) + r * words * Simd::width;
+    const uint32_t* const query = (Dot::fixed_point ? group_.words_i16 : group_.words_f32) + r * words * Simd::width;
     Lane* const best = best_ + r * Simd::width;
     int32_t* const index = job_.index + r * Simd::width;
-    for (int64_t token = 0; token < tokens_; token += T) {
-      const int64_t start = token + T > tokens_ && tokens_ >= T ? tokens_ - T : token;
-      const uint32_t* const tile = block_.tile(start, T);
-      auto feed = block_.feed(T);
-      const int32_t number = int32_t(first_ + start);
-      if (pick != Pick::argmax_or_nan && feed.next < feed.end) {
-        score_tile<Dot, T, registers, pick>(tile, block_.stride(), query, words, best, index, number, feed);
-        while (feed.next < feed.end) feed.step();
-      } else {
-        NoFeed none;
-        score_tile<Dot, T, registers, pick>(tile, block_.stride(), query, words, best, index, number, none);
-      }
-    }
-    return registers;
+    score_tile<Dot, T, registers, pick>(rows, widener_.stride(), query, words, best, index, int32_t(token), feed...);
+    (feed.finish(), ...);
   }
 
   const ScoreJob& job_;
-  DocumentBlock<Dot, Element> block_;
+  const QueryGroup& group_;
+  const int64_t length_;
+  Widener<Dot, Element> widener_;
   Lane* const best_;
-  int64_t first_ = 0, tokens_ = 0;
 };
 
 #ifndef EDGECOLBERT_NO_FIXED_POINT

@@ -31,10 +31,10 @@ template <class Dot, int T, int R>
   }
 }
 
-// best[lane] = max(best[lane], <query lane, document token>), and where asked the token of the maximum.
-template <class Dot, int T, int R, Pick pick, class Feeder>
+// best[lane] = max(best[lane], <query lane, document token>), and where asked the token of the maximum. `feed`: none or one.
+template <class Dot, int T, int R, Pick pick, class... Feeder>
 [[gnu::noinline]] void score_tile(const uint32_t* document, int64_t row_stride, const uint32_t* query, int64_t words,
-                                  typename Dot::Lane* best, int32_t* index, int32_t first_token, Feeder& feed) {
+                                  typename Dot::Lane* best, int32_t* index, int32_t first_token, Feeder&... feed) {
   static_assert(T % 3 == 0, "rows are addressed in threes: base, base + stride, base + 2 * stride");
   using V = typename Dot::V;
   V sum[T][R];
@@ -47,14 +47,14 @@ template <class Dot, int T, int R, Pick pick, class Feeder>
 #pragma GCC unroll 16
   for (int i = 0; i < T / 3; ++i) rows[i] = document + 3 * i * row_stride;
   const uint32_t* const query_end = query + words * (R * Simd::width);
-  if constexpr (__is_same(Feeder, NoFeed)) {
+  if constexpr (sizeof...(feed) == 0) {
     while (query != query_end) multiply_add_step<Dot, T, R>(sum, rows, row_stride, query);
   } else {
     const int64_t steps = (words + T - 1) / T * (R * Simd::width);
     while (query != query_end) {
       const uint32_t* const pause = query_end - query > steps ? query + steps : query_end;
       while (query != pause) multiply_add_step<Dot, T, R>(sum, rows, row_stride, query);
-      feed.step();
+      (feed.step(), ...);
     }
   }
 #pragma GCC unroll 16

@@ -68,13 +68,13 @@ template <class Row, class Element>
   Simd::I largest = seen.largest, largest_raw = seen.largest_raw, squares = Simd::zero_integer();
   int k = 0;
   for (; k + 2 * Simd::width <= dim; k += 2 * Simd::width) {
-    const Simd::F low = Simd::load(row + k), high = Simd::load(row + k + Simd::width);
     if constexpr (sizeof(Row) == 2) {
       largest_raw = Int16::maximum_magnitudes(largest_raw, Int16::load_magnitudes(row + k));
     } else {
+      const Simd::F low = Simd::load(row + k), high = Simd::load(row + k + Simd::width);
       largest = Simd::maximum_unsigned(largest, Simd::maximum_unsigned(Simd::absolute_bits(low), Simd::absolute_bits(high)));
     }
-    const Simd::I words = Int16::round_pair(low, high);
+    const Simd::I words = Int16::load_pair(row + k);
     Int16::add_squares(squares, words);
     Simd::store(reinterpret_cast<int32_t*>(out) + k / 2, words);
   }
@@ -113,12 +113,11 @@ struct Feed {
     ++next;
   }
 
-  static constexpr int kPrefetchBytes = 4096;
-};
+  void finish() {
+    while (next < end) step();
+  }
 
-// For tiles that widen nothing.
-struct NoFeed {
-  void step() {}
+  static constexpr int kPrefetchBytes = 2048;
 };
 
 }  // namespace
