@@ -74,6 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
         task = beir(options.data) if options.data else standard_library()
         if options.limit:
             task = subsample(task, options.limit)
+        if not task.queries:
+            raise ValueError("No query has a relevant document.")
         max_tokens = options.tokens or task.max_tokens
         encoder = load_encoder(options.encoder, max_tokens)
     except (OSError, ValueError) as error:
@@ -109,13 +111,13 @@ def show_timing(console: Console, queries: TokenVectors, documents: TokenVectors
     lengths = documents.lengths
     console.print(
         f"Scoring {len(lengths)} documents of {lengths.float().mean():.0f} tokens (padded: {lengths.max()}), "
-        f"{documents.values.shape[1]} dimensions, {torch.get_num_threads()} threads. Peak: what scoring the batch takes "
-        "beyond the documents. Error: the largest difference of a score from eager PyTorch."
+        f"{documents.values.shape[1]} dimensions, {torch.get_num_threads()} threads. x: against eager PyTorch. Peak: memory "
+        "that scoring the batch takes beyond the documents. Error: the largest of a score, against eager PyTorch."
     )
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    table.add_column("")
-    for heading in ("1 query, ms", f"{batch} queries, ms", "documents, MiB", "peak, MiB", "error"):
-        table.add_column(heading, justify="right")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in ("1 query\nms", f"{batch} queries\nms", "documents\nMiB", "peak\nMiB", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
     baseline = next(iter(measurements.values()))
     for name, measured in measurements.items():
         peak = measured.peak_bytes
@@ -132,8 +134,9 @@ def show_timing(console: Console, queries: TokenVectors, documents: TokenVectors
 
 def answer(console: Console, query: str, task: Task, encoder: Encoder, documents: TokenVectors, hits: int) -> None:
     vectors = encoder.encode_queries([query])
-    start = time.perf_counter()
     scores, numbers = rank(vectors, documents, hits)
+    start = time.perf_counter()
+    rank(vectors, documents, hits)  # again, for its time: the first call of a process starts the threads
     milliseconds = (time.perf_counter() - start) * 1e3
     console.print(f"\n{query}", style="bold", markup=False)
     console.print(f"{len(documents.lengths)} documents ranked in {milliseconds:.1f} ms", style="dim")
@@ -150,7 +153,7 @@ def typed_queries() -> Iterator[str]:
     while True:
         try:
             query = input("> ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             return
         if not query:
             return

@@ -77,11 +77,11 @@ class Contender:
 # The first one is what the others are compared with. It gets float32 documents: an einsum
 # of float16 ones takes several times as long on a CPU.
 CONTENDERS = {
-    "eager, padded float32": Contender(eager, "padded_float32"),
-    "exact, padded float16": Contender(partial(padded, precision="exact"), "padded_float16"),
-    "fast, padded float16": Contender(partial(padded, precision="fast"), "padded_float16"),
-    "exact, packed float16": Contender(partial(packed, precision="exact"), "packed_float16"),
-    "fast, packed float16": Contender(partial(packed, precision="fast"), "packed_float16"),
+    "eager float32, padded": Contender(eager, "padded_float32"),
+    "exact float16, padded": Contender(partial(padded, precision="exact"), "padded_float16"),
+    "fast float16, padded": Contender(partial(padded, precision="fast"), "padded_float16"),
+    "exact float16, packed": Contender(partial(packed, precision="exact"), "packed_float16"),
+    "fast float16, packed": Contender(partial(packed, precision="fast"), "packed_float16"),
 }
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from edgecolbert_kernels import checks
-from edgecolbert_kernels.backends import choose, layout, native
+from edgecolbert_kernels.backends import layout, native
 
 Array = np.ndarray
+# Where there is no array at all to tell d and dtype.
+NOTHING = np.empty((0, 1), np.float32)
 _CODES = {
     np.dtype(np.float32): native.FLOAT32,
     np.dtype(np.float16): native.FLOAT16,
@@ -55,7 +57,9 @@ def mask(name: str, seen: Any, of: str, X: Array) -> Array | None:
 
 def integers(name: str, seen: Any, like: Array | None = None) -> Array:
     if not isinstance(seen, np.ndarray):
-        seen = np.asarray(seen, dtype=None if len(seen) else np.int64)
+        if not isinstance(seen, (list, tuple, range)):
+            raise checks.not_an_array(name, seen, "integers in an array, a tensor or a list")
+        seen = np.array(seen, dtype=None if len(seen) else np.int64)
     if seen.dtype.kind not in "iu":
         raise checks.wrong_dtype(name, seen.dtype, checks.INTEGERS)
     checks.rank(name, seen.shape, (1,), "one dimension")
@@ -95,10 +99,7 @@ def score(
     precision: str,
     out_dtype: Any,
 ) -> Array:
-    dtype = _float(out_dtype)
-    if choose("maxsim", "cpu", "float32") == "torch":
-        batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
-        return _score_in_torch(Q, D, batch, normalize, mask_mode, precision).astype(dtype, copy=False)
+    dtype = floating(out_dtype)
     checks.values(Q.shape, D.shape, cu_q, cu_d, query_index, document_index)
     scores = np.empty(layout.scores_shape(Q, D, cu_q, cu_d, query_index), np.float32)
     index = native.NO_INDEX
@@ -132,9 +133,7 @@ def score_in_place(
     for X, masks in ((Q, q_mask), (D, d_mask)):
         if isinstance(X, list) and (not X or masks or any(x.strides[1] != x.itemsize for x in X)):
             return None
-    dtype = _float(out_dtype)
-    if choose("maxsim", "cpu", "float32") != "cpu":
-        return None
+    dtype = floating(out_dtype)
     queries, _q_rows = _table(Q) if isinstance(Q, list) else (_operand(Q, q_mask, None), None)
     documents, _d_rows = _table(D) if isinstance(D, list) else (_operand(D, d_mask, None), None)
     scores = np.empty(layout.scores_shape_of_lists(Q, D), np.float32)
@@ -175,7 +174,8 @@ def _address(array: Array) -> int:
     return array.__array_interface__["data"][0]
 
 
-def _float(wanted: Any) -> np.dtype[Any]:
+def floating(wanted: Any) -> np.dtype[Any]:
+    """The dtype that `out_dtype` asks for."""
     try:
         dtype = np.dtype(np.float32 if wanted is None else wanted)
     except TypeError:
@@ -183,13 +183,3 @@ def _float(wanted: Any) -> np.dtype[Any]:
     if dtype.kind != "f":
         raise checks.out_dtype(wanted, "numpy")
     return dtype
-
-
-def _score_in_torch(
-    Q: Array, D: Array, batch: Sequence[Array | None], normalize: bool, mask_mode: str, precision: str
-) -> Array:
-    from edgecolbert_kernels.ops import tensors
-
-    inputs: list[Any] = [None if each is None else tensors.from_numpy(each) for each in (Q, D, *batch)]
-    inputs += normalize, mask_mode, precision, None
-    return tensors.score(*inputs).numpy()

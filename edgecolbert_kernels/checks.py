@@ -8,9 +8,10 @@ shape, an option or an offset. `IndexError`: a query or document that does not e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 MASK_MODES = ("exclude", "zero")
 PRECISIONS = ("exact", "fast")

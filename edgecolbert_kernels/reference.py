@@ -16,8 +16,6 @@ $$\text{score}(q, d) = \sum_{i \in K_q} \max_{j \in K_d} s_{ij}$$
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize as unit_rows
@@ -131,7 +129,8 @@ def maxsim_varlen(
     """`Q [Tq, d]`, `D [Td, d]`, sequence n being rows `cu[n]` to `cu[n + 1]` -> `[Nq, Nd]`, argmax `[query][document]`."""
 
     def spans(cu_seqlens: Tensor) -> list[slice]:
-        return [slice(start, stop) for start, stop in pairwise(cu_seqlens.tolist())]
+        bounds = cu_seqlens.tolist()
+        return [slice(start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
 
     def pair(query: slice, document: slice) -> tuple[Tensor, Tensor]:
         masks = None if q_mask is None else q_mask[query], None if d_mask is None else d_mask[document]

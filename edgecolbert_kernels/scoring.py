@@ -8,9 +8,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import numpy as np
-
-from edgecolbert_kernels import arrays, checks
+from edgecolbert_kernels import checks
+from edgecolbert_kernels.backends import choose
 
 # A torch tensor or a numpy array: Any, as the package must import where there is no torch.
 Array = Any
@@ -57,7 +56,7 @@ def maxsim(
         BackendUnsupported: the backend that was asked for cannot run this call.
     """
     checks.options(mask_mode, precision)
-    xp = _framework(Q, D)
+    xp = _side(Q, D)
     Q, q_mask = _read(xp, "Q", Q, q_mask, (2, 3), checks.QUERIES)
     D, d_mask = _read(xp, "D", D, d_mask, (3, 4), checks.DOCUMENTS)
     options = normalize, mask_mode, precision
@@ -92,7 +91,7 @@ def maxsim_pairs(
         `[B]`.
     """
     checks.options(mask_mode, precision)
-    xp = _framework(Q, D)
+    xp = _side(Q, D)
     Q, q_mask = _read(xp, "Q", Q, q_mask, (3,), "[B, Lq, d] or a list of [Lq, d]")
     D, d_mask = _read(xp, "D", D, d_mask, (3,), "[B, Ld, d] or a list of [Ld, d]")
     checks.same_count("Q", len(Q), "D", len(D))
@@ -136,7 +135,7 @@ def maxsim_varlen(
         `[Nq, Nd]`.
     """
     checks.options(mask_mode, precision)
-    xp = _framework(Q, D)
+    xp = _side(Q, D)
     Q, q_mask = xp.tokens("Q", Q), xp.mask("q_mask", q_mask, "Q", Q)
     D, d_mask = xp.tokens("D", D), xp.mask("d_mask", d_mask, "D", D)
     checks.rank("Q", Q.shape, (2,), "[Tq, d]")
@@ -175,7 +174,7 @@ def maxsim_indexed(
         `[P]`.
     """
     checks.options(mask_mode, precision)
-    xp = _framework(Q, D)
+    xp = _side(Q, D)
     Q, q_mask = _read(xp, "Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
     D, d_mask = _read(xp, "D", D, d_mask, (3,), "[Nd, Ld, d] or a list of [Ld, d]")
     query_index = xp.integers("query_index", query_index, _first(Q, D))
@@ -246,25 +245,45 @@ def _first(X: Any, other: Any) -> Array:
             return batch
         if batch:
             return batch[0]
-    return np.empty((0, 1), np.float32)
+    return _arrays.NOTHING
 
 
+# The two sides, imported when first needed: with them come numpy and torch.
+_arrays: Any = None
 _tensors: Any = None
 
 
-def _framework(*inputs: Any) -> Any:
-    """The side that handles these inputs: numpy if all are arrays, else torch, which who has tensors has loaded."""
+def _side(*inputs: Any) -> Any:
+    """Who handles these inputs: numpy if all are arrays, else torch, which whoever has tensors has loaded."""
+    arrays = _arrays or _load_arrays()
     for batch in inputs:
         for matrix in batch if isinstance(batch, (list, tuple)) else (batch,):
-            if not isinstance(matrix, np.ndarray):
-                return _tensors or _load_tensors()
-    return arrays
+            if not isinstance(matrix, arrays.Array):
+                return arrays if sys.modules.get("torch") is None else _tensors or _load_tensors()
+    return arrays if choose("maxsim", "cpu", "float32") == "cpu" else _ArraysInTorch()
+
+
+class _ArraysInTorch:
+    """numpy arrays where the torch backend is chosen or the only one."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_tensors or _load_tensors(), name)
+
+    def score(self, *arguments: Any) -> Array:
+        *inputs, out_dtype = arguments
+        dtype = _arrays.floating(out_dtype)
+        return self.__getattr__("score")(*inputs, None).numpy().astype(dtype, copy=False)
+
+
+def _load_arrays() -> Any:
+    global _arrays
+    from edgecolbert_kernels import arrays as _arrays
+
+    return _arrays
 
 
 def _load_tensors() -> Any:
     global _tensors
-    if sys.modules.get("torch") is None:
-        return arrays
     from edgecolbert_kernels.ops import tensors as _tensors
 
     return _tensors

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("tqdm")
 pytest.importorskip("rich")
 
-from demo import cache, corpus, encoders, highlight, metrics, search  # noqa: E402
+from demo import cache, corpus, encoders, highlight, metrics, search, timing  # noqa: E402
 from demo.vectors import TokenVectors  # noqa: E402
 
 
@@ -198,6 +198,18 @@ def test_ranking(animals, precision):
     assert scores.shape == numbers.shape == (3, 3)
     assert numbers[:, 0].tolist() == [0, 2, 1]
     assert scores[:, 0].tolist() == pytest.approx([2, 2, 1], abs=1e-2)
+
+
+def test_timed_scorers_agree(animals, tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "SECONDS_A_SHAPE", 0)
+    encoder = WordEncoder()
+    documents = encoder.encode_documents([document.text for document in animals.documents])
+    assert timing._save(encoder.encode_queries(animals.queries), documents, tmp_path) == 3
+    measured = {name: timing._measure(name, tmp_path) for name in timing.CONTENDERS}
+    assert max(measurement.max_error for measurement in measured.values()) < 5e-4
+    assert all(measurement.single_s > 0 and measurement.batch_s > 0 for measurement in measured.values())
+    stored = [measurement.document_bytes for measurement in measured.values()]
+    assert stored[0] == 2 * stored[1] > 2 * stored[-1]
 
 
 def test_encodings_are_kept(animals, tmp_path):

@@ -85,7 +85,8 @@ def _missing_torch() -> str | None:
     try:
         importlib.import_module("torch")
     except ImportError as error:
-        return f"torch does not load ({error})"
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "torch"
+        return "torch is not installed" if absent else f"torch does not load ({error})"
     return None
 
 

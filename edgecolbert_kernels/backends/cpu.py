@@ -110,9 +110,9 @@ def forward_lists(
 
 
 def _operand(X: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> native.Operand:
-    mask_address = 0 if mask is None else mask.data_ptr()
+    address, mask_address = _address(X), 0 if mask is None else _address(mask)
     if cu_seqlens is None:
-        return native.padded(X.data_ptr(), DTYPES[X.dtype], X.shape, X.stride(), mask_address)
+        return native.padded(address, DTYPES[X.dtype], X.shape, X.stride(), mask_address)
     count = cu_seqlens.shape[0] - 1
     return native.packed(X.data_ptr(), DTYPES[X.dtype], X.shape, X.stride(), cu_seqlens.data_ptr(), count, mask_address)
 

@@ -7,11 +7,10 @@ calls it keeps every array alive and has checked every shape, offset and index.
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
-
-import numpy as np
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 PRECISIONS = {"exact": 0, "fast": 1}
@@ -72,8 +71,8 @@ def packed(
 
 def table(dtype: int, dim: int, addresses: list[int], lengths: list[int], strides: list[int]) -> tuple[Operand, Any]:
     """A list of `[L, d]`, each with its rows `strides[n]` elements apart; with it, the array to keep alive."""
-    rows = np.array([addresses, lengths, strides], dtype=np.int64)
-    start, step = rows.ctypes.data, rows.strides[0]
+    rows = array("q", [*addresses, *lengths, *strides])
+    start, step = rows.buffer_info()[0], len(lengths) * rows.itemsize
     return (dtype, dim, start, start + step, start + 2 * step, len(lengths)), rows
 
 

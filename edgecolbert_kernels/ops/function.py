@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from edgecolbert_kernels.ops import maxsim
-from edgecolbert_kernels.ops.plain import in_functorch, no_derivative, plain
+from edgecolbert_kernels.ops.plain import in_derivative, no_derivative, plain
 
 
 class MaxSim(torch.autograd.Function):
@@ -36,7 +36,7 @@ class MaxSim(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         Q, D, *batch, argmax = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:3]
-        if in_functorch():
+        if in_derivative():
             grads = _Backward.apply(grad, Q, D, argmax, *batch, *ctx.options, *needs)
         elif torch.is_grad_enabled() or ctx.backend is None or not plain(grad, Q, D):
             grads = maxsim.backward_op(grad, Q, D, argmax, *batch, *ctx.options, *needs)

@@ -6,7 +6,7 @@ with boundaries `cu_q [Nq + 1]`; D is `[Nd, Ld, d]`, `[Nq, K, Ld, d]` (a query's
 float32, in float64 where an input is.
 
 The argmax is flat, each query's tokens innermost, and empty unless asked for; it counts the tokens of the document from 0
-and is -1 where no token was chosen. int16 where D is padded to at most 32768 tokens, else int32.
+and is -1 where no token was chosen. It is int16 where D is padded to at most 32768 tokens, else int32.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     Q, D = inputs[:2]
     backend = select("maxsim", Q.device.type, arguments.arithmetic(Q, D))
     scores, argmax = backend.forward(*arguments.readable(*inputs), *options, with_argmax)
-    return scores, Q.new_empty(0, dtype=_argmax_dtype(inputs)) if argmax is None else argmax
+    return scores, Q.new_empty(0, dtype=torch.int32) if argmax is None else argmax
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -51,9 +51,11 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     _check(inputs, options)
     Q, D, _, _, cu_q, cu_d, query_index, _ = inputs
     shape = layout.scores_shape(Q, D, cu_q, cu_d, query_index)
-    length = layout.argmax_length(Q, shape, cu_q) if with_argmax else 0
     scores = Q.new_empty(shape, dtype=getattr(torch, arguments.arithmetic(Q, D)))
-    return scores, Q.new_empty(length, dtype=_argmax_dtype(inputs))
+    if not with_argmax:
+        return scores, Q.new_empty(0, dtype=torch.int32)
+    dtype = torch.int16 if layout.argmax_is_int16(D, cu_d) else torch.int32
+    return scores, Q.new_empty(layout.argmax_length(Q, shape, cu_q), dtype=dtype)
 
 
 def _backward(grad: Tensor, Q: Tensor, D: Tensor, argmax: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -111,10 +113,6 @@ def _one_by_one(op: Any) -> Any:
 def _check(inputs: tuple[Any, ...], options: tuple[Any, ...]) -> None:
     arguments.check(*inputs)
     checks.options(*options[1:])
-
-
-def _argmax_dtype(inputs: tuple[Any, ...]) -> torch.dtype:
-    return torch.int16 if layout.argmax_is_int16(inputs[1], inputs[5]) else torch.int32
 
 
 for _op, _implementation, _fake, _setup, _gradient in (

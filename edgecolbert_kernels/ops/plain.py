@@ -42,8 +42,12 @@ def plain(*inputs: Tensor | None) -> bool:
     return True
 
 
-def in_functorch() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+def in_derivative() -> bool:
+    """Inside `torch.func.grad`, `vjp`, `vmap` and the like, which ask for more than the op's own autograd gives."""
+    if torch.compiler.is_compiling():
+        return False
+    transform = torch._C._functorch.peek_interpreter_stack()
+    return transform is not None and transform.key() != torch._C._functorch.TransformType.Functionalize
 
 
 def refuse_tangents(*inputs: Tensor) -> None:

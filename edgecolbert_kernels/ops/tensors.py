@@ -18,7 +18,7 @@ from edgecolbert_kernels.backends import choose, cpu, select
 from edgecolbert_kernels.ops import arguments
 from edgecolbert_kernels.ops.function import MaxSim
 from edgecolbert_kernels.ops.maxsim import forward_op
-from edgecolbert_kernels.ops.plain import in_functorch, plain, refuse_tangents
+from edgecolbert_kernels.ops.plain import in_derivative, plain, refuse_tangents
 
 
 def tokens(name: str, seen: Any) -> Tensor:
@@ -92,7 +92,7 @@ def score(
             scores, _ = MaxSim.apply(backend, Q, D, *batch, *options)
         else:
             scores, _ = backend.forward(Q, D, *batch, *options, False)
-    elif in_functorch():
+    elif in_derivative():
         scores, _ = MaxSim.apply(None, Q, D, *batch, *options)
     else:
         refuse_tangents(Q, D)

@@ -11,7 +11,9 @@ struct Int16 {
     // gcc 12 copies and spills accumulators around the intrinsic.
     __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(query), "x"(document));
 #else
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(query, document));
+    // Left to itself gcc does all products of a k-step first, and runs out of registers.
+    __m256i product;
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(query), "x"(document));
 #endif
   }
 

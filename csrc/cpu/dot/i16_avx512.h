@@ -11,7 +11,9 @@ struct Int16 {
     // gcc 12 copies and spills accumulators around the intrinsic.
     __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(query), "v"(document));
 #else
-    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(query, document));
+    // Left to itself gcc does all products of a k-step first, and runs out of registers.
+    __m512i product;
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(sum), "=&v"(product) : "v"(query), "v"(document));
 #endif
   }
 

@@ -1,0 +1,40 @@
+"""CPU kernels. Addresses and integers in, nothing out: the callers check shapes, dtypes and lifetimes.
+
+A sequence description is one of
+    (data, dtype, dim, dim_stride, token_stride, inner_stride, outer_stride, inner_count, count, length, offsets, mask)
+    (dtype, dim, pointers, lengths, token_strides, count)
+with addresses as integers and strides in elements; dtype 0 float32, 1 float16, 2 bfloat16. `csrc/cpu/driver.h` says what each means.
+"""
+
+def built_isas() -> list[str]: ...
+def available_isas() -> list[str]: ...
+def get_isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def has_openmp() -> bool: ...
+def measure_peak(kind: str, seconds: float = 0.05) -> float: ...
+def forward(
+    queries: tuple[int, ...],
+    documents: tuple[int, ...],
+    layout: int,
+    index: tuple[int, int, int],
+    out: int,
+    argmax: int,
+    argmax_bytes: int,
+    precision: int,
+    zero_mode: bool,
+    normalize: bool,
+    threads: int,
+) -> None: ...
+def backward(
+    queries: tuple[int, ...],
+    documents: tuple[int, ...],
+    layout: int,
+    index: tuple[int, int, int],
+    grad: int,
+    argmax: int,
+    argmax_bytes: int,
+    grad_queries: int,
+    grad_documents: int,
+    normalize: bool,
+    threads: int,
+) -> None: ...
