@@ -45,6 +45,10 @@ def wrong_shape(name: str, seen: Sequence[Any], wanted: str) -> ValueError:
     return ValueError(f"{name} has shape {_show(seen)}; want {wanted}")
 
 
+def no_storage(shape: Sequence[Any]) -> ValueError:
+    return ValueError(f"a tensor of shape {_show(shape)} has no storage; its memory was given back")
+
+
 def out_dtype(seen: object, framework: str) -> TypeError:
     return TypeError(f"out_dtype is {_plain(seen)!r}; want a float dtype of {framework}")
 

@@ -130,7 +130,7 @@ def maxsim_varlen(
 
     def spans(cu_seqlens: Tensor) -> list[slice]:
         bounds = cu_seqlens.tolist()
-        return [slice(start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [slice(bounds[n], bounds[n + 1]) for n in range(len(bounds) - 1)]
 
     def pair(query: slice, document: slice) -> tuple[Tensor, Tensor]:
         masks = None if q_mask is None else q_mask[query], None if d_mask is None else d_mask[document]

@@ -65,9 +65,8 @@ def test_the_first_of_several_nans(engine, precision):
 @pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF])
 def test_any_nan(engine, precision, bits):
     """Quiet, signalling, negative, with any payload."""
-    value = np.array([bits], np.uint32).view(np.float32)
     Q, D = np.full((3, 5), 0.25, np.float32), np.full((2, 14, 5), 0.25, np.float32)
-    D[1, 13, 4] = value
+    D.view(np.uint32)[1, 13, 4] = bits
     scores = ek.maxsim(torch.from_numpy(Q), torch.from_numpy(D), precision=precision)
     assert scores[0] == pytest.approx(3 * 5 / 16, rel=1e-4)
     assert scores[1].isnan()

@@ -56,6 +56,7 @@ class PackedQueries {
       : width_(kernels.width), first_lane_(size_t(call.queries.count)), kept_(size_t(call.queries.count)), group_of_(size_t(call.queries.count)) {
     const bool fixed_point = call.fixed_point && kernels.fixed_point;
     const std::vector<char> admitted = fixed_point ? admit(kernels, call) : std::vector<char>(size_t(call.queries.count), 0);
+    rows_.reserve(size_t(total_tokens(call.queries) + width_));
     // Queries that fixed point cannot represent stand in groups of their own: a score is a function of its query and document alone.
     lay_out(call.queries, group_lanes, admitted, true);
     lay_out(call.queries, group_lanes, admitted, false);
@@ -215,7 +216,8 @@ class Scorer {
         kept_(kept_stride_ * threads_),
         views_(size_t(threads_)) {
     const int64_t tile = kernels.tile_tokens;
-    block_tokens_ = std::max(tile, kBlockBytes / (row_ * 4) / tile * tile);
+    const int64_t block = std::min(kBlockBytes / (row_ * 4), longest(call.documents) + tile - 1);
+    block_tokens_ = std::max(tile, block / tile * tile);
     scratch_stride_ = round_up((2 * row_ + (block_tokens_ + tile) * row_) * 4, 64);
     scratch_.reset(new Buffer<char>(scratch_stride_ * threads_));
   }

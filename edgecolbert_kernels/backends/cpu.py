@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgecolbert_kernels import checks
 from edgecolbert_kernels.backends import layout, native
 from edgecolbert_kernels.backends.native import supports as supports
 
@@ -110,21 +111,29 @@ def forward_lists(
 
 
 def _operand(X: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> native.Operand:
-    address, mask_address = _address(X), 0 if mask is None else _address(mask)
+    mask_address = 0 if mask is None else _address(mask)
     if cu_seqlens is None:
-        return native.padded(address, DTYPES[X.dtype], X.shape, X.stride(), mask_address)
+        return native.padded(_address(X), DTYPES[X.dtype], X.shape, X.stride(), mask_address)
     count = cu_seqlens.shape[0] - 1
-    return native.packed(X.data_ptr(), DTYPES[X.dtype], X.shape, X.stride(), cu_seqlens.data_ptr(), count, mask_address)
+    return native.packed(_address(X), DTYPES[X.dtype], X.shape, X.stride(), cu_seqlens.data_ptr(), count, mask_address)
 
 
 def _table(X: list[Tensor]) -> tuple[native.Operand, Any]:
     return native.table(
         DTYPES[X[0].dtype],
         X[0].shape[1],
-        [x.data_ptr() for x in X],
+        [_address(x) for x in X],
         [x.shape[0] for x in X],
         [x.stride(0) for x in X],
     )
+
+
+def _address(X: Tensor) -> int:
+    address = X.data_ptr()
+    # Of a storage that was given back, as sharding does between uses, only the offset is left.
+    if address == X.storage_offset() * X.itemsize and X.numel():
+        raise checks.no_storage(X.shape)
+    return address
 
 
 def _index(query_index: Tensor | None, document_index: Tensor | None) -> tuple[int, int, int]:
