@@ -14,8 +14,6 @@ from edgecolbert_kernels import checks
 from edgecolbert_kernels.backends import layout, native
 
 Array = np.ndarray
-# Where there is no array at all to tell d and dtype.
-NOTHING = np.empty((0, 1), np.float32)
 _CODES = {
     np.dtype(np.float32): native.FLOAT32,
     np.dtype(np.float16): native.FLOAT16,
@@ -64,6 +62,11 @@ def integers(name: str, seen: Any, like: Array | None = None) -> Array:
         raise checks.wrong_dtype(name, seen.dtype, checks.INTEGERS)
     checks.rank(name, seen.shape, (1,), "one dimension")
     return np.ascontiguousarray(seen, dtype=np.int64)
+
+
+def nothing() -> Array:
+    """What tells d and dtype where there is no array at all."""
+    return np.empty((0, 1), np.float32)
 
 
 def pack(X: Sequence[Array], masks: Sequence[Array | None] | None, like: Array) -> tuple[Array, Array | None, Array]:

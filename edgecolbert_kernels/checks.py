@@ -1,8 +1,8 @@
 """What a valid call looks like, and every error message, stated once.
 
-Works on shapes and names alone, so torch tensors and numpy arrays share it; values are looked at only where a wrong one
-would make a kernel read outside a buffer. `TypeError`: not an array, or a dtype without a meaning here. `ValueError`: a
-shape, an option or an offset. `IndexError`: a query or document that does not exist.
+torch tensors and numpy arrays share it, as it goes by names, shapes and dtypes; values are looked at only where a wrong one
+would make a kernel read outside a buffer. TypeError: not an array, or a dtype that cannot be read. ValueError: a shape, an
+option or a boundary. IndexError: a query or a document that does not exist.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ MASK_MODES = ("exclude", "zero")
 PRECISIONS = ("exact", "fast")
 
 QUERIES = "[Lq, d], [Nq, Lq, d] or a list of [Lq, d]"
-INTEGERS = "an integer dtype"
-FLOATS = "float32, float16, bfloat16 or float64"
 DOCUMENTS = "[Nd, Ld, d], [Nq, K, Ld, d] or a list of [Ld, d]"
+FLOATS = "float32, float16, bfloat16 or float64"
+INTEGERS = "an integer dtype"
 
 
 def options(mask_mode: str, precision: str) -> None:
@@ -65,14 +65,13 @@ def same_dim(queries: Sequence[Any], documents: Sequence[Any]) -> None:
         raise wrong_shape("Q", queries, "a last dimension of at least 1")
 
 
-def same_batch(queries: Sequence[Any], documents: Sequence[Any], packed: bool = False) -> None:
+def same_batch(queries: Sequence[Any], documents: Sequence[Any]) -> None:
     count = queries[0] if len(queries) == 3 else 1
-    if packed or documents[0] != count:
-        wanted = "padded queries" if packed else f"{count} as D's first dimension"
-        raise ValueError(f"Q has shape {_show(queries)} and D {_show(documents)}; want {wanted}")
+    if documents[0] != count:
+        raise ValueError(f"Q has shape {_show(queries)} and D {_show(documents)}; want {count} as D's first dimension")
 
 
-def same_length(first: str, first_shape: Sequence[Any], second: str, second_shape: Sequence[Any]) -> None:
+def same_shape(first: str, first_shape: Sequence[Any], second: str, second_shape: Sequence[Any]) -> None:
     if tuple(first_shape) != tuple(second_shape):
         raise ValueError(f"{first} has shape {_show(first_shape)} and {second} {_show(second_shape)}; want the same")
 
@@ -143,6 +142,11 @@ def values(
         _index("query_index", query_index, "queries", queries[0])
     if document_index is not None:
         _index("document_index", document_index, "documents", documents[0] if cu_d is None else len(cu_d) - 1)
+
+
+def argmax(lowest: int, highest: int, longest: int) -> None:
+    if lowest < -1 or highest >= longest:
+        raise IndexError(f"argmax spans {lowest} to {highest}; want -1 to {longest - 1}, the tokens of D")
 
 
 def _cu_seqlens(name: str, boundaries: np.ndarray, of: str, num_tokens: int) -> None:

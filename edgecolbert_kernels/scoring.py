@@ -97,7 +97,7 @@ def maxsim_pairs(
     checks.same_count("Q", len(Q), "D", len(D))
     options = normalize, mask_mode, precision
     if type(D) is list:
-        each = xp.integers("D", range(len(D)), _first(D, Q))
+        each = xp.integers("D", range(len(D)), _first(xp, D, Q))
         return _score_pairs(xp, Q, D, each, each, q_mask, d_mask, options, out_dtype)
     Q, q_mask = _padded(xp, Q, q_mask, D)
     checks.same_dim(Q.shape, D.shape)
@@ -177,9 +177,9 @@ def maxsim_indexed(
     xp = _side(Q, D)
     Q, q_mask = _read(xp, "Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
     D, d_mask = _read(xp, "D", D, d_mask, (3,), "[Nd, Ld, d] or a list of [Ld, d]")
-    query_index = xp.integers("query_index", query_index, _first(Q, D))
-    document_index = xp.integers("document_index", document_index, _first(D, Q))
-    checks.same_length("query_index", query_index.shape, "document_index", document_index.shape)
+    query_index = xp.integers("query_index", query_index, _first(xp, Q, D))
+    document_index = xp.integers("document_index", document_index, _first(xp, D, Q))
+    checks.same_shape("query_index", query_index.shape, "document_index", document_index.shape)
     options = normalize, mask_mode, precision
     return _score_pairs(xp, Q, D, query_index, document_index, q_mask, d_mask, options, out_dtype)
 
@@ -190,7 +190,7 @@ def _score_lists(xp: Any, Q: Array, D: Array, q_mask: Array, d_mask: Array, opti
         checks.same_dim(Q.shape, D.shape)
         checks.same_batch(Q.shape, D.shape)
         return xp.score(Q, D, q_mask, d_mask, None, None, None, None, *options, out_dtype)
-    checks.same_dim(_first(Q, D).shape, _first(D, Q).shape)
+    checks.same_dim(_first(xp, Q, D).shape, _first(xp, D, Q).shape)
     scores = xp.score_in_place(Q, D, q_mask, d_mask, *options, out_dtype)
     if scores is not None:
         return scores
@@ -230,22 +230,22 @@ def _read(xp: Any, name: str, X: Any, mask: Any, ranks: tuple[int, ...], wanted:
 
 def _packed(xp: Any, X: Any, mask: Any, other: Any) -> tuple[Array, Array, Array]:
     """A list back to back, with its boundaries; an array as it is, without."""
-    return xp.pack(X, mask, _first(X, other)) if type(X) is list else (X, mask, None)
+    return xp.pack(X, mask, _first(xp, X, other)) if type(X) is list else (X, mask, None)
 
 
 def _padded(xp: Any, X: Any, mask: Any, other: Any) -> tuple[Array, Array]:
     """A list as one array with a mask; an array as it is."""
-    return xp.pad(X, mask, _first(X, other)) if type(X) is list else (X, mask)
+    return xp.pad(X, mask, _first(xp, X, other)) if type(X) is list else (X, mask)
 
 
-def _first(X: Any, other: Any) -> Array:
+def _first(xp: Any, X: Any, other: Any) -> Array:
     """An array that has the d, the dtype and the device of X; an empty list takes them from the other side."""
     for batch in (X, other):
         if type(batch) is not list:
             return batch
         if batch:
             return batch[0]
-    return _arrays.NOTHING
+    return xp.nothing()
 
 
 # The two sides, imported when first needed: with them come numpy and torch.

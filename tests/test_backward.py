@@ -224,6 +224,7 @@ def test_bits_of_a_training_batch(isa, threads, dtype, normalized):
     """Large enough for every thread to get work, with many query tokens that choose the same document token."""
     Q, D = embeddings(24, 32, 48, dtype=dtype, seed=1), embeddings(24, 45, 48, dtype=dtype, seed=2)
     D[:, 5] = D[:, 5] * 0 + 0.5  # a favourite: its gradient sums hundreds of terms
+    Q[5, 3, 3], D[7, 2, 2] = 1.5, -40  # neighbours that fixed point cannot hold
     d_mask = holes(24, 45, seed=3)
     grad = embeddings(24, 24, seed=4, norm=None)
     results = []

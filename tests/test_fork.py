@@ -15,7 +15,7 @@ from cases import embeddings
 torch.set_num_threads(4)
 # Enough work for our threads, and tensors small enough (32768 elements) for PyTorch's own loops to stay serial: those hang in
 # a forked child, D.clone() for one.
-Q, D = embeddings(8, 32, 48, seed=1), embeddings(11, 60, 48, seed=2)
+Q, D = embeddings(20, 32, 48, seed=1), embeddings(11, 60, 48, seed=2)
 
 def work():
     q, d = Q.clone().requires_grad_(), D.clone().requires_grad_()
@@ -91,13 +91,13 @@ import multiprocessing
 def score(i):
     return ek.maxsim(Q[i : i + 1].numpy(), D.numpy())
 with multiprocessing.get_context("fork").Pool(2) as pool:
-    rows = pool.map_async(score, range(8)).get(timeout=60)
+    rows = pool.map_async(score, range(20)).get(timeout=60)
 assert torch.equal(torch.cat([torch.from_numpy(row) for row in rows]), wanted[0])
 """,
     "data loader workers": """
 class Scores(torch.utils.data.Dataset):
     def __len__(self):
-        return 8
+        return 20
     def __getitem__(self, i):
         return ek.maxsim(Q[i], D)
 loader = torch.utils.data.DataLoader(Scores(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)

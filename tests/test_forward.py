@@ -145,12 +145,22 @@ def test_fast_rounding(engine, dim):
         assert excess <= 0, f"{q_dtype} x {d_dtype}, norm {norm}: {excess} too much"
 
 
+@functools.cache
+def contract_case(dim, dtype):
+    """Unit queries of 32 tokens, documents of which the first eight hold a query each, and the scores in float64."""
+    Q, D = embeddings(8, 32, dim, dtype=dtype, seed=9), embeddings(600, 40, dim, dtype=dtype, seed=10)
+    D[:8, 3:35] = Q
+    return Q, D, torch.stack([(q.double() @ D.double().mT).amax(2).sum(1) for q in Q])
+
+
 @pytest.mark.parametrize("dim", [dim for dim in DIMENSIONS if dim <= 128])
 @pytest.mark.parametrize("dtype", STORAGES, ids=storage_name)
 def test_fast_contract(engine, dim, dtype):
-    """Normalised rows, 32 query tokens, d <= 128: at most 5e-4 a score."""
-    Q, D = embeddings(4, 32, dim, dtype=dtype, seed=9), embeddings(500, 40, dim, dtype=dtype, seed=10)
-    expected = torch.einsum("qid,kjd->qkij", Q.double(), D.double()).amax(3).sum(2)
+    """Normalised rows, 32 query tokens, d <= 128: at most 5e-4 a score, of strangers and of a document that holds the query.
+
+    The second has the largest scores, so it shows an error that grows with them instead of cancelling.
+    """
+    Q, D, expected = contract_case(dim, dtype)
     assert (ek.maxsim(Q, D, precision="fast").double() - expected).abs().max() <= 5e-4
 
 
@@ -174,8 +184,12 @@ def test_fast_contract(engine, dim, dtype):
         (-1.0001, -0.01, 16),
         (100.0, 100.0, 48),
         (1.0, 1 / 3, 5),
-        # Just over half a step on both sides: rounding alone carries the sum from 3.98 over 2^31 steps.
-        (206.51 / 32767, 103.51 / 16384, 100_000),
+        # Just over half a step on both sides, in so many dimensions that rounding alone carries a sum over 2^31 steps.
+        (206.51 / 2**15, 206.51 / 2**15, 100_000),
+        (102.51 / 2**15, 186.51 / 2**15, 100_000),
+        # Documents far out of range, whose squares overflow int32 as well and are small again.
+        *[(0.01, (-(-(2**21) // dim**0.5) + step) / 2**15, dim) for dim in (5120, 6144, 8192) for step in (0, 1, 2)],
+        (0.01, 0.99, 8192),
     ],
 )
 def test_fast_overflow(engine, query_value, document_value, dim):

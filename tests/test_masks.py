@@ -111,6 +111,35 @@ def test_nothing_kept(engine, precision, mask_mode):
 
 
 @pytest.mark.parametrize("mask_mode", MODES)
+@pytest.mark.parametrize("side", ["q_mask", "d_mask", "both"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_everything_masked(engine, layout, side, mask_mode):
+    """No token is left in the whole call: scores and gradients are 0, and nobody won."""
+    for dtype in STORAGES:
+        case = LAYOUTS[layout](16, dtype, dtype, make=grid)
+        for name in ("q_mask", "d_mask") if side == "both" else (side,):
+            masks = case.arguments[name]
+            case.arguments[name] = [m & False for m in masks] if isinstance(masks, list) else masks & False
+        assert torch.equal(case(case.Q, case.D, mask_mode=mask_mode), torch.zeros(case.shape))
+        for gradient in gradients(case, *case.leaves(), torch.ones(case.shape), mask_mode=mask_mode):
+            assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_argmax_of_masked_queries(engine):
+    """-1 for each masked query token, also where no query of the call keeps one."""
+    Q, D = grid(3, 5, 16, seed=1), grid(4, 7, 16, seed=2)
+    for keep in (0.0, 0.5):
+        q_mask = holes(3, 5, seed=3, keep=keep)
+        arguments = (q_mask, None, None, None, None, None, False, "exclude", "exact", True)
+        for _ in range(3):
+            garbage = torch.full((4096,), 77, dtype=torch.int16)  # freed memory is handed out again
+            del garbage
+            argmax = torch.ops.edgecolbert.maxsim_forward(Q, D, *arguments)[1].view(3, 4, 5)
+            assert torch.equal(argmax == -1, ~q_mask[:, None].expand(3, 4, 5))
+            assert argmax.max() < 7
+
+
+@pytest.mark.parametrize("mask_mode", MODES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_masked_tokens_get_zero_gradient(engine, layout, mask_mode):
     """Masked rows hold NaN and Inf: neither scores nor gradients see them, and their own gradient is 0."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from edgecolbert_kernels import checks
+from edgecolbert_kernels.backends import layout
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -34,9 +35,11 @@ def check(
     if query_index is not None or document_index is not None:
         if query_index is None or document_index is None or cu_q is not None or Q.ndim == 2 or D.ndim == 4:
             raise checks.pairs(Q.shape, D.shape)
-        checks.same_length("query_index", query_index.shape, "document_index", document_index.shape)
+        checks.same_shape("query_index", query_index.shape, "document_index", document_index.shape)
     elif D.ndim == 4:
-        checks.same_batch(Q.shape, D.shape, packed=cu_q is not None)
+        if cu_q is not None:
+            raise checks.wrong_shape("D", D.shape, "[Nd, Ld, d], or [Td, d] with cu_d, as Q is packed")
+        checks.same_batch(Q.shape, D.shape)
     for name, mask, of, tokens in (("q_mask", q_mask, "Q", Q), ("d_mask", d_mask, "D", D)):
         if mask is not None:
             checks.mask(name, mask.shape, of, tokens.shape)
@@ -80,6 +83,32 @@ def readable(
     )
     check_values(Q, D, cu_q, cu_d, query_index, document_index)
     return Q, D, kept(q_mask), kept(d_mask), cu_q, cu_d, query_index, document_index
+
+
+def readable_gradient(
+    grad: Tensor,
+    argmax: Tensor,
+    Q: Tensor,
+    D: Tensor,
+    q_mask: Tensor | None,
+    d_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_d: Tensor | None,
+    query_index: Tensor | None,
+    document_index: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the scores in the dtype of the arithmetic, and an argmax that names tokens there are."""
+    shape = layout.scores_shape(Q, D, cu_q, cu_d, query_index)
+    checks.same_shape("grad", grad.shape, "the scores", shape)
+    checks.same_shape("argmax", argmax.shape, "the argmax", (layout.argmax_length(Q, shape, cu_q),))
+    if argmax.dtype not in (torch.int16, torch.int32):
+        raise checks.wrong_dtype("argmax", argmax.dtype, "int16 or int32")
+    for name, tensor in (("grad", grad), ("argmax", argmax)):
+        checks.same_device(name, tensor.device, Q.device)
+    if argmax.numel():
+        longest = D.shape[-2] if cu_d is None else cu_d.diff().amax()
+        checks.argmax(int(argmax.amin()), int(argmax.amax()), int(longest))
+    return grad.to(getattr(torch, arithmetic(Q, D))), argmax.contiguous()
 
 
 def kept(mask: Tensor | None) -> Tensor | None:

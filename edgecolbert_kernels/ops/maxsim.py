@@ -66,9 +66,7 @@ def _backward(grad: Tensor, Q: Tensor, D: Tensor, argmax: Tensor, *rest: Any) ->
     if not argmax.numel():
         # The forward was not asked for it, so it is found again.
         argmax = backend.forward(*inputs, *options, True)[1]
-    shape = layout.scores_shape(Q, D, *inputs[4:7])
-    checks.same_length("grad", grad.shape, "the scores", shape)
-    checks.same_length("argmax", argmax.shape, "the argmax", (layout.argmax_length(Q, shape, inputs[4]),))
+    grad, argmax = arguments.readable_gradient(grad, argmax, *inputs)
     grads = backend.backward(grad, Q, D, argmax, *inputs[2:], *options, *needs)
     grad_queries, grad_documents = (X.new_empty(0) if g is None else g for g, X in zip(grads, (Q, D), strict=True))
     return grad_queries, grad_documents

@@ -53,6 +53,10 @@ def integers(name: str, seen: Any, like: Tensor) -> Tensor:
     return seen.to(torch.int64).contiguous()
 
 
+def nothing() -> Tensor:
+    return torch.empty(0, 1, dtype=torch.float32, device="cpu")
+
+
 def pack(X: list[Tensor], masks: list[Tensor | None] | None, like: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     lengths = torch.tensor([0, *(x.shape[0] for x in X)], dtype=torch.int64, device=like.device)
     rows = torch.cat(X) if X else like.new_empty(0, like.shape[-1])
