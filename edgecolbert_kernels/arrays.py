@@ -114,10 +114,10 @@ def score(
         layout.which(D, query_index),
         index,
         _address(scores),
-        normalize=normalize,
-        mask_mode=mask_mode,
-        precision=precision,
-        threads=native.threads(),
+        normalize,
+        mask_mode,
+        precision,
+        native.threads(),
     )
     return scores.astype(dtype, copy=False)
 
@@ -146,10 +146,10 @@ def score_in_place(
         native.EVERY,
         native.NO_INDEX,
         _address(scores),
-        normalize=normalize,
-        mask_mode=mask_mode,
-        precision=precision,
-        threads=native.threads(),
+        normalize,
+        mask_mode,
+        precision,
+        native.threads(),
     )
     return scores.astype(dtype, copy=False)
 

@@ -259,7 +259,7 @@ def _side(*inputs: Any) -> Any:
     for batch in inputs:
         for matrix in batch if isinstance(batch, (list, tuple)) else (batch,):
             if not isinstance(matrix, arrays.Array):
-                return arrays if sys.modules.get("torch") is None else _tensors or _load_tensors()
+                return _tensors or (_load_tensors() if sys.modules.get("torch") else arrays)
     return arrays if choose("maxsim", "cpu", "float32") == "cpu" else _ArraysInTorch()
 
 

@@ -52,6 +52,13 @@ def engine(request):
     _C.set_isa("")
 
 
+@pytest.fixture(params=[*ISAS[:1], "torch"])
+def backend(request):
+    """The compiled module on its best instruction set, then PyTorch: for what no instruction set can change."""
+    with ek.backend("torch" if request.param == "torch" else "cpu"):
+        yield request.param
+
+
 @pytest.fixture(params=PRECISIONS)
 def precision(request):
     return request.param

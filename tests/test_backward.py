@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from cases import DIMENSIONS, STORAGES, embeddings, grid, holes, storage_name
@@ -10,6 +12,16 @@ from torch.nn.functional import normalize
 
 import edgecolbert_kernels as ek
 import oracle
+
+
+@functools.cache
+def exact_gradients(layout, dim, q_dtype, d_dtype, make, masked, normalize=False, mask_mode="exclude", scale_Q=1):
+    """A layout's case, the gradient of its scores, the float64 gradients of its leaves and their terms' magnitudes."""
+    case = LAYOUTS[layout](dim, q_dtype, d_dtype, make=make, masked=masked)
+    case.Q = [q * scale_Q for q in case.Q] if isinstance(case.Q, list) else case.Q * scale_Q
+    grad = output_gradient(case.shape) if make is grid else embeddings(*case.shape, seed=6, norm=None)
+    wanted = gradients(case.expected, *case.leaves(torch.float64), grad, normalize=normalize, mask_mode=mask_mode)
+    return case, grad, wanted, magnitudes(case, grad, normalize, mask_mode)
 
 
 def output_gradient(shape, seed=5, step=1 / 8):
@@ -24,18 +36,16 @@ def test_grid_gradients(engine, layout, mask_mode, masked):
     """On a grid every sum is exact in fp32, so each gradient is the float64 one after a single rounding to its dtype."""
     for dim in (1, 7, 16, 33, 48, 129):
         for q_dtype, d_dtype in ((STORAGES[0], STORAGES[0]), (STORAGES[1], STORAGES[1]), (STORAGES[2], STORAGES[1])):
-            case = LAYOUTS[layout](dim, q_dtype, d_dtype, make=grid, masked=masked)
-            grad = output_gradient(case.shape)
+            case, grad, wanted, _ = exact_gradients(layout, dim, q_dtype, d_dtype, grid, masked, mask_mode=mask_mode)
             found = gradients(case, *case.leaves(), grad, mask_mode=mask_mode)
-            wanted = gradients(case.expected, *case.leaves(torch.float64), grad, mask_mode=mask_mode)
             for leaf, mine, exact in zip((*flat(case.Q), *flat(case.D)), found, wanted, strict=True):
                 assert mine.dtype == leaf.dtype
                 assert torch.equal(mine, exact.to(leaf.dtype)), (dim, q_dtype, d_dtype)
 
 
-def magnitudes(case, grad, normalized):
+def magnitudes(case, grad, normalized, mask_mode="exclude"):
     """The sums of the absolute values of each gradient's terms: what its rounding errors are relative to."""
-    argmaxes = case.choices(normalize=normalized)
+    argmaxes = case.choices(normalize=normalized, mask_mode=mask_mode)
     unit = (lambda t: normalize(t, dim=-1)) if normalized else (lambda t: t)
     leaves = [t.detach().double().abs() for t in (*flat(case.Q), *flat(case.D))]
     rows = [unit(t).requires_grad_() for t in leaves]
@@ -62,13 +72,11 @@ def test_gradient_rounding(engine, layout, dtype, normalized):
     for dim in DIMENSIONS:
         if normalized and dim == 1:
             continue  # a unit row of one dimension is +-1: every similarity ties
-        case = LAYOUTS[layout](dim, dtype, dtype)
-        case.Q = [q * 3 for q in case.Q] if isinstance(case.Q, list) else case.Q * 3
-        grad = embeddings(*case.shape, seed=6, norm=None)
+        arguments = (layout, dim, dtype, dtype, embeddings, True, normalized)
+        case, grad, wanted, sizes = exact_gradients(*arguments, scale_Q=3)
         found = gradients(case, *case.leaves(), grad, normalize=normalized)
-        wanted = gradients(case.expected, *case.leaves(torch.float64), grad, normalize=normalized)
         n = (len(case.pairs) * 40 + 4 * dim + 16) * oracle.UNIT_ROUNDOFF["float32"]
-        for mine, exact, size in zip(found, wanted, magnitudes(case, grad, normalized), strict=True):
+        for mine, exact, size in zip(found, wanted, sizes, strict=True):
             allowed = n * size + oracle.UNIT_ROUNDOFF[storage_name(dtype)] * (exact.abs() + n * size) + 2.0**-25
             assert mine.dtype == dtype
             assert ((mine.double() - exact).abs() <= allowed).all(), dim

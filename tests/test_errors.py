@@ -117,7 +117,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistake(engine, name):
+def test_mistake(backend, name):
     call, exception, words = MISTAKES[name]
     with pytest.raises(exception) as raised:
         call()
@@ -126,7 +126,7 @@ def test_mistake(engine, name):
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistake_where_gradients_are_wanted(engine, name, monkeypatch):
+def test_mistake_where_gradients_are_wanted(backend, name, monkeypatch):
     """The same call with leaves that require gradients takes the autograd path; it must not be less careful."""
     call, exception, words = MISTAKES[name]
     for tensor in (Q3, D3, D4, ROWS):
@@ -167,7 +167,7 @@ NUMPY_MISTAKES = {
 
 
 @pytest.mark.parametrize("name", NUMPY_MISTAKES)
-def test_mistake_with_arrays(engine, name):
+def test_mistake_with_arrays(backend, name):
     function, arguments, exception, words = NUMPY_MISTAKES[name]
     with pytest.raises(exception) as raised:
         function(*map(arrays, arguments))
@@ -179,7 +179,7 @@ def test_mistake_with_arrays(engine, name):
 @pytest.mark.parametrize(
     "mistake", ["dimension", "offsets", "query index", "mask", "dtype", "argmax", "argmax length", "grad", "mask_mode", "precision"]
 )
-def test_registered_op_is_as_careful(engine, function, mistake):
+def test_registered_op_is_as_careful(backend, function, mistake):
     """torch.ops.edgecolbert can be called by anyone, so raw memory is behind the same checks there."""
     Q, D = torch.ones(2, 5, 8), torch.ones(3, 7, 8)
     arguments = dict.fromkeys(("q_mask", "d_mask", "cu_q", "cu_d", "query_index", "document_index"))

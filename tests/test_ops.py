@@ -91,7 +91,7 @@ def test_gradcheck(layout, mask_mode, normalized):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_compile(engine, layout):
+def test_compile(backend, layout):
     """One graph forward and backward, the same bits as eager."""
     torch.compiler.reset()
     case = LAYOUTS[layout](16, torch.float32, torch.float32, make=grid)
@@ -146,7 +146,7 @@ def test_export(tmp_path):
         assert torch.equal(loaded(Q, D, mask), ek.maxsim(Q, D, None, mask))
 
 
-def test_vmap(engine):
+def test_vmap(backend):
     """Over either side, over both, over masks, nested: what a loop over the batch gives."""
     Q, D, mask = grid(6, 3, 5, 8, seed=1), grid(6, 4, 7, 8, seed=2), holes(6, 4, 7, seed=3)
     both = torch.stack([ek.maxsim(q, d) for q, d in zip(Q, D, strict=True)])
@@ -159,7 +159,7 @@ def test_vmap(engine):
     assert torch.equal(one_by_one, torch.stack([ek.maxsim(Q[0], d) for d in D]).view(6, 3, 4))
 
 
-def test_per_sample_gradients(engine):
+def test_per_sample_gradients(backend):
     """vmap over grad, the functorch way to per-sample gradients."""
     Q, D = grid(6, 5, 8, seed=1), grid(6, 4, 7, 8, seed=2)
     per_sample = torch.vmap(torch.func.grad(lambda q, d: ek.maxsim(q, d).sum()))(Q, D)
@@ -169,7 +169,7 @@ def test_per_sample_gradients(engine):
         assert torch.equal(mine, leaf.grad)
 
 
-def test_functional_transforms(engine):
+def test_functional_transforms(backend):
     Q, D = grid(3, 5, 8, seed=1), grid(4, 7, 8, seed=2)
     leaf = Q.clone().requires_grad_()
     ek.maxsim(leaf, D).sum().backward()
@@ -180,7 +180,7 @@ def test_functional_transforms(engine):
 
 
 @pytest.mark.parametrize("function", [torch.func.jvp, torch.autograd.forward_ad])
-def test_forward_mode_is_right_or_refused(engine, function):
+def test_forward_mode_is_right_or_refused(backend, function):
     """There is no forward-mode rule: an error, never a silent zero tangent."""
     Q, D = grid(3, 5, 8, seed=1), grid(4, 7, 8, seed=2)
     with pytest.raises((NotImplementedError, RuntimeError)):
@@ -191,7 +191,7 @@ def test_forward_mode_is_right_or_refused(engine, function):
                 ek.maxsim(torch.autograd.forward_ad.make_dual(Q, torch.ones_like(Q)), D)
 
 
-def test_double_backward_is_refused(engine):
+def test_double_backward_is_refused(backend):
     """MaxSim is piecewise bilinear, but the backward op has no derivative: a clear error, not a wrong one."""
     Q, D = grid(3, 5, 8, seed=1).requires_grad_(), grid(4, 7, 8, seed=2).requires_grad_()
     first = torch.autograd.grad(ek.maxsim(Q, D).square().sum(), Q, create_graph=True)[0]
@@ -199,7 +199,7 @@ def test_double_backward_is_refused(engine):
         first.square().sum().backward()
 
 
-def test_fake_tensors(engine):
+def test_fake_tensors(backend):
     """Shapes and dtypes without data; a kernel that read a fake tensor's memory would crash."""
     for name, arguments in SAMPLES.items():
         real = OP.maxsim_forward(*arguments, "exact", True)
@@ -210,7 +210,7 @@ def test_fake_tensors(engine):
             assert (f.shape, f.dtype, f.device) == (r.shape, r.dtype, r.device), name
 
 
-def test_fake_tensors_through_the_public_functions(engine):
+def test_fake_tensors_through_the_public_functions(backend):
     with FakeTensorMode():
         Q, D = torch.empty(3, 5, 8, requires_grad=True), torch.empty(4, 7, 8)
         scores = ek.maxsim(Q, D)
@@ -222,7 +222,7 @@ def test_fake_tensors_through_the_public_functions(engine):
         assert ek.maxsim(Q, D, out_dtype=torch.float16).dtype == torch.float16
 
 
-def test_meta_tensors(engine):
+def test_meta_tensors(backend):
     Q, D = torch.empty(3, 5, 8, device="meta"), torch.empty(4, 7, 8, device="meta")
     scores = ek.maxsim(Q, D)
     assert scores.device.type == "meta"
@@ -230,7 +230,7 @@ def test_meta_tensors(engine):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(engine, dtype):
+def test_autocast(backend, dtype):
     """Inputs are scored as they arrive, fp32 next to bf16; scores stay fp32 and gradients come in each input's dtype."""
     layer = torch.nn.Linear(16, 8, bias=False)
     x, D = embeddings(3, 5, 16, seed=1), embeddings(4, 7, 8, seed=2).requires_grad_()
@@ -250,7 +250,7 @@ def test_autocast(engine, dtype):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(engine, mode):
+def test_without_gradients(backend, mode):
     Q, D = grid(3, 5, 8, seed=1).requires_grad_(), grid(4, 7, 8, seed=2)
     with mode():
         scores = ek.maxsim(Q, D)
@@ -261,7 +261,7 @@ def test_without_gradients(engine, mode):
     assert torch.equal(inside, scores)
 
 
-def test_inference_tensors_outside_inference_mode(engine):
+def test_inference_tensors_outside_inference_mode(backend):
     with torch.inference_mode():
         D = grid(4, 7, 8, seed=2) + 0
     Q = grid(3, 5, 8, seed=1)
@@ -279,20 +279,20 @@ class Tagged(torch.Tensor):
         return super().__torch_function__(function, types, arguments, kwargs or {})
 
 
-def test_tensor_subclass(engine):
+def test_tensor_subclass(backend):
     """A subclass goes through the dispatcher, where its own rules apply."""
     Q, D = grid(3, 5, 8, seed=1), grid(4, 7, 8, seed=2)
     scores = ek.maxsim(Q.as_subclass(Tagged), D)
     assert torch.equal(scores.as_subclass(torch.Tensor), ek.maxsim(Q, D))
 
 
-def test_parameter(engine):
+def test_parameter(backend):
     weight = torch.nn.Parameter(grid(4, 7, 8, seed=2))
     ek.maxsim(grid(3, 5, 8, seed=1), weight).sum().backward()
     assert weight.grad.shape == weight.shape
 
 
-def test_dispatch_modes_see_the_op(engine):
+def test_dispatch_modes_see_the_op(backend):
     """Profilers, counters and tracers that work by dispatch mode do not lose the call."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -312,7 +312,7 @@ def test_dispatch_modes_see_the_op(engine):
     assert any("edgecolbert.maxsim_backward" in name for name in record.names)
 
 
-def test_lazy_views(engine):
+def test_lazy_views(backend):
     """Conjugate and negative bits are resolved, not read past."""
     Q, D = grid(3, 5, 8, seed=1), grid(4, 7, 8, seed=2)
     negated = torch._neg_view(D)
@@ -324,7 +324,7 @@ def test_lazy_views(engine):
     assert (ek.maxsim(Q, zeros) == 0).all()
 
 
-def test_tensor_without_storage(engine):
+def test_tensor_without_storage(backend):
     """A tensor whose memory was taken away is refused, not read."""
     Q, D = grid(3, 5, 8, seed=1), grid(4, 7, 8, seed=2)
     D.untyped_storage().resize_(0)
@@ -332,7 +332,7 @@ def test_tensor_without_storage(engine):
         ek.maxsim(Q, D)
 
 
-def test_make_fx(engine):
+def test_make_fx(backend):
     """Tracing records the op instead of running past it."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -341,7 +341,7 @@ def test_make_fx(engine):
     assert torch.equal(graph(Q + 1, D), ek.maxsim(Q + 1, D) * 2)
 
 
-def test_activation_checkpointing(engine):
+def test_activation_checkpointing(backend):
     from torch.utils.checkpoint import checkpoint
 
     Q, D = grid(3, 5, 8, seed=1).requires_grad_(), grid(4, 7, 8, seed=2)
@@ -351,7 +351,7 @@ def test_activation_checkpointing(engine):
     assert torch.equal(Q.grad, wanted)
 
 
-def test_saved_tensors_may_leave_memory(engine):
+def test_saved_tensors_may_leave_memory(backend):
     """Offloaded and restored by hooks, as activation offloading does."""
     Q, D = grid(3, 5, 8, seed=1).requires_grad_(), grid(4, 7, 8, seed=2).requires_grad_()
     wanted = torch.autograd.grad(ek.maxsim(Q, D).sum(), (Q, D))
@@ -360,7 +360,7 @@ def test_saved_tensors_may_leave_memory(engine):
     assert all(map(torch.equal, torch.autograd.grad(scores.sum(), (Q, D)), wanted))
 
 
-def test_backward_in_another_thread(engine):
+def test_backward_in_another_thread(backend):
     """The backward follows the forward's backend, not the thread's."""
     Q, D = grid(3, 5, 8, seed=1).requires_grad_(), grid(4, 7, 8, seed=2)
     wanted = torch.autograd.grad(ek.maxsim(Q, D).sum(), Q)[0]
@@ -380,7 +380,7 @@ def test_backward_in_another_thread(engine):
     assert torch.equal(Q.grad, wanted)
 
 
-def test_module_with_scores_can_be_copied(engine):
+def test_module_with_scores_can_be_copied(backend):
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -395,7 +395,7 @@ def test_module_with_scores_can_be_copied(engine):
 
 
 @pytest.mark.parametrize("dtype", STORAGES, ids=storage_name)
-def test_op_and_public_function_agree(engine, dtype):
+def test_op_and_public_function_agree(backend, dtype):
     """Direct path and dispatcher: the same bits."""
     Q, D = embeddings(3, 5, 48, seed=1, dtype=dtype), embeddings(4, 7, 48, seed=2, dtype=dtype)
     q_mask, d_mask = holes(3, 5, seed=3), holes(4, 7, seed=4)

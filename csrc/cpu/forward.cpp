@@ -53,7 +53,7 @@ class PackedQueries {
   };
 
   PackedQueries(const Kernels& kernels, const ForwardCall& call, int64_t group_lanes, int threads)
-      : width_(kernels.width), first_lane_(size_t(call.queries.count)), kept_(size_t(call.queries.count)), group_of_(size_t(call.queries.count)) {
+      : width_(kernels.width), masked_(call.queries.mask != nullptr), first_lane_(size_t(call.queries.count)), kept_(size_t(call.queries.count)), group_of_(size_t(call.queries.count)) {
     const bool fixed_point = call.fixed_point && kernels.fixed_point;
     const std::vector<char> admitted = fixed_point ? admit(kernels, call) : std::vector<char>(size_t(call.queries.count), 0);
     rows_.reserve(size_t(total_tokens(call.queries) + width_));
@@ -77,8 +77,9 @@ class PackedQueries {
   }
   int64_t lane_in_group(const Group& group, int64_t query) const { return first_lane_[size_t(query)] - group.first_register * width_; }
   int64_t kept(int64_t query) const { return kept_[size_t(query)]; }
-  // Token number of each kept token of a query; null: all are kept.
-  const int32_t* tokens(int64_t query) const { return tokens_.empty() ? nullptr : tokens_.data() + first_lane_[size_t(query)]; }
+  bool masked() const { return masked_; }
+  // Token number of each kept token of a query, where there is a mask.
+  const int32_t* tokens(int64_t query) const { return tokens_.data() + first_lane_[size_t(query)]; }
 
  private:
   struct Words {
@@ -126,7 +127,7 @@ class PackedQueries {
       first_lane_[size_t(q)] = int64_t(rows_.size());
       for_each_kept(queries, q, [&](int64_t token, const char* row) {
         rows_.push_back(row);
-        if (queries.mask) tokens_.push_back(int32_t(token));
+        if (masked_) tokens_.push_back(int32_t(token));
       });
       kept_[size_t(q)] = int64_t(rows_.size()) - first_lane_[size_t(q)];
       group_of_[size_t(q)] = int64_t(groups_.size()) - 1;
@@ -147,7 +148,7 @@ class PackedQueries {
   void close_group() {
     if (groups_.empty()) return;
     rows_.resize(size_t(round_up(int64_t(rows_.size()), width_)), nullptr);
-    if (!tokens_.empty()) tokens_.resize(rows_.size());
+    if (masked_) tokens_.resize(rows_.size());
     groups_.back().registers.registers = int64_t(rows_.size()) / width_ - groups_.back().first_register;
   }
 
@@ -184,6 +185,7 @@ class PackedQueries {
   }
 
   const int64_t width_;
+  const bool masked_;
   std::vector<Group> groups_;
   std::vector<const char*> rows_;   // of every lane
   std::vector<int32_t> tokens_;     // of every lane, where there is a mask
@@ -359,11 +361,11 @@ class Scorer {
   template <class Index>
   void save_winners(Index* out, int64_t length, int64_t query, const int32_t* index) const {
     const int64_t count = queries_.kept(query);
-    const int32_t* const tokens = queries_.tokens(query);
-    if (!tokens) {
+    if (!queries_.masked()) {
       for (int64_t i = 0; i < count; ++i) out[i] = Index(index[i]);
       return;
     }
+    const int32_t* const tokens = queries_.tokens(query);
     std::fill(out, out + length, Index(-1));
     for (int64_t i = 0; i < count; ++i) out[tokens[i]] = Index(index[i]);
   }

@@ -12,6 +12,7 @@ from edgecolbert_kernels.backends import layout, native
 from edgecolbert_kernels.backends.native import supports as supports
 
 DTYPES = {torch.float32: native.FLOAT32, torch.float16: native.FLOAT16, torch.bfloat16: native.BFLOAT16}
+_CPU = torch.device("cpu")
 
 
 def forward(
@@ -29,7 +30,7 @@ def forward(
     with_argmax: bool,
 ) -> tuple[Tensor, Tensor | None]:
     shape = layout.scores_shape(Q, D, cu_q, cu_d, query_index)
-    scores = torch.empty(shape, dtype=torch.float32, device=Q.device)
+    scores = torch.empty(shape, dtype=torch.float32, device=_CPU)
     argmax = _empty_argmax(Q, D, shape, cu_q, cu_d) if with_argmax else None
     native.forward(
         _operand(Q, q_mask, cu_q),
@@ -37,12 +38,11 @@ def forward(
         layout.which(D, query_index),
         _index(query_index, document_index),
         scores.data_ptr(),
-        0 if argmax is None else argmax.data_ptr(),
-        4 if argmax is None else argmax.itemsize,
-        normalize=normalize,
-        mask_mode=mask_mode,
-        precision=precision,
-        threads=torch.get_num_threads(),
+        normalize,
+        mask_mode,
+        precision,
+        torch.get_num_threads(),
+        *(() if argmax is None else (argmax.data_ptr(), argmax.itemsize)),
     )
     return scores, argmax
 
@@ -95,17 +95,17 @@ def forward_lists(
     """Every query against every document, lists of `[L, d]` with contiguous rows read where they lie, without masks."""
     queries, _q_rows = _table(Q) if isinstance(Q, list) else (_operand(Q, q_mask, None), None)
     documents, _d_rows = _table(D) if isinstance(D, list) else (_operand(D, d_mask, None), None)
-    scores = torch.empty(layout.scores_shape_of_lists(Q, D), dtype=torch.float32, device="cpu")
+    scores = torch.empty(layout.scores_shape_of_lists(Q, D), dtype=torch.float32, device=_CPU)
     native.forward(
         queries,
         documents,
         native.EVERY,
         native.NO_INDEX,
         scores.data_ptr(),
-        normalize=normalize,
-        mask_mode=mask_mode,
-        precision=precision,
-        threads=torch.get_num_threads(),
+        normalize,
+        mask_mode,
+        precision,
+        torch.get_num_threads(),
     )
     return scores
 
@@ -147,10 +147,10 @@ def _empty_argmax(Q: Tensor, D: Tensor, scores: layout.Shape, cu_q: Tensor | Non
     length = layout.argmax_length(Q, scores, cu_q)
     # Rows after the last boundary belong to no query, so the kernel does not come by.
     if cu_q is not None and cu_q[-1] < Q.shape[0]:
-        return torch.full((length,), -1, dtype=dtype, device=Q.device)
-    return torch.empty(length, dtype=dtype, device=Q.device)
+        return torch.full((length,), -1, dtype=dtype, device=_CPU)
+    return torch.empty(length, dtype=dtype, device=_CPU)
 
 
 def _empty_grad(X: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     make = torch.empty if cu_seqlens is None else torch.zeros
-    return make(X.shape, dtype=X.dtype, device=X.device)
+    return make(X.shape, dtype=X.dtype, device=_CPU)

@@ -2,7 +2,7 @@
 
 Q is `[Lq, d]` (one query, without an axis for it), `[Nq, Lq, d]`, or `[Tq, d]` with `cu_q`; D is `[Nd, Ld, d]`,
 `[Nq, K, Ld, d]` (a query's own documents), or `[Td, d]` with `cu_d`; `query_index` selects the layout of chosen pairs.
-Only `.shape` is read, so arrays, tensors and fake tensors all do.
+Only `.shape` and `.ndim` are read, so arrays, tensors and fake tensors all do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 def which(D: Any, query_index: Any) -> int:
     if query_index is not None:
         return native.INDEXED
-    return native.OWN if len(D.shape) == 4 else native.EVERY
+    return native.OWN if D.ndim == 4 else native.EVERY
 
 
 def scores_shape(Q: Any, D: Any, cu_q: Any, cu_d: Any, query_index: Any) -> Shape:

@@ -82,13 +82,12 @@ def forward(
     layout: int,
     index: tuple[int, int, int],
     scores: int,
-    argmax: int = 0,
-    argmax_bytes: int = 4,
-    *,
     normalize: bool,
     mask_mode: str,
     precision: str,
     threads: int,
+    argmax: int = 0,
+    argmax_bytes: int = 4,
 ) -> None:
     """Write float32 scores, and the argmax unless its address is 0."""
     module().forward(

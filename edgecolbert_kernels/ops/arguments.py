@@ -26,7 +26,8 @@ def check(
 ) -> None:
     """Shapes, dtypes, layouts and devices: nothing that needs a value, so that it runs on fake tensors too."""
     for name, tokens in (("Q", Q), ("D", D)):
-        dtype(name, tokens)
+        if tokens.dtype not in DTYPES:
+            raise checks.wrong_dtype(name, tokens.dtype, checks.FLOATS)
         if tokens.layout is not torch.strided:
             raise checks.wrong_layout(name, tokens.layout)
     checks.rank("Q", Q.shape, (2, 3) if cu_q is None else (2,), "[Lq, d], [Nq, Lq, d], or [Tq, d] with cu_q")
@@ -59,11 +60,6 @@ def check(
 def check_values(Q: Tensor, D: Tensor, *integers: Tensor | None) -> None:
     """Boundaries and indices, on the CPU."""
     checks.values(Q.shape, D.shape, *(None if each is None else each.cpu().numpy() for each in integers))
-
-
-def dtype(name: str, tokens: Tensor) -> None:
-    if tokens.dtype not in DTYPES:
-        raise checks.wrong_dtype(name, tokens.dtype, checks.FLOATS)
 
 
 def readable(

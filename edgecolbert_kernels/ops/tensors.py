@@ -23,14 +23,15 @@ from edgecolbert_kernels.ops.plain import in_derivative, plain, refuse_tangents
 
 def tokens(name: str, seen: Any) -> Tensor:
     tensor = seen if isinstance(seen, Tensor) else from_numpy(arrays.tokens(name, seen))
-    arguments.dtype(name, tensor)
+    if tensor.dtype not in arguments.DTYPES:
+        raise checks.wrong_dtype(name, tensor.dtype, checks.FLOATS)
     return tensor
 
 
 def token_list(name: str, seen: Sequence[Any]) -> list[Tensor]:
     X = [x if isinstance(x, Tensor) else tokens(f"{name}[{n}]", x) for n, x in enumerate(seen)]
     if X:
-        arguments.dtype(f"{name}[0]", X[0])
+        tokens(f"{name}[0]", X[0])
     checks.token_list(name, X)
     return X
 

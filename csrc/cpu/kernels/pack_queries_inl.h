@@ -26,24 +26,19 @@ bool admits_fixed_point(const AdmitJob& job) {
       largest = Simd::maximum_unsigned(largest, Simd::absolute_bits(x));
       squares = Simd::multiply_add(x, x, squares);
     });
-    // Rounding may leave a normalised value a little above 1.
-    if (!(bits_to_float(Simd::largest_unsigned(largest)) <= 1.00001f && Simd::sum(squares) <= 1.05f)) return false;
+    if (!(bits_to_float(Simd::largest_unsigned(largest)) <= kLargestFixedPoint && Simd::sum(squares) <= 1.05f)) return false;
   }
   return true;
 }
 
-inline uint32_t to_query_fixed_point(float x) {
-  const float scaled = x * kQueryScale;
-  const float held = scaled < kQueryScale ? (scaled > -kQueryScale ? scaled : -kQueryScale) : kQueryScale;
-  return uint16_t(int16_t(__builtin_rintf(held)));
-}
+inline uint32_t to_fixed_point(float x) { return uint16_t(int16_t(__builtin_rintf(x * kFixedPointScale))); }
 
 inline void pack_fixed_point(const PackJob& job, const float* row, int lane) {
   for (int word = 0; word < (job.dim + 1) / 2; ++word) {
     int low, high;
     DotI16::dimensions(word, job.dim, &low, &high);
-    const uint32_t upper = high < 0 ? 0 : to_query_fixed_point(row[high]);
-    job.words_i16[word * job.word_stride + lane] = to_query_fixed_point(row[low]) | upper << 16;
+    const uint32_t upper = high < 0 ? 0 : to_fixed_point(row[high]);
+    job.words_i16[word * job.word_stride + lane] = to_fixed_point(row[low]) | upper << 16;
   }
 }
 #endif

@@ -58,7 +58,7 @@ struct Seen<DotI16, Element> {
       if (lane >= (1u << 23) - 1) return false;
       square_norm += float(lane);
     }
-    return square_norm < kSquareNormLimit && Simd::largest_unsigned(largest) <= float_to_bits(kDocumentLimit) &&
+    return square_norm < kSquareNormLimit && Simd::largest_unsigned(largest) <= float_to_bits(kLargestFixedPoint) &&
            Int16::largest_magnitude(largest_raw) < bits_of_one(Element{});
   }
 };
