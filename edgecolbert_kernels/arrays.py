@@ -46,9 +46,7 @@ def token_list(name: str, seen: Sequence[Any]) -> list[Array]:
     return [tokens(f"{name}[{n}]", x) for n, x in enumerate(X)]
 
 
-def mask(name: str, seen: Any, of: str, X: Array) -> Array | None:
-    if seen is None:
-        return None
+def mask(name: str, seen: Any, of: str, X: Array) -> Array:
     checks.mask(name, array(name, seen).shape, of, X.shape)
     return np.ascontiguousarray(seen != 0)
 

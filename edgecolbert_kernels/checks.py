@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 MASK_MODES = ("exclude", "zero")
 PRECISIONS = ("exact", "fast")
 
-QUERIES = "[Lq, d], [Nq, Lq, d] or a list of [Lq, d]"
-DOCUMENTS = "[Nd, Ld, d], [Nq, K, Ld, d] or a list of [Ld, d]"
 FLOATS = "float32, float16, bfloat16 or float64"
 INTEGERS = "an integer dtype"
 

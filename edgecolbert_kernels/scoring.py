@@ -14,7 +14,10 @@ from edgecolbert_kernels.backends import choose
 # A torch tensor or a numpy array: Any, as the package must import where there is no torch.
 Array = Any
 Options = tuple[bool, str, str]
-_MASKS = {"Q": "q_mask", "D": "d_mask"}
+
+QUERIES = "[Lq, d], [Nq, Lq, d] or a list of [Lq, d]"
+DOCUMENTS = "[Nd, Ld, d], [Nq, K, Ld, d] or a list of [Ld, d]"
+MASKS = {"Q": "q_mask", "D": "d_mask"}
 
 
 def maxsim(
@@ -39,8 +42,9 @@ def maxsim(
         normalize: divide every token by its Euclidean norm first (at least 1e-12).
         mask_mode: "exclude": a masked document token is never chosen, and a document with no token left scores 0.
             "zero": its similarity is 0 and takes part in the maximum, as in PyLate.
-        precision: "exact" accumulates in float32 whatever the storage. "fast" may use 16-bit fixed point where all
-            values are within [-1, 1]: an error of at most 5e-4 a score at d <= 128 and Lq = 32.
+        precision: "exact" accumulates in float32 whatever the storage. "fast" computes in 16-bit fixed point where a query
+            or document has all |x| < 1 and norms near 1, else exactly. A similarity is then off by at most
+            2^-16 (|q|_1 + |d|_1); with these independent, as in ordinary data, a score of 32 tokens by less than 5e-4.
         out_dtype: the result's dtype; float32 if None.
 
     Q and D are torch tensors in float32, float16, bfloat16 or float64, not necessarily the same, with any strides; or
@@ -57,11 +61,11 @@ def maxsim(
     """
     checks.options(mask_mode, precision)
     xp = _side(Q, D)
-    Q, q_mask = _read(xp, "Q", Q, q_mask, (2, 3), checks.QUERIES)
-    D, d_mask = _read(xp, "D", D, d_mask, (3, 4), checks.DOCUMENTS)
     options = normalize, mask_mode, precision
-    if type(Q) is list or type(D) is list:
+    if isinstance(Q, (list, tuple)) or isinstance(D, (list, tuple)):
         return _score_lists(xp, Q, D, q_mask, d_mask, options, out_dtype)
+    Q, q_mask = _array(xp, "Q", Q, q_mask, (2, 3), QUERIES)
+    D, d_mask = _array(xp, "D", D, d_mask, (3, 4), DOCUMENTS)
     checks.same_dim(Q.shape, D.shape)
     if D.ndim == 4:
         checks.same_batch(Q.shape, D.shape)
@@ -136,10 +140,8 @@ def maxsim_varlen(
     """
     checks.options(mask_mode, precision)
     xp = _side(Q, D)
-    Q, q_mask = xp.tokens("Q", Q), xp.mask("q_mask", q_mask, "Q", Q)
-    D, d_mask = xp.tokens("D", D), xp.mask("d_mask", d_mask, "D", D)
-    checks.rank("Q", Q.shape, (2,), "[Tq, d]")
-    checks.rank("D", D.shape, (2,), "[Td, d]")
+    Q, q_mask = _array(xp, "Q", Q, q_mask, (2,), "[Tq, d]")
+    D, d_mask = _array(xp, "D", D, d_mask, (2,), "[Td, d]")
     checks.same_dim(Q.shape, D.shape)
     cu_q, cu_d = xp.integers("cu_seqlens_q", cu_seqlens_q, Q), xp.integers("cu_seqlens_d", cu_seqlens_d, D)
     checks.boundaries("cu_seqlens_q", cu_q.shape)
@@ -185,6 +187,8 @@ def maxsim_indexed(
 
 
 def _score_lists(xp: Any, Q: Array, D: Array, q_mask: Array, d_mask: Array, options: Options, out_dtype: Any) -> Array:
+    Q, q_mask = _read(xp, "Q", Q, q_mask, (2, 3), QUERIES)
+    D, d_mask = _read(xp, "D", D, d_mask, (3, 4), DOCUMENTS)
     if type(D) is not list and D.ndim == 4:
         Q, q_mask = _padded(xp, Q, q_mask, D)
         checks.same_dim(Q.shape, D.shape)
@@ -214,18 +218,26 @@ def _score_pairs(
     return xp.score(Q, D, q_mask, d_mask, None, cu_d, query_index, document_index, *options, out_dtype)
 
 
+def _array(xp: Any, name: str, X: Any, mask: Any, ranks: tuple[int, ...], wanted: str) -> tuple[Array, Array]:
+    """An array and its mask, each right by itself."""
+    X = xp.tokens(name, X)
+    if X.ndim not in ranks:
+        raise checks.wrong_shape(name, X.shape, wanted)
+    return X, None if mask is None else xp.mask(MASKS[name], mask, name, X)
+
+
 def _read(xp: Any, name: str, X: Any, mask: Any, ranks: tuple[int, ...], wanted: str) -> tuple[Any, Any]:
-    """An array and its mask, or a list of matrices and a list of theirs, each right by itself."""
-    mask_name = _MASKS[name]
+    """The same, or a list of matrices and a list of their masks."""
     if not isinstance(X, (list, tuple)):
-        X = xp.tokens(name, X)
-        checks.rank(name, X.shape, ranks, wanted)
-        return X, xp.mask(mask_name, mask, name, X)
+        return _array(xp, name, X, mask, ranks, wanted)
     X = xp.token_list(name, X)
     if mask is None:
         return X, None
-    checks.mask_list(mask_name, mask, name, len(X))
-    return X, [xp.mask(f"{mask_name}[{n}]", each, f"{name}[{n}]", X[n]) for n, each in enumerate(mask)]
+    checks.mask_list(MASKS[name], mask, name, len(X))
+    each = zip(X, mask, strict=True)
+    return X, [
+        None if m is None else xp.mask(f"{MASKS[name]}[{n}]", m, f"{name}[{n}]", x) for n, (x, m) in enumerate(each)
+    ]
 
 
 def _packed(xp: Any, X: Any, mask: Any, other: Any) -> tuple[Array, Array, Array]:

@@ -23,7 +23,9 @@ def storage_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def embeddings(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, norm: float | None = 1.0) -> torch.Tensor:
+def embeddings(
+    *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, norm: float | None = 1.0
+) -> torch.Tensor:
     """Random rows of L2 norm `norm` (None: standard normal values) along the last of `shape`, rounded once to `dtype`."""
     rows = torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
     if norm is not None:
@@ -31,7 +33,9 @@ def embeddings(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, n
     return rows.to(dtype)
 
 
-def grid(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, step: float = 1 / 64, largest: int = 8) -> torch.Tensor:
+def grid(
+    *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, step: float = 1 / 64, largest: int = 8
+) -> torch.Tensor:
     """Random multiples of `step`, at most `largest` of them: every storage, fp32 sum and Q15 holds them without rounding.
 
     So the exact result is the only right one, and ties are frequent. With d <= 128 the norms stay below sqrt(2).

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import edgecolbert_kernels as ek
-import edgecolbert_kernels.ops  # noqa: F401 - registers torch.ops.edgecolbert
+import edgecolbert_kernels.ops
 
 try:
     from edgecolbert_kernels import _C

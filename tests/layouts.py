@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from cases import embeddings, holes, packed, ragged
 
 import edgecolbert_kernels as ek
 import oracle
+from cases import embeddings, holes, packed, ragged
 
 Rows = torch.Tensor | list[torch.Tensor]
 

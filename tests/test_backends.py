@@ -9,10 +9,10 @@ import threading
 import numpy as np
 import pytest
 import torch
-from cases import embeddings, grid
 
 import edgecolbert_kernels as ek
 import oracle
+from cases import embeddings, grid
 
 Q, D = grid(2, 5, 16, seed=1), grid(3, 7, 16, seed=2)
 WANTED = torch.einsum("qid,kjd->qkij", Q, D).amax(3).sum(2)
@@ -35,7 +35,9 @@ def spy(monkeypatch):
         for attribute in ("forward", "forward_lists"):
             function = getattr(module, attribute, None)
             if function:
-                monkeypatch.setattr(module, attribute, lambda *a, f=function, n=name, **k: (ran.append(n), f(*a, **k))[1])
+                monkeypatch.setattr(
+                    module, attribute, lambda *a, f=function, n=name, **k: (ran.append(n), f(*a, **k))[1]
+                )
     return ran
 
 

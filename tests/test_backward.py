@@ -6,12 +6,12 @@ import functools
 
 import pytest
 import torch
-from cases import DIMENSIONS, STORAGES, embeddings, grid, holes, storage_name
-from layouts import LAYOUTS, flat, gradients, in_batch
 from torch.nn.functional import normalize
 
 import edgecolbert_kernels as ek
 import oracle
+from cases import DIMENSIONS, STORAGES, embeddings, grid, holes, storage_name
+from layouts import LAYOUTS, flat, gradients, in_batch
 
 
 @functools.cache
@@ -51,9 +51,7 @@ def magnitudes(case, grad, normalized, mask_mode="exclude"):
     rows = [unit(t).requires_grad_() for t in leaves]
     Q = rows[: len(case.Q)] if isinstance(case.Q, list) else rows[0]
     D = rows[len(flat(case.Q)) :] if isinstance(case.D, list) else rows[-1]
-    scores = [
-        (Q[q][a >= 0] * D[d][a[a >= 0]]).sum() for (q, d, _, _), a in zip(case.pairs, argmaxes, strict=True)
-    ]
+    scores = [(Q[q][a >= 0] * D[d][a[a >= 0]]).sum() for (q, d, _, _), a in zip(case.pairs, argmaxes, strict=True)]
     found = torch.autograd.grad(torch.stack(scores), rows, grad.double().abs().reshape(-1), materialize_grads=True)
     if not normalized:
         return found
@@ -150,7 +148,10 @@ def test_gradient_through_views(engine):
     D = grid(9, 26, 16, seed=2)[::2, 1::2].requires_grad_()
     scores = ek.maxsim(base.permute(2, 1, 0), D)
     scores.backward(output_gradient(scores.shape))
-    plain_Q, plain_D = base.detach().permute(2, 1, 0).contiguous().requires_grad_(), D.detach().contiguous().requires_grad_()
+    plain_Q, plain_D = (
+        base.detach().permute(2, 1, 0).contiguous().requires_grad_(),
+        D.detach().contiguous().requires_grad_(),
+    )
     ek.maxsim(plain_Q, plain_D).backward(output_gradient(scores.shape))
     assert torch.equal(base.grad, plain_Q.grad.permute(2, 1, 0))
     assert torch.equal(D.grad, plain_D.grad)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -42,8 +41,16 @@ MISTAKES = {
     "complex": (lambda: ek.maxsim(Q3, D3.to(torch.complex64)), TypeError, ["D", "complex64"]),
     "float8": (lambda: ek.maxsim(Q3.to(torch.float8_e4m3fn), D3), TypeError, ["Q", "float8"]),
     "integers in a list": (lambda: ek.maxsim(Q3, [zeros(5, 8).int()]), TypeError, ["D", "int32"]),
-    "two dtypes in a list": (lambda: ek.maxsim(Q3, [zeros(5, 8), zeros(5, 8).half()]), TypeError, ["D", "float16", "float32"]),
-    "cu_seqlens of floats": (lambda: ek.maxsim_varlen(ROWS, ROWS, CU.float(), CU), TypeError, ["cu_seqlens_q", "float32"]),
+    "two dtypes in a list": (
+        lambda: ek.maxsim(Q3, [zeros(5, 8), zeros(5, 8).half()]),
+        TypeError,
+        ["D", "float16", "float32"],
+    ),
+    "cu_seqlens of floats": (
+        lambda: ek.maxsim_varlen(ROWS, ROWS, CU.float(), CU),
+        TypeError,
+        ["cu_seqlens_q", "float32"],
+    ),
     "index of floats": (
         lambda: ek.maxsim_indexed(Q3, D3, index(0.0), index(0)),
         TypeError,
@@ -63,7 +70,11 @@ MISTAKES = {
     "zero-dimensional": (lambda: ek.maxsim(torch.tensor(1.0), D3), ValueError, ["Q", "[]"]),
     "dimensions differ": (lambda: ek.maxsim(Q3, zeros(3, 7, 9)), ValueError, ["Q", "[2, 5, 8]", "D", "[3, 7, 9]"]),
     "dimension zero": (lambda: ek.maxsim(zeros(2, 5, 0), zeros(3, 7, 0)), ValueError, ["Q", "[2, 5, 0]"]),
-    "own candidates of other queries": (lambda: ek.maxsim(Q3, zeros(3, 2, 7, 8)), ValueError, ["[2, 5, 8]", "[3, 2, 7, 8]"]),
+    "own candidates of other queries": (
+        lambda: ek.maxsim(Q3, zeros(3, 2, 7, 8)),
+        ValueError,
+        ["[2, 5, 8]", "[3, 2, 7, 8]"],
+    ),
     "broadcast own candidates": (lambda: ek.maxsim(Q3, zeros(1, 2, 7, 8)), ValueError, ["[2, 5, 8]", "[1, 2, 7, 8]"]),
     "lists of unequal dimensions": (lambda: ek.maxsim(Q3, [zeros(5, 8), zeros(5, 9)]), ValueError, ["D", "9"]),
     "list of 3-D": (lambda: ek.maxsim(Q3, [zeros(1, 5, 8)]), ValueError, ["D", "[1, 5, 8]"]),
@@ -86,20 +97,44 @@ MISTAKES = {
     "packed mask": (lambda: ek.maxsim_varlen(ROWS, ROWS, CU, CU, zeros(9)), ValueError, ["q_mask", "[9]", "[10]"]),
     # Offsets
     "not from 0": (lambda: ek.maxsim_varlen(ROWS, ROWS, index(1, 10), CU), ValueError, ["cu_seqlens_q", "1", "0"]),
-    "decreasing": (lambda: ek.maxsim_varlen(ROWS, ROWS, CU, index(0, 6, 4, 10)), ValueError, ["cu_seqlens_d", "decreas"]),
-    "beyond the tokens": (lambda: ek.maxsim_varlen(ROWS, ROWS, CU, index(0, 11)), ValueError, ["cu_seqlens_d", "11", "10"]),
+    "decreasing": (
+        lambda: ek.maxsim_varlen(ROWS, ROWS, CU, index(0, 6, 4, 10)),
+        ValueError,
+        ["cu_seqlens_d", "decreas"],
+    ),
+    "beyond the tokens": (
+        lambda: ek.maxsim_varlen(ROWS, ROWS, CU, index(0, 11)),
+        ValueError,
+        ["cu_seqlens_d", "11", "10"],
+    ),
     "negative": (lambda: ek.maxsim_varlen(ROWS, ROWS, index(0, -1, 10), CU), ValueError, ["cu_seqlens_q"]),
     "enormous": (lambda: ek.maxsim_varlen(ROWS, ROWS, index(0, 2**62), CU), ValueError, ["cu_seqlens_q"]),
     "most negative": (lambda: ek.maxsim_varlen(ROWS, ROWS, index(0, -(2**63), 10), CU), ValueError, ["cu_seqlens_q"]),
     "no offsets": (lambda: ek.maxsim_varlen(ROWS, ROWS, CU[:0], CU), ValueError, ["cu_seqlens_q", "[0]"]),
-    "two-dimensional offsets": (lambda: ek.maxsim_varlen(ROWS, ROWS, CU[None], CU), ValueError, ["cu_seqlens_q", "[1, 3]"]),
+    "two-dimensional offsets": (
+        lambda: ek.maxsim_varlen(ROWS, ROWS, CU[None], CU),
+        ValueError,
+        ["cu_seqlens_q", "[1, 3]"],
+    ),
     # Indices
     "query too high": (lambda: ek.maxsim_indexed(Q3, D3, index(2), index(0)), IndexError, ["query_index", "2"]),
-    "document too high": (lambda: ek.maxsim_indexed(Q3, D3, index(0, 0), index(0, 3)), IndexError, ["document_index", "3"]),
+    "document too high": (
+        lambda: ek.maxsim_indexed(Q3, D3, index(0, 0), index(0, 3)),
+        IndexError,
+        ["document_index", "3"],
+    ),
     "negative query": (lambda: ek.maxsim_indexed(Q3, D3, index(-1), index(0)), IndexError, ["query_index", "-1"]),
     "enormous document": (lambda: ek.maxsim_indexed(Q3, D3, index(0), index(2**62)), IndexError, ["document_index"]),
-    "unequal indices": (lambda: ek.maxsim_indexed(Q3, D3, index(0, 1), index(0)), ValueError, ["query_index", "document_index"]),
-    "two-dimensional index": (lambda: ek.maxsim_indexed(Q3, D3, index([0]), index(0)), ValueError, ["query_index", "[1, 1]"]),
+    "unequal indices": (
+        lambda: ek.maxsim_indexed(Q3, D3, index(0, 1), index(0)),
+        ValueError,
+        ["query_index", "document_index"],
+    ),
+    "two-dimensional index": (
+        lambda: ek.maxsim_indexed(Q3, D3, index([0]), index(0)),
+        ValueError,
+        ["query_index", "[1, 1]"],
+    ),
     "index into nothing": (
         lambda: ek.maxsim_indexed(Q3, D3[:0], index(0), index(0)),
         IndexError,
@@ -112,7 +147,11 @@ MISTAKES = {
     "backend": (lambda: ek.backend("gpu").__enter__(), ValueError, ["gpu", "torch"]),
     "meta device": (lambda: ek.maxsim(Q3, D3.to("meta")), ValueError, ["D", "meta", "cpu"]),
     "mask on another device": (lambda: ek.maxsim(Q3, D3, None, zeros(3, 7).to("meta")), ValueError, ["d_mask", "meta"]),
-    "offsets on another device": (lambda: ek.maxsim_varlen(ROWS, ROWS, CU.to("meta"), CU), ValueError, ["cu_seqlens_q", "meta"]),
+    "offsets on another device": (
+        lambda: ek.maxsim_varlen(ROWS, ROWS, CU.to("meta"), CU),
+        ValueError,
+        ["cu_seqlens_q", "meta"],
+    ),
 }
 
 
@@ -177,7 +216,19 @@ def test_mistake_with_arrays(backend, name):
 
 @pytest.mark.parametrize("function", ["maxsim_forward", "maxsim_backward"])
 @pytest.mark.parametrize(
-    "mistake", ["dimension", "offsets", "query index", "mask", "dtype", "argmax", "argmax length", "grad", "mask_mode", "precision"]
+    "mistake",
+    [
+        "dimension",
+        "offsets",
+        "query index",
+        "mask",
+        "dtype",
+        "argmax",
+        "argmax length",
+        "grad",
+        "mask_mode",
+        "precision",
+    ],
 )
 def test_registered_op_is_as_careful(backend, function, mistake):
     """torch.ops.edgecolbert can be called by anyone, so raw memory is behind the same checks there."""
@@ -196,7 +247,11 @@ def test_registered_op_is_as_careful(backend, function, mistake):
     if mistake == "dimension":
         D = torch.ones(3, 7, 9)
     elif mistake == "offsets":
-        Q, arguments["cu_q"], head["argmax"] = torch.ones(10, 8), torch.tensor([0, 2**40]), torch.zeros(30, dtype=torch.int16)
+        Q, arguments["cu_q"], head["argmax"] = (
+            torch.ones(10, 8),
+            torch.tensor([0, 2**40]),
+            torch.zeros(30, dtype=torch.int16),
+        )
         head["grad"] = torch.ones(1, 3)
     elif mistake == "query index":
         arguments["query_index"], arguments["document_index"] = torch.tensor([2**40]), torch.tensor([0])

@@ -109,7 +109,9 @@ assert torch.equal(torch.stack(list(loader)), wanted[0])
 @pytest.mark.parametrize("body", BODIES)
 def test_fork(python, body):
     # Python 3.12 and later warn about any fork of a process with threads.
-    python("import warnings; warnings.simplefilter('ignore', DeprecationWarning)\n" + PRELUDE + BODIES[body], timeout=100)
+    python(
+        "import warnings; warnings.simplefilter('ignore', DeprecationWarning)\n" + PRELUDE + BODIES[body], timeout=100
+    )
 
 
 def test_spawned_child(python):

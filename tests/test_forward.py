@@ -8,10 +8,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from cases import DIMENSIONS, LENGTHS, STORAGES, embeddings, grid, packed, padded, ragged, storage_name, to_float64
 
 import edgecolbert_kernels as ek
 import oracle
+from cases import DIMENSIONS, LENGTHS, STORAGES, embeddings, grid, packed, padded, ragged, storage_name, to_float64
 
 STORAGE_PAIRS = list(itertools.product(STORAGES, STORAGES))
 SHORT_LENGTHS = (0, 1, 2, 11, 12, 13, 31, 33)  # padding these to the longest costs little
@@ -67,7 +67,10 @@ def test_grid_padded(engine, precision, dim):
         Q, q_mask = padded([q.to(q_dtype) for q in queries[:count]])
         D, d_mask = padded([d.to(d_dtype) for d in documents[:count]])
         result, argmax = argmax_of(Q, D, q_mask, d_mask, precision=precision)
-        assert oracle.same_on_grid(result, scores[:count, :count], precision, max(SHORT_LENGTHS), dim), (q_dtype, d_dtype)
+        assert oracle.same_on_grid(result, scores[:count, :count], precision, max(SHORT_LENGTHS), dim), (
+            q_dtype,
+            d_dtype,
+        )
         np.testing.assert_array_equal(argmax.numpy().reshape(expected_argmax.shape), expected_argmax)
         assert torch.equal(ek.maxsim(Q, D, q_mask, d_mask, precision=precision), result)
 
@@ -79,7 +82,11 @@ def test_grid_without_masks(engine, precision, dim):
     for dtype in STORAGES:
         for (i, query), (j, document) in itertools.product(enumerate(queries), enumerate(documents)):
             result, argmax = argmax_of(query.to(dtype)[None], document.to(dtype)[None], precision=precision)
-            assert oracle.same_on_grid(result[0, 0], scores[i, j], precision, len(query), dim), (dtype, len(query), len(document))
+            assert oracle.same_on_grid(result[0, 0], scores[i, j], precision, len(query), dim), (
+                dtype,
+                len(query),
+                len(document),
+            )
             np.testing.assert_array_equal(argmax.numpy(), argmaxes[i][j], err_msg=f"{dtype} {LENGTHS[i]} {LENGTHS[j]}")
 
 
@@ -207,7 +214,10 @@ def test_fast_falls_back_by_itself(engine, where, dtype):
     """One element out of range anywhere, at every tail position: its scores are exact, and nothing saturates."""
     dim = 17
     for token, component, value in itertools.product((0, 11, 12, 28), (0, 8, 16), (1.5, -1.5, -40.0)):
-        queries, documents = ragged((5, 33, 29), dim, seed=11, dtype=dtype), ragged((29, 31, 40), dim, seed=12, dtype=dtype)
+        queries, documents = (
+            ragged((5, 33, 29), dim, seed=11, dtype=dtype),
+            ragged((29, 31, 40), dim, seed=12, dtype=dtype),
+        )
         if where != "document":
             queries[1][token, component] = value
         if where != "query":

@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from cases import STORAGES, embeddings, grid, holes, packed, padded, ragged, storage_name, to_float64
-from layouts import LAYOUTS, flat
 
 import edgecolbert_kernels as ek
 import oracle
+from cases import STORAGES, embeddings, grid, holes, packed, padded, ragged, storage_name, to_float64
+from layouts import LAYOUTS, flat
 
 
 @pytest.mark.parametrize("mask_mode", ["exclude", "zero"])
@@ -60,13 +60,18 @@ def test_two_dimensional_query_drops_the_axis(engine, precision):
     q_mask, d_mask = holes(12, seed=3), holes(5, 13, seed=4)
     kwargs = {"precision": precision}
     assert torch.equal(ek.maxsim(Q, D, **kwargs), ek.maxsim(Q[None], D, **kwargs)[0])
-    assert torch.equal(ek.maxsim(Q, D, q_mask, d_mask, **kwargs), ek.maxsim(Q[None], D, q_mask[None], d_mask, **kwargs)[0])
+    assert torch.equal(
+        ek.maxsim(Q, D, q_mask, d_mask, **kwargs), ek.maxsim(Q[None], D, q_mask[None], d_mask, **kwargs)[0]
+    )
     assert torch.equal(ek.maxsim(Q, list(D), **kwargs), ek.maxsim(Q[None], list(D), **kwargs)[0])
 
 
 def test_ragged_against_padded(engine, precision):
     """A list, its padded form with a mask and its packed form hold the same tokens: one matrix."""
-    queries, documents = ragged((5, 0, 33, 1, 8), 48, make=grid, seed=1), ragged((12, 1, 0, 40, 13), 48, make=grid, seed=2)
+    queries, documents = (
+        ragged((5, 0, 33, 1, 8), 48, make=grid, seed=1),
+        ragged((12, 1, 0, 40, 13), 48, make=grid, seed=2),
+    )
     (Q, q_mask), (D, d_mask) = padded(queries), padded(documents)
     (Qp, cu_q), (Dp, cu_d) = packed(queries), packed(documents)
     wanted = ek.maxsim(queries, documents, precision=precision)

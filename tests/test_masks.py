@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from cases import STORAGES, embeddings, grid, holes, storage_name, to_float64
-from layouts import LAYOUTS, gradients
 
 import edgecolbert_kernels as ek
 import oracle
+from cases import STORAGES, embeddings, grid, holes, storage_name, to_float64
+from layouts import LAYOUTS, gradients
 
 MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *STORAGES, torch.float64)
 MODES = ("exclude", "zero")

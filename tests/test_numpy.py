@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import embeddings, grid, holes, packed, ragged
 
 import edgecolbert_kernels as ek
+from cases import embeddings, grid, holes, packed, ragged
 
 
 def bits(x):
@@ -129,7 +129,9 @@ random = np.random.default_rng(1)
 Q, D = random.standard_normal((8, 32, 48), np.float32), random.standard_normal((64, 60, 48), np.float32)
 print(hashlib.sha256(ek.maxsim(Q, D).tobytes()).hexdigest())
 """
-    assert python(source, EDGECOLBERT_NUM_THREADS=threads) == python(source, EDGECOLBERT_NUM_THREADS=None, OMP_NUM_THREADS="1")
+    assert python(source, EDGECOLBERT_NUM_THREADS=threads) == python(
+        source, EDGECOLBERT_NUM_THREADS=None, OMP_NUM_THREADS="1"
+    )
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])

@@ -7,11 +7,11 @@ import threading
 
 import pytest
 import torch
-from cases import STORAGES, embeddings, grid, holes, packed, ragged, storage_name
-from layouts import LAYOUTS, flat, gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import edgecolbert_kernels as ek
+from cases import STORAGES, embeddings, grid, holes, packed, ragged, storage_name
+from layouts import LAYOUTS, flat, gradients
 
 OP = torch.ops.edgecolbert
 
@@ -152,7 +152,9 @@ def test_vmap(backend):
     both = torch.stack([ek.maxsim(q, d) for q, d in zip(Q, D, strict=True)])
     assert torch.equal(torch.vmap(ek.maxsim)(Q, D), both)
     assert torch.equal(torch.vmap(ek.maxsim, in_dims=(0, None))(Q, D[0]), torch.stack([ek.maxsim(q, D[0]) for q in Q]))
-    assert torch.equal(torch.vmap(ek.maxsim, in_dims=(None, 1))(Q[0], D.movedim(0, 1)), torch.stack([ek.maxsim(Q[0], d) for d in D]))
+    assert torch.equal(
+        torch.vmap(ek.maxsim, in_dims=(None, 1))(Q[0], D.movedim(0, 1)), torch.stack([ek.maxsim(Q[0], d) for d in D])
+    )
     masked = torch.vmap(lambda q, d, m: ek.maxsim(q, d, None, m))(Q, D, mask)
     assert torch.equal(masked, torch.stack([ek.maxsim(q, d, None, m) for q, d, m in zip(Q, D, mask, strict=True)]))
     one_by_one = torch.vmap(torch.vmap(ek.maxsim, in_dims=(0, None)), in_dims=(None, 0))(Q[0], D)
@@ -401,7 +403,9 @@ def test_op_and_public_function_agree(backend, dtype):
     q_mask, d_mask = holes(3, 5, seed=3), holes(4, 7, seed=4)
     for mask_mode in ("exclude", "zero"):
         for precision in ("exact", "fast"):
-            scores, empty = OP.maxsim_forward(Q, D, q_mask, d_mask, None, None, None, None, True, mask_mode, precision, False)
+            scores, empty = OP.maxsim_forward(
+                Q, D, q_mask, d_mask, None, None, None, None, True, mask_mode, precision, False
+            )
             wanted = ek.maxsim(Q, D, q_mask, d_mask, normalize=True, mask_mode=mask_mode, precision=precision)
             assert empty.numel() == 0
             assert torch.equal(scores, wanted)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import address_space, embeddings, grid, holes
 
 import edgecolbert_kernels as ek
 import oracle
+from cases import address_space, embeddings, grid, holes
 
 
 def float64_scores(Q, D, d_mask=None):
@@ -123,7 +123,9 @@ def test_numkong_coarse_argmax(engine, precision):
     """Its int8 argmax ignores the scale of a token and is wrong in 26-53 % of cases."""
     Q = embeddings(4, 32, 48, seed=1)
     D = embeddings(6, 60, 48, seed=2) * torch.rand(6, 60, 1, generator=torch.Generator().manual_seed(3))
-    _, argmax = torch.ops.edgecolbert.maxsim_forward(Q, D, None, None, None, None, None, None, False, "exclude", precision, True)
+    _, argmax = torch.ops.edgecolbert.maxsim_forward(
+        Q, D, None, None, None, None, None, None, False, "exclude", precision, True
+    )
     similarity = torch.einsum("qid,kjd->qkij", Q.double(), D.double())
     picked = similarity.gather(3, argmax.reshape(4, 6, 32, 1).long())[..., 0]
     step = 0 if precision == "exact" else 2 * 48 * 2.0**-16

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import STORAGES, embeddings, grid, to_float64
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import edgecolbert_kernels as ek
 import oracle
+from cases import STORAGES, embeddings, grid, to_float64
 
-relaxed = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+relaxed = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 lengths = st.lists(st.integers(0, 40), max_size=6)
 
 
@@ -62,7 +64,9 @@ def test_varlen(engine, precision, case, mask_mode):
     # Euler: a sum of bilinear terms is recovered from either gradient.
     for leaf in (Q, D):
         recovered = (leaf.detach().double() * leaf.grad.double()).sum().item()
-        assert recovered == pytest.approx(scores.double().sum().item(), rel=2.0**-7, abs=2.0**-6 + leaf.numel() * 2.0**-9)
+        assert recovered == pytest.approx(
+            scores.double().sum().item(), rel=2.0**-7, abs=2.0**-6 + leaf.numel() * 2.0**-9
+        )
 
 
 @relaxed

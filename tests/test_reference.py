@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import embeddings, grid, holes, packed, ragged
-from layouts import LAYOUTS, gradients
 
 import oracle
+from cases import embeddings, grid, holes, packed, ragged
 from edgecolbert_kernels import reference
+from layouts import LAYOUTS, gradients
 
 FUNCTIONS = {
     "in_batch": reference.maxsim,
@@ -48,7 +48,10 @@ def test_scores_argmax_and_gradients(layout, masked, mask_mode, normalize):
         for mine, chosen in zip(argmax, case.choices(**options), strict=True):
             assert torch.equal(mine, chosen)
         grad = embeddings(*case.shape, seed=6, norm=None).double()
-        mine, truth = gradients(scores, *case.leaves(), grad, **options), gradients(case.expected, *case.leaves(), grad, **options)
+        mine, truth = (
+            gradients(scores, *case.leaves(), grad, **options),
+            gradients(case.expected, *case.leaves(), grad, **options),
+        )
         for a, b in zip(mine, truth, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
 

@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from cases import STORAGES, embeddings, grid, storage_name
 
 import edgecolbert_kernels as ek
 import oracle
+from cases import STORAGES, embeddings, grid, storage_name
 
 NAN, INF = float("nan"), float("inf")
 
@@ -72,7 +72,10 @@ def test_any_nan(engine, precision, bits):
     assert scores[1].isnan()
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [(torch.float16, 0x7C01), (torch.float16, 0xFFFF), (torch.bfloat16, 0x7F81), (torch.bfloat16, 0xFFC0)])
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [(torch.float16, 0x7C01), (torch.float16, 0xFFFF), (torch.bfloat16, 0x7F81), (torch.bfloat16, 0xFFC0)],
+)
 def test_any_half_nan(engine, precision, dtype, bits):
     """A NaN whose low payload bits are all that tells it from Inf."""
     D = torch.full((2, 14, 5), 0.25, dtype=dtype)
@@ -146,7 +149,9 @@ def test_overflow(engine, precision, sign):
         scores = ek.maxsim(Q, D, precision=precision)
         assert scores.tolist() == [[sign * INF, 0.0]]
     largest = torch.full((1, 2, 17), 65504.0, dtype=torch.float16)
-    assert ek.maxsim(largest, sign * largest, precision=precision).item() == pytest.approx(sign * 34 * 65504.0**2, rel=1e-6)
+    assert ek.maxsim(largest, sign * largest, precision=precision).item() == pytest.approx(
+        sign * 34 * 65504.0**2, rel=1e-6
+    )
 
 
 def test_overflow_of_the_sum(engine):
@@ -207,7 +212,9 @@ def test_signed_zeros(engine, precision):
 def test_ties_go_to_the_lowest_token(engine, precision, dtype):
     """Copies of the best token at every pair of positions around the tiles: the first one wins, and takes the gradient."""
     for length in (2, 12, 13, 25, 40):
-        for first, second in itertools.combinations(sorted({0, 1, 11, 12, 13, 23, 24, length - 1} & set(range(length))), 2):
+        for first, second in itertools.combinations(
+            sorted({0, 1, 11, 12, 13, 23, 24, length - 1} & set(range(length))), 2
+        ):
             Q = torch.full((1, 17, 5), 0.25, dtype=dtype).requires_grad_()
             D = torch.zeros(1, length, 5, dtype=dtype)
             D[0, [first, second]] = 0.25

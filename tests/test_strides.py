@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from cases import DIMENSIONS, STORAGES, address_space, embeddings, grid, holes, storage_name
 from numpy.lib.stride_tricks import as_strided
 
 import edgecolbert_kernels as ek
+from cases import DIMENSIONS, STORAGES, address_space, embeddings, grid, holes, storage_name
 
 
 def views_3d(x):
@@ -59,8 +59,13 @@ def test_views_of_other_layouts(engine, precision, layout):
         results = [ek.maxsim_pairs(q, d, precision=precision) for q, d in ((X, Y[:, 1]), (gapped_X, gapped_Y[:, 1]))]
     elif layout == "indexed":
         index = torch.tensor([[0, 3], [2, 9], [3, 1], [0, 0]])
-        contiguous = ek.maxsim_indexed(X, Y[0], index[:, 0].contiguous() % 4, index[:, 1].contiguous() % 3, precision=precision)
-        results = [contiguous, ek.maxsim_indexed(gapped_X, gapped_Y[0], (index % 4)[:, 0], (index % 3)[:, 1], precision=precision)]
+        contiguous = ek.maxsim_indexed(
+            X, Y[0], index[:, 0].contiguous() % 4, index[:, 1].contiguous() % 3, precision=precision
+        )
+        results = [
+            contiguous,
+            ek.maxsim_indexed(gapped_X, gapped_Y[0], (index % 4)[:, 0], (index % 3)[:, 1], precision=precision),
+        ]
     elif layout == "varlen":
         Q, D, cu = X.reshape(48, 33), Y.reshape(-1, 33), torch.tensor([0, 5, 5, 48])
         gapped_cu = torch.stack([cu, cu], 1)[:, 0]
@@ -85,7 +90,9 @@ def test_broadcast_views(engine, precision):
         (Q, value.expand(-1, -1, 16)),
         (Q.expand(3, -1, -1), D.expand(3, 2, 13, 16)),
     ):
-        assert torch.equal(ek.maxsim(q, d, precision=precision), ek.maxsim(q.contiguous(), d.contiguous(), precision=precision))
+        assert torch.equal(
+            ek.maxsim(q, d, precision=precision), ek.maxsim(q.contiguous(), d.contiguous(), precision=precision)
+        )
     leaf = D.clone().requires_grad_()
     ek.maxsim(Q, leaf.expand(5, -1, -1)).sum().backward()
     once = D.clone().requires_grad_()
@@ -98,7 +105,10 @@ def test_negative_strides(engine, precision):
     Q, D = grid(3, 12, 17, seed=1).numpy(), grid(4, 13, 17, seed=2).numpy()
     wanted = ek.maxsim(Q, D, precision=precision)
     for flip in itertools.product((1, -1), repeat=3):
-        q, d = (np.ascontiguousarray(x[:: flip[0], :: flip[1], :: flip[2]])[:: flip[0], :: flip[1], :: flip[2]] for x in (Q, D))
+        q, d = (
+            np.ascontiguousarray(x[:: flip[0], :: flip[1], :: flip[2]])[:: flip[0], :: flip[1], :: flip[2]]
+            for x in (Q, D)
+        )
         np.testing.assert_array_equal(q, Q)
         np.testing.assert_array_equal(ek.maxsim(q, d, precision=precision), wanted, err_msg=str(flip))
         np.testing.assert_array_equal(ek.maxsim(list(q), list(d), precision=precision), wanted, err_msg=str(flip))
@@ -118,7 +128,9 @@ def test_unaligned_arrays(engine, precision, dtype, offset):
     Q, D = grid(3, 12, 17, seed=1).numpy().astype(dtype), grid(4, 13, 17, seed=2).numpy().astype(dtype)
     wanted = ek.maxsim(Q, D, precision=precision)
     np.testing.assert_array_equal(ek.maxsim(unaligned(Q), unaligned(D), precision=precision), wanted)
-    np.testing.assert_array_equal(ek.maxsim([unaligned(q) for q in Q], [unaligned(d) for d in D], precision=precision), wanted)
+    np.testing.assert_array_equal(
+        ek.maxsim([unaligned(q) for q in Q], [unaligned(d) for d in D], precision=precision), wanted
+    )
     record = np.zeros(4, np.dtype([("id", np.uint8), ("tokens", dtype, (13, 17))]))
     record["tokens"] = D
     np.testing.assert_array_equal(ek.maxsim(Q, record["tokens"], precision=precision), wanted)
@@ -141,7 +153,8 @@ def test_strides_beyond_32_bits(engine, precision, axis):
     np.testing.assert_array_equal(ek.maxsim(Q.numpy(), D, precision=precision), wanted.numpy())
     backwards = np.ascontiguousarray(np.flip(D, number))
     np.testing.assert_array_equal(
-        ek.maxsim(Q.numpy(), np.flip(D, number), precision=precision), ek.maxsim(Q.numpy(), backwards, precision=precision)
+        ek.maxsim(Q.numpy(), np.flip(D, number), precision=precision),
+        ek.maxsim(Q.numpy(), backwards, precision=precision),
     )
 
 
@@ -155,7 +168,9 @@ def test_more_than_2_31_elements_indexed(engine, precision):
     Q = grid(2, 5, dim, seed=2).half()
     query_index, document_index = torch.tensor([0, 1, 0, 1, 1]), torch.tensor(chosen)
     result = ek.maxsim_indexed(Q, torch.from_numpy(D), query_index, document_index, precision=precision)
-    assert torch.equal(result, ek.maxsim_indexed(Q, torch.from_numpy(D[chosen]), query_index, torch.arange(5), precision=precision))
+    assert torch.equal(
+        result, ek.maxsim_indexed(Q, torch.from_numpy(D[chosen]), query_index, torch.arange(5), precision=precision)
+    )
 
 
 def test_more_than_2_31_elements_packed(isa):
@@ -233,4 +248,3 @@ def test_outputs_do_not_alias_inputs(engine):
     leaves = Q.requires_grad_(), D.requires_grad_()
     ek.maxsim(*leaves, None, mask).sum().backward()
     assert all(map(torch.equal, (Q, D, mask), copies))
-

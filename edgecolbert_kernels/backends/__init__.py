@@ -21,6 +21,10 @@ from edgecolbert_kernels.backends import native
 BACKENDS = ("auto", "cpu", "torch", "triton", "cuda")
 VARIABLE = "EDGECOLBERT_BACKEND"
 
+# What `os.environ` wraps: its own `get` raises and catches where a variable is not set, a microsecond in every call.
+_environment = getattr(os.environ, "_data", os.environ)
+_VARIABLE_KEY = os.environ.encodekey(VARIABLE) if _environment is not os.environ else VARIABLE
+
 _chosen: ContextVar[str] = ContextVar("edgecolbert_backend", default="")
 
 
@@ -44,7 +48,7 @@ def backend(name: str) -> Iterator[None]:
 
 def choose(op: str, device: str, dtype: str) -> str:
     """The backend's name, for an op ("maxsim") on a device type ("cpu", "cuda") that sums in "float32" or "float64"."""
-    name = _chosen.get() or os.environ.get(VARIABLE)
+    name = _chosen.get() or _variable()
     if name and name != "auto":
         reason = supports(_known(name, VARIABLE), op, device, dtype)
         if reason:
@@ -88,6 +92,11 @@ def _missing_torch() -> str | None:
         absent = isinstance(error, ModuleNotFoundError) and error.name == "torch"
         return "torch is not installed" if absent else f"torch does not load ({error})"
     return None
+
+
+def _variable() -> str:
+    value = _environment.get(_VARIABLE_KEY)
+    return os.fsdecode(value) if value else ""
 
 
 def _known(name: str, source: str) -> str:

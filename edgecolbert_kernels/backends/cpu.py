@@ -30,7 +30,7 @@ def forward(
     with_argmax: bool,
 ) -> tuple[Tensor, Tensor | None]:
     shape = layout.scores_shape(Q, D, cu_q, cu_d, query_index)
-    scores = torch.empty(shape, dtype=torch.float32, device=_CPU)
+    scores = torch.empty(*shape, dtype=torch.float32, device=_CPU)
     argmax = _empty_argmax(Q, D, shape, cu_q, cu_d) if with_argmax else None
     native.forward(
         _operand(Q, q_mask, cu_q),
@@ -111,7 +111,7 @@ def forward_lists(
 
 
 def _operand(X: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> native.Operand:
-    mask_address = 0 if mask is None else _address(mask)
+    mask_address = 0 if mask is None else mask.data_ptr()
     if cu_seqlens is None:
         return native.padded(_address(X), DTYPES[X.dtype], X.shape, X.stride(), mask_address)
     count = cu_seqlens.shape[0] - 1

@@ -6,6 +6,7 @@ calls it keeps every array alive and has checked every shape, offset and index.
 
 from __future__ import annotations
 
+import importlib
 import os
 from array import array
 from collections.abc import Sequence
@@ -23,22 +24,20 @@ Operand = tuple[Any, ...]
 
 
 @cache
-def _load() -> tuple[Any, str | None]:
-    # Late, so that torch's OpenMP runtime, where there is one, is in the process first and both share it.
-    try:
-        from edgecolbert_kernels import _C
-    except ImportError as error:
-        return None, f"the compiled module edgecolbert_kernels._C does not load ({error})"
-    return _C, None
-
-
 def module() -> Any:
-    return _load()[0]
+    """`_C`, or None where it does not load."""
+    return None if missing() else importlib.import_module("edgecolbert_kernels._C")
 
 
+@cache
 def missing() -> str | None:
     """The reason why there is no compiled module, None where there is one."""
-    return _load()[1]
+    # Late, so that torch's OpenMP runtime, where there is one, is in the process first and both share it.
+    try:
+        importlib.import_module("edgecolbert_kernels._C")
+    except ImportError as error:
+        return f"the compiled module edgecolbert_kernels._C does not load ({error})"
+    return None
 
 
 def supports(op: str, device: str, dtype: str) -> str | None:
@@ -51,15 +50,14 @@ def supports(op: str, device: str, dtype: str) -> str | None:
 
 def padded(address: int, dtype: int, shape: Sequence[int], strides: Sequence[int], mask: int) -> Operand:
     """`[L, d]`, `[N, L, d]` or `[N, K, L, d]`; strides in elements; `mask` is the address of a byte a token, or 0."""
-    length, dim = shape[-2:]
-    token_stride, dim_stride = strides[-2:]
+    # Slices of a torch.Size would cost as much as all the rest.
     if len(shape) == 3:
         batch = (strides[0], 0, max(shape[0], 1), shape[0])
     elif len(shape) == 4:
         batch = (strides[1], strides[0], max(shape[1], 1), shape[0] * shape[1])
     else:
         batch = (0, 0, 1, 1)
-    return (address, dtype, dim, dim_stride, token_stride, *batch, length, 0, mask)
+    return (address, dtype, shape[-1], strides[-1], strides[-2], *batch, shape[-2], 0, mask)
 
 
 def packed(

@@ -78,7 +78,8 @@ def readable(
         for each in (cu_q, cu_d, query_index, document_index)
     )
     check_values(Q, D, cu_q, cu_d, query_index, document_index)
-    return Q, D, kept(q_mask), kept(d_mask), cu_q, cu_d, query_index, document_index
+    q_mask, d_mask = (None if mask is None else kept(mask) for mask in (q_mask, d_mask))
+    return Q, D, q_mask, d_mask, cu_q, cu_d, query_index, document_index
 
 
 def readable_gradient(
@@ -107,9 +108,8 @@ def readable_gradient(
     return grad.to(getattr(torch, arithmetic(Q, D))), argmax.contiguous()
 
 
-def kept(mask: Tensor | None) -> Tensor | None:
-    if mask is None:
-        return None
+def kept(mask: Tensor) -> Tensor:
+    """The mask as a contiguous byte a token."""
     return (mask if mask.dtype == torch.bool else mask != 0).contiguous()
 
 

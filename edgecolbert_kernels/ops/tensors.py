@@ -36,9 +36,7 @@ def token_list(name: str, seen: Sequence[Any]) -> list[Tensor]:
     return X
 
 
-def mask(name: str, seen: Any, of: str, X: Tensor) -> Tensor | None:
-    if seen is None:
-        return None
+def mask(name: str, seen: Any, of: str, X: Tensor) -> Tensor:
     if not isinstance(seen, Tensor):
         seen = from_numpy(arrays.array(name, seen)).to(X.device)
     checks.mask(name, seen.shape, of, X.shape)
@@ -85,7 +83,7 @@ def score(
     precision: str,
     out_dtype: Any,
 ) -> Tensor:
-    dtype = _float(out_dtype)
+    dtype = torch.float32 if out_dtype is None else _float(out_dtype)
     batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
     needs_grad = torch.is_grad_enabled() and (Q.requires_grad or D.requires_grad)
     options = normalize, mask_mode, precision
@@ -128,7 +126,7 @@ def score_in_place(
         return None
     if not plain(*every) or choose("maxsim", "cpu", "float32") != "cpu":
         return None
-    dtype = _float(out_dtype)
+    dtype = torch.float32 if out_dtype is None else _float(out_dtype)
     scores = cpu.forward_lists(Q, D, q_mask, d_mask, normalize, mask_mode, precision)
     return scores if scores.dtype == dtype else scores.to(dtype)
 
@@ -150,8 +148,6 @@ def _kept(X: Sequence[Tensor], masks: Sequence[Tensor | None] | None) -> list[Te
 
 
 def _float(dtype: Any) -> torch.dtype:
-    if dtype is None:
-        return torch.float32
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise checks.out_dtype(dtype, "torch")
     return dtype

@@ -46,7 +46,7 @@ struct Int16 {
   // Squares of 2^15-scaled values, in steps of 2^-22 when folded. A lane that saturates is 2 or more.
   static void add_squares(__m512i& sum, __m512i x) {
 #ifdef __AVX512VNNI__
-    sum = _mm512_dpwssds_epi32(sum, x, x);
+    __asm__("vpdpwssds %1, %1, %0" : "+v"(sum) : "v"(x));
 #else
     sum = _mm512_add_epi32(sum, _mm512_srli_epi32(_mm512_madd_epi16(x, x), 8));
 #endif

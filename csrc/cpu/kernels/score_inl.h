@@ -42,7 +42,7 @@ class Widener {
       widen(begin, end, out);
       begin = end;
     }
-    return {&job_.document, job_.dim, begin, end, out, &seen_};
+    return Feed<Dot, Element>(job_.document, job_.dim, begin, end, out, &seen_);
   }
 
   // Rows [count, wanted) repeat the last of `count` rows.

@@ -66,24 +66,28 @@ struct Seen<DotI16, Element> {
 template <class Row, class Element>
 [[gnu::always_inline]] inline void store_widened(const Row* row, int dim, uint32_t* out, Seen<DotI16, Element>& seen) {
   Simd::I largest = seen.largest, largest_raw = seen.largest_raw, squares = Simd::zero_integer();
-  int k = 0;
-  for (; k + 2 * Simd::width <= dim; k += 2 * Simd::width) {
+  int left = dim;
+  for (; left >= 2 * Simd::width; left -= 2 * Simd::width) {
     if constexpr (sizeof(Row) == 2) {
-      largest_raw = Int16::maximum_magnitudes(largest_raw, Int16::load_magnitudes(row + k));
+      largest_raw = Int16::maximum_magnitudes(largest_raw, Int16::load_magnitudes(row));
     } else {
-      const Simd::F low = Simd::load(row + k), high = Simd::load(row + k + Simd::width);
+      const Simd::F low = Simd::load(row), high = Simd::load(row + Simd::width);
       largest = Simd::maximum_unsigned(largest, Simd::maximum_unsigned(Simd::absolute_bits(low), Simd::absolute_bits(high)));
     }
-    const Simd::I words = Int16::load_pair(row + k);
+    const Simd::I words = Int16::load_pair(row);
     Int16::add_squares(squares, words);
-    Simd::store(reinterpret_cast<int32_t*>(out) + k / 2, words);
+    Simd::store(reinterpret_cast<int32_t*>(out), words);
+    row += 2 * Simd::width;
+    out += Simd::width;
   }
-  for (; k < dim; k += Simd::width) {
-    const Simd::F x = k + Simd::width <= dim ? Simd::load(row + k) : Simd::load_first(row + k, dim - k);
+  for (; left > 0; left -= Simd::width) {
+    const Simd::F x = left >= Simd::width ? Simd::load(row) : Simd::load_first(row, left);
     largest = Simd::maximum_unsigned(largest, Simd::absolute_bits(x));
     const Simd::I words = Int16::round_single(x);
     Int16::add_squares(squares, words);
-    Int16::store_lower(out + k / 2, words);
+    Int16::store_lower(out, words);
+    row += Simd::width;
+    out += Simd::width / 2;
   }
   seen.squares = _mm_max_epu32(seen.squares, Int16::fold_squares(squares));
   seen.largest = largest;
@@ -93,31 +97,48 @@ template <class Row, class Element>
 
 // Tokens that a tile widens between its own k-steps, for the tile after it.
 template <class Dot, class Element>
-struct Feed {
-  const Tokens* tokens;
-  int dim;
-  int64_t next, end;  // kept tokens still to widen
-  uint32_t* out;
-  Seen<Dot, Element>* seen;
+class Feed {
+ public:
+  // Kept tokens [begin, end), whose dimensions lie side by side.
+  Feed(const Tokens& tokens, int dim, int64_t begin, int64_t end, uint32_t* out, Seen<Dot, Element>* seen)
+      : tokens_(tokens),
+        dim_(dim),
+        next_(begin),
+        end_(end),
+        row_(tokens.data + begin * tokens.token_stride),
+        prefetch_end_(intptr_t(tokens.prefetch_end) - kPrefetchBytes - int64_t(dim) * int64_t(sizeof(Element))),
+        out_(out),
+        stride_(widened_stride<Dot>(dim)),
+        seen_(seen) {}
 
-  // One token whose dimensions lie side by side.
   [[gnu::always_inline]] void step() {
-    if (next >= end) return;
-    const int64_t number = tokens->kept ? tokens->kept[next] : next;
-    const char* const row = tokens->data + number * tokens->token_stride;
-    for (const char* ahead = row + kPrefetchBytes; ahead < row + kPrefetchBytes + dim * int(sizeof(Element)); ahead += 64) {
-      if (ahead < tokens->prefetch_end) __builtin_prefetch(ahead);
+    if (next_ >= end_) return;
+    if (tokens_.kept) row_ = tokens_.data + tokens_.kept[next_] * tokens_.token_stride;
+    if (intptr_t(row_) < prefetch_end_) {
+      for (int ahead = 0; ahead < dim_ * int(sizeof(Element)); ahead += 64) __builtin_prefetch(row_ + kPrefetchBytes + ahead);
     }
-    store_widened(reinterpret_cast<const Element*>(row), dim, out, *seen);
-    out += widened_stride<Dot>(dim);
-    ++next;
+    store_widened(reinterpret_cast<const Element*>(row_), dim_, out_, *seen_);
+    row_ += tokens_.token_stride;
+    out_ += stride_;
+    ++next_;
   }
 
   void finish() {
-    while (next < end) step();
+    while (next_ < end_) step();
   }
 
-  static constexpr int kPrefetchBytes = 2048;
+ private:
+  static constexpr int64_t kPrefetchBytes = 2048;
+
+  const Tokens& tokens_;
+  const int dim_;
+  int64_t next_;
+  const int64_t end_;
+  const char* row_;
+  const intptr_t prefetch_end_;  // of the addresses of rows that prefetch
+  uint32_t* out_;
+  const int64_t stride_;
+  Seen<Dot, Element>* const seen_;
 };
 
 }  // namespace
