@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 
 #include "cpu/dispatch.h"
@@ -86,6 +87,18 @@ Pairs read_pairs(int layout, const py::tuple& index, const Sequences& queries, c
   return pairs;
 }
 
+// Token numbers within a document are int32 where they are kept: in masks and in the argmax.
+void check_lengths(const Sequences& documents, bool numbered) {
+  if (!numbered) return;
+  const int64_t different = documents.offsets || documents.lengths ? documents.count : std::min<int64_t>(documents.count, 1);
+  for (int64_t j = 0; j < different; ++j) {
+    if (documents.tokens(j) > INT32_MAX) {
+      throw py::value_error("D has a document of " + std::to_string(documents.tokens(j)) +
+                            " tokens; with a mask or a gradient want at most 2147483647");
+    }
+  }
+}
+
 void check_winners(const Winners& winners, const Sequences& queries, const Pairs& pairs) {
   if (!winners.data) return;
   if (winners.bytes != 2 && winners.bytes != 4) throw py::value_error("argmax_bytes must be 2 or 4");
@@ -102,6 +115,7 @@ void py_forward(const py::tuple& queries, const py::tuple& documents, int layout
   call.out = address<float>(out);
   call.winners = {address<void>(argmax), argmax_bytes};
   check_winners(call.winners, call.queries, call.pairs);
+  check_lengths(call.documents, call.winners.data || call.documents.mask);
   call.fixed_point = precision == 1;
   call.masked_is_zero = zero_mode;
   call.normalize = normalize;
