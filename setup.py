@@ -83,7 +83,9 @@ class CMakeBuild(build_ext):
             [cmake, "--install", str(build_dir), "--prefix", str(target_dir)],
         ):
             if subprocess.run(command).returncode != 0:
-                sys.exit(f"edgecolbert_kernels: this build step failed, its messages stand above:\n  {shlex.join(command)}")
+                sys.exit(
+                    f"edgecolbert_kernels: this build step failed, its messages stand above:\n  {shlex.join(command)}"
+                )
 
 
 with_module = os.environ.get("EDGECOLBERT_BUILD", "1") != "0"

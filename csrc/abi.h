@@ -1,5 +1,6 @@
 // Plain structs between the driver and the kernels of each instruction set.
-// No STL and no framework: an object compiled for AVX-512 must not leave a shared inline function behind that an older CPU might be handed.
+// No STL and no framework: an object compiled for AVX-512 must not leave a shared inline function behind that an older
+// CPU might be handed.
 #pragma once
 
 #include <stdint.h>
@@ -10,11 +11,11 @@ enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
 
 // Kept tokens of one sequence, read in place.
 struct Tokens {
-  const char* data;       // token 0, kept or not
-  int64_t token_stride;   // bytes, any sign
-  int64_t dim_stride;     // bytes, any sign
-  int64_t length;         // kept tokens
-  const int32_t* kept;    // [length] their token numbers, ascending; null: 0 .. length - 1
+  const char* data;          // token 0, kept or not
+  int64_t token_stride;      // bytes, any sign
+  int64_t dim_stride;        // bytes, any sign
+  int64_t length;            // kept tokens
+  const int32_t* kept;       // [length] their token numbers, ascending; null: 0 .. length - 1
   const char* prefetch_end;  // memory that may be prefetched ends here
 };
 
@@ -24,7 +25,7 @@ struct PackJob {
   const char* const* rows;  // [width] query tokens; null: a lane without a token
   DType dtype;
   int32_t dim;
-  int64_t dim_stride;   // bytes
+  int64_t dim_stride;  // bytes
   bool normalize;
   uint32_t* words_f32;  // lane 0 of k-word 0
   uint32_t* words_i16;  // null: fixed point is not wanted
@@ -45,7 +46,8 @@ struct AdmitJob {
 };
 
 // Register rows of one or several queries that are scored together.
-// Panels of `panel_registers` rows come first, then the remaining rows one by one, each [k-word][registers of the panel][lane].
+// Panels of `panel_registers` rows come first, then the remaining rows one by one, each [k-word][registers of the
+// panel][lane].
 struct QueryGroup {
   const uint32_t* words_f32;
   const uint32_t* words_i16;  // null: exact only
@@ -74,8 +76,8 @@ struct RowsJob {
   const char* source;
   DType dtype;
   int32_t dim;
-  int64_t token_stride;  // bytes
-  int64_t dim_stride;    // bytes
+  int64_t token_stride;        // bytes
+  int64_t dim_stride;          // bytes
   const float* inverse_norms;  // of the source rows; null: 1
   const void* winner;          // [count] int16 or int32 document token, -1: none
   int32_t winner_bytes;

@@ -28,7 +28,8 @@ T* address(int64_t value) {
 Sequences read_sequences(const py::tuple& arguments) {
   PyObject* const t = arguments.ptr();
   Sequences s;
-  if (arguments.size() != 6 && arguments.size() != 12) throw py::value_error("a sequence description has 6 or 12 integers");
+  if (arguments.size() != 6 && arguments.size() != 12)
+    throw py::value_error("a sequence description has 6 or 12 integers");
   const bool list = arguments.size() == 6;
   const int64_t dtype = integer(t, list ? 0 : 1);
   const int64_t dim = integer(t, list ? 1 : 2);
@@ -55,7 +56,8 @@ Sequences read_sequences(const py::tuple& arguments) {
   s.length = integer(t, 9);
   s.offsets = address<const int64_t>(integer(t, 10));
   s.mask = address<const uint8_t>(integer(t, 11));
-  if (s.inner_count < 1 || s.count < 0 || s.length < 0) throw py::value_error("negative size in a sequence description");
+  if (s.inner_count < 1 || s.count < 0 || s.length < 0)
+    throw py::value_error("negative size in a sequence description");
   return s;
 }
 
@@ -90,7 +92,8 @@ Pairs read_pairs(int layout, const py::tuple& index, const Sequences& queries, c
 // Token numbers within a document are int32 where they are kept: in masks and in the argmax.
 void check_lengths(const Sequences& documents, bool numbered) {
   if (!numbered) return;
-  const int64_t different = documents.offsets || documents.lengths ? documents.count : std::min<int64_t>(documents.count, 1);
+  const int64_t different =
+      documents.offsets || documents.lengths ? documents.count : std::min<int64_t>(documents.count, 1);
   for (int64_t j = 0; j < different; ++j) {
     if (documents.tokens(j) > INT32_MAX) {
       throw py::value_error("D has a document of " + std::to_string(documents.tokens(j)) +
@@ -102,11 +105,12 @@ void check_lengths(const Sequences& documents, bool numbered) {
 void check_winners(const Winners& winners, const Sequences& queries, const Pairs& pairs) {
   if (!winners.data) return;
   if (winners.bytes != 2 && winners.bytes != 4) throw py::value_error("argmax_bytes must be 2 or 4");
-  if (queries.pointers || (queries.offsets && pairs.layout != Layout::all)) throw py::value_error("no argmax for this layout of queries");
+  if (queries.pointers || (queries.offsets && pairs.layout != Layout::all))
+    throw py::value_error("no argmax for this layout of queries");
 }
 
-void py_forward(const py::tuple& queries, const py::tuple& documents, int layout, const py::tuple& index, int64_t out, int64_t argmax,
-                int argmax_bytes, int precision, bool zero_mode, bool normalize, int threads) {
+void py_forward(const py::tuple& queries, const py::tuple& documents, int layout, const py::tuple& index, int64_t out,
+                int64_t argmax, int argmax_bytes, int precision, bool zero_mode, bool normalize, int threads) {
   ForwardCall call;
   call.queries = read_sequences(queries);
   call.documents = read_sequences(documents);
@@ -125,8 +129,9 @@ void py_forward(const py::tuple& queries, const py::tuple& documents, int layout
   forward(isa, call);
 }
 
-void py_backward(const py::tuple& queries, const py::tuple& documents, int layout, const py::tuple& index, int64_t grad, int64_t argmax,
-                 int argmax_bytes, int64_t grad_queries, int64_t grad_documents, bool normalize, int threads) {
+void py_backward(const py::tuple& queries, const py::tuple& documents, int layout, const py::tuple& index, int64_t grad,
+                 int64_t argmax, int argmax_bytes, int64_t grad_queries, int64_t grad_documents, bool normalize,
+                 int threads) {
   BackwardCall call;
   call.queries = read_sequences(queries);
   call.documents = read_sequences(documents);
@@ -167,13 +172,17 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of edgecolbert_kernels. Use the package's functions: these trust their arguments.";
   m.def("built_isas", &built_isas, "Instruction sets compiled in, best first.");
   m.def("available_isas", &available_isas, "Of these, what this CPU runs, best first.");
-  m.def("get_isa", [] { return std::string(kernels().name); }, "The instruction set in use; RuntimeError when EDGECOLBERT_ISA cannot run.");
+  m.def(
+      "get_isa", [] { return std::string(kernels().name); },
+      "The instruction set in use; RuntimeError when EDGECOLBERT_ISA cannot run.");
   m.def("set_isa", &set_isa, py::arg("name"), "Forces an instruction set; '' reads EDGECOLBERT_ISA again.");
   m.def("has_openmp", &has_openmp);
   m.def("measure_peak", &measure_peak, py::arg("kind"), py::arg("seconds") = 0.05,
         "G operations/s (2 a multiply-add) of one thread on registers alone: 'f32', or 'i16' (0 where there is none).");
-  m.def("forward", &py_forward, py::arg("queries"), py::arg("documents"), py::arg("layout"), py::arg("index"), py::arg("out"), py::arg("argmax"),
-        py::arg("argmax_bytes"), py::arg("precision"), py::arg("zero_mode"), py::arg("normalize"), py::arg("threads"));
-  m.def("backward", &py_backward, py::arg("queries"), py::arg("documents"), py::arg("layout"), py::arg("index"), py::arg("grad"),
-        py::arg("argmax"), py::arg("argmax_bytes"), py::arg("grad_queries"), py::arg("grad_documents"), py::arg("normalize"), py::arg("threads"));
+  m.def("forward", &py_forward, py::arg("queries"), py::arg("documents"), py::arg("layout"), py::arg("index"),
+        py::arg("out"), py::arg("argmax"), py::arg("argmax_bytes"), py::arg("precision"), py::arg("zero_mode"),
+        py::arg("normalize"), py::arg("threads"));
+  m.def("backward", &py_backward, py::arg("queries"), py::arg("documents"), py::arg("layout"), py::arg("index"),
+        py::arg("grad"), py::arg("argmax"), py::arg("argmax_bytes"), py::arg("grad_queries"), py::arg("grad_documents"),
+        py::arg("normalize"), py::arg("threads"));
 }

@@ -3,7 +3,7 @@
 A sequence description is one of
     (data, dtype, dim, dim_stride, token_stride, inner_stride, outer_stride, inner_count, count, length, offsets, mask)
     (dtype, dim, pointers, lengths, token_strides, count)
-with addresses as integers and strides in elements; dtype 0 float32, 1 float16, 2 bfloat16. `csrc/cpu/driver.h` says what each means.
+with addresses as integers and strides in elements; dtype 0 float32, 1 float16, 2 bfloat16; see `csrc/cpu/driver.h`.
 """
 
 def built_isas() -> list[str]: ...

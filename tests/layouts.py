@@ -6,6 +6,7 @@ pair at a time by `oracle.py`, without the package's own reference.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -125,7 +126,7 @@ def varlen(dim, q_dtype, d_dtype, make=embeddings, masked=True) -> Case:
     Q, cu_q = packed(ragged((5, 0, 33, 1), dim, make=make, dtype=q_dtype, seed=61))
     D, cu_d = packed(ragged((12, 1, 0, 40, 13), dim, make=make, dtype=d_dtype, seed=62))
     q_mask, d_mask = (holes(len(Q), seed=63), holes(len(D), seed=64)) if masked else (None, None)
-    q_slices, d_slices = ([slice(a, b) for a, b in zip(cu, cu[1:], strict=False)] for cu in (cu_q, cu_d))
+    q_slices, d_slices = ([slice(a, b) for a, b in itertools.pairwise(cu)] for cu in (cu_q, cu_d))
     pairs = [
         (q, d, None if q_mask is None else q_mask[q], None if d_mask is None else d_mask[d])
         for q in q_slices

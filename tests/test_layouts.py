@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -13,28 +14,33 @@ from cases import STORAGES, embeddings, grid, holes, packed, padded, ragged, sto
 from layouts import LAYOUTS, flat
 
 
+@functools.cache
+def exact_scores(layout, dim, q_dtype, d_dtype, make, masked, scale=1.0, **options):
+    """A layout's case, both sides scaled, and its scores in float64."""
+    case = LAYOUTS[layout](dim, q_dtype, d_dtype, make=make, masked=masked)
+    case.Q, case.D = (
+        [t * scale for t in rows] if isinstance(rows, list) else rows * scale for rows in (case.Q, case.D)
+    )
+    return case, case.expected(*case.leaves(torch.float64), **options).detach()
+
+
 @pytest.mark.parametrize("mask_mode", ["exclude", "zero"])
 @pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scores(engine, precision, layout, masked, mask_mode):
     for dim, (q_dtype, d_dtype) in itertools.product((3, 16, 48, 129), itertools.product(STORAGES, STORAGES)):
-        case = LAYOUTS[layout](dim, q_dtype, d_dtype, make=grid, masked=masked)
+        case, wanted = exact_scores(layout, dim, q_dtype, d_dtype, grid, masked, mask_mode=mask_mode)
         result = case(case.Q, case.D, mask_mode=mask_mode, precision=precision)
-        wanted = case.expected(*case.leaves(torch.float64), mask_mode=mask_mode)
         assert result.dtype == torch.float32
         assert result.shape == case.shape
-        assert oracle.same_on_grid(result, wanted.detach(), precision, 33, dim), (dim, q_dtype, d_dtype)
+        assert oracle.same_on_grid(result, wanted, precision, 33, dim), (dim, q_dtype, d_dtype)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_normalize(engine, precision, layout):
     """As torch.nn.functional.normalize in float64, within fp32 rounding of the norms and sums."""
     for dim, dtype, scale in itertools.product((3, 48, 128), STORAGES, (1.0, 100.0, 2.0**-10)):
-        case = LAYOUTS[layout](dim, dtype, dtype)
-        case.Q, case.D = (
-            [t * scale for t in rows] if isinstance(rows, list) else rows * scale for rows in (case.Q, case.D)
-        )
-        wanted = case.expected(*case.leaves(torch.float64), normalize=True)
+        case, wanted = exact_scores(layout, dim, dtype, dtype, embeddings, True, scale, normalize=True)
         result = case(case.Q, case.D, normalize=True, precision=precision).double()
         # Unit rows: each similarity errs by at most 3 d + 8 roundings, of sum |q d| <= 1.
         allowed = 33 * (3 * dim + 8 + 33) * oracle.UNIT_ROUNDOFF["float32"] + (5e-4 if precision == "fast" else 0)

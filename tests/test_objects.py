@@ -71,7 +71,9 @@ def test_no_cxx_runtime(objects):
 def test_no_spills_in_hot_loops(objects):
     if not any(isa.startswith("avx") for isa in objects):
         pytest.skip("no AVX object on this architecture")
-    found = {isa: spills.hot_loops(spills.disassemble(str(path))) for isa, path in objects.items() if isa.startswith("avx")}
+    found = {
+        isa: spills.hot_loops(spills.disassemble(str(path))) for isa, path in objects.items() if isa.startswith("avx")
+    }
     assert all(found.values()), "a vector object without a hot loop: the check sees nothing"
     spilling = [
         f"{isa}: {loop.function}: {len(loop.spills)} spills"

@@ -67,8 +67,12 @@ class Gradients {
         case Layout::all:
           for (int64_t q = 0; q < call_.queries.count; ++q) add(q, q * documents.count + j);
           break;
-        case Layout::own: add(j / candidates(), j); break;
-        case Layout::indexed: by_document_->for_each(j, [&](int64_t p) { add(call_.pairs.query_index[p], p); }); break;
+        case Layout::own:
+          add(j / candidates(), j);
+          break;
+        case Layout::indexed:
+          by_document_->for_each(j, [&](int64_t p) { add(call_.pairs.query_index[p], p); });
+          break;
       }
       close(documents, document_norms_.get(), rows, workers.row(thread));
     });
@@ -101,7 +105,9 @@ class Gradients {
         case Layout::own:
           for (int64_t j = q * candidates(); j < (q + 1) * candidates(); ++j) add(j, j);
           break;
-        case Layout::indexed: by_query_->for_each(q, [&](int64_t p) { add(call_.pairs.document_index[p], p); }); break;
+        case Layout::indexed:
+          by_query_->for_each(q, [&](int64_t p) { add(call_.pairs.document_index[p], p); });
+          break;
       }
       close(queries, query_norms_.get(), rows, workers.row(thread));
     });
@@ -156,17 +162,20 @@ class Gradients {
   }
 
   // fp32 gradients accumulate in place, others in the thread's own rows.
-  Rows open(const Sequences& target, char* gradients, int64_t sequence, int64_t first, int64_t count, float* accumulator) const {
+  Rows open(const Sequences& target, char* gradients, int64_t sequence, int64_t first, int64_t count,
+            float* accumulator) const {
     char* const out = gradients + (target.first_token(sequence) + first) * target.dim * bytes_of(target.dtype);
     if (target.dtype == DType::f32) accumulator = reinterpret_cast<float*>(out);
     if (count > 0) std::memset(accumulator, 0, size_t(count) * size_t(target.dim) * sizeof(float));
     return {sequence, first, count, accumulator, out};
   }
 
-  RowsJob contribution(const Sequences& source, int64_t sequence, Buffer<float>* norms, int64_t q, int64_t j, int64_t pair, char* row) const {
+  RowsJob contribution(const Sequences& source, int64_t sequence, Buffer<float>* norms, int64_t q, int64_t j,
+                       int64_t pair, char* row) const {
     const int64_t length = call_.queries.tokens(q);
-    const int64_t offset =
-        call_.pairs.layout == Layout::all ? call_.queries.first_token(q) * call_.documents.count + j * length : pair * length;
+    const int64_t offset = call_.pairs.layout == Layout::all
+                               ? call_.queries.first_token(q) * call_.documents.count + j * length
+                               : pair * length;
     RowsJob job{};
     job.source = source.start(sequence);
     job.dtype = source.dtype;

@@ -12,22 +12,22 @@
 namespace edgecolbert {
 
 // One row an instruction set, best first; a compiler that cannot build a file leaves its row out.
-#define EDGECOLBERT_ISAS(row)                                 \
-  EDGECOLBERT_ROW_AVX512VNNI_FP16(row)                        \
-  EDGECOLBERT_ROW_AVX512VNNI(row)                             \
-  EDGECOLBERT_ROW_AVX512(row)                                 \
-  EDGECOLBERT_ROW_AVXVNNI(row)                                \
-  EDGECOLBERT_ROW_AVX2(row)                                   \
-  EDGECOLBERT_ROW_NEON(row)                                   \
+#define EDGECOLBERT_ISAS(row)          \
+  EDGECOLBERT_ROW_AVX512VNNI_FP16(row) \
+  EDGECOLBERT_ROW_AVX512VNNI(row)      \
+  EDGECOLBERT_ROW_AVX512(row)          \
+  EDGECOLBERT_ROW_AVXVNNI(row)         \
+  EDGECOLBERT_ROW_AVX2(row)            \
+  EDGECOLBERT_ROW_NEON(row)            \
   row(scalar, true)
 
 #ifdef EDGECOLBERT_HAVE_AVX512VNNI_FP16
-#define EDGECOLBERT_ROW_AVX512VNNI_FP16(row) row(avx512vnni_fp16, cpu.avx512 && cpu.avx512vnni && cpu.avx512fp16)
+#define EDGECOLBERT_ROW_AVX512VNNI_FP16(row) row(avx512vnni_fp16, cpu.avx512&& cpu.avx512vnni&& cpu.avx512fp16)
 #else
 #define EDGECOLBERT_ROW_AVX512VNNI_FP16(row)
 #endif
 #ifdef EDGECOLBERT_HAVE_AVX512VNNI
-#define EDGECOLBERT_ROW_AVX512VNNI(row) row(avx512vnni, cpu.avx512 && cpu.avx512vnni)
+#define EDGECOLBERT_ROW_AVX512VNNI(row) row(avx512vnni, cpu.avx512&& cpu.avx512vnni)
 #else
 #define EDGECOLBERT_ROW_AVX512VNNI(row)
 #endif
@@ -37,7 +37,7 @@ namespace edgecolbert {
 #define EDGECOLBERT_ROW_AVX512(row)
 #endif
 #ifdef EDGECOLBERT_HAVE_AVXVNNI
-#define EDGECOLBERT_ROW_AVXVNNI(row) row(avxvnni, cpu.avx2 && cpu.avxvnni)
+#define EDGECOLBERT_ROW_AVXVNNI(row) row(avxvnni, cpu.avx2&& cpu.avxvnni)
 #else
 #define EDGECOLBERT_ROW_AVXVNNI(row)
 #endif
@@ -115,7 +115,8 @@ const Kernels* find(const std::string& name, std::string* reason) {
   }
   bool built = false;
   for (const std::string& known : built_isas()) built = built || known == name;
-  *reason = "instruction set '" + name + (built ? "' cannot run on this CPU" : "' is not in this build") + "; available:";
+  *reason =
+      "instruction set '" + name + (built ? "' cannot run on this CPU" : "' is not in this build") + "; available:";
   for (const std::string& runnable : available_isas()) *reason += " " + runnable;
   return nullptr;
 }

@@ -16,7 +16,8 @@ struct Sequences {
   int64_t dim_stride = 0;
   int64_t token_stride = 0;
 
-  // Padded: sequence j starts (j / inner_count) * outer_stride + (j % inner_count) * inner_stride behind data and has `length` tokens.
+  // Padded: sequence j starts (j / inner_count) * outer_stride + (j % inner_count) * inner_stride behind data and has
+  // `length` tokens.
   int64_t inner_count = 1;
   int64_t inner_stride = 0;
   int64_t outer_stride = 0;

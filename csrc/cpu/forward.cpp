@@ -42,7 +42,8 @@ void check_range(const Pairs& pairs, int64_t queries, int64_t documents) {
   }
 }
 
-// Kept query tokens side by side in register lanes, several short queries to a register where they meet the same documents.
+// Kept query tokens side by side in register lanes, several short queries to a register where they meet the same
+// documents.
 class PackedQueries {
  public:
   struct Group {
@@ -53,11 +54,17 @@ class PackedQueries {
   };
 
   PackedQueries(const Kernels& kernels, const ForwardCall& call, int64_t group_lanes, int threads)
-      : width_(kernels.width), masked_(call.queries.mask != nullptr), first_lane_(size_t(call.queries.count)), kept_(size_t(call.queries.count)), group_of_(size_t(call.queries.count)) {
+      : width_(kernels.width),
+        masked_(call.queries.mask != nullptr),
+        first_lane_(size_t(call.queries.count)),
+        kept_(size_t(call.queries.count)),
+        group_of_(size_t(call.queries.count)) {
     const bool fixed_point = call.fixed_point && kernels.fixed_point;
-    const std::vector<char> admitted = fixed_point ? admit(kernels, call) : std::vector<char>(size_t(call.queries.count), 0);
+    const std::vector<char> admitted =
+        fixed_point ? admit(kernels, call) : std::vector<char>(size_t(call.queries.count), 0);
     rows_.reserve(size_t(total_tokens(call.queries) + width_));
-    // Queries that fixed point cannot represent stand in groups of their own: a score is a function of its query and document alone.
+    // Queries that fixed point cannot represent stand in groups of their own: a score is a function of its query and
+    // document alone.
     lay_out(call.queries, group_lanes, admitted, true);
     lay_out(call.queries, group_lanes, admitted, false);
     close_group();
@@ -75,7 +82,9 @@ class PackedQueries {
     for (const Group& group : groups_) largest = std::max(largest, group.registers.registers);
     return largest;
   }
-  int64_t lane_in_group(const Group& group, int64_t query) const { return first_lane_[size_t(query)] - group.first_register * width_; }
+  int64_t lane_in_group(const Group& group, int64_t query) const {
+    return first_lane_[size_t(query)] - group.first_register * width_;
+  }
   int64_t kept(int64_t query) const { return kept_[size_t(query)]; }
   bool masked() const { return masked_; }
   // Token number of each kept token of a query, where there is a mask.
@@ -187,10 +196,10 @@ class PackedQueries {
   const int64_t width_;
   const bool masked_;
   std::vector<Group> groups_;
-  std::vector<const char*> rows_;   // of every lane
-  std::vector<int32_t> tokens_;     // of every lane, where there is a mask
+  std::vector<const char*> rows_;                      // of every lane
+  std::vector<int32_t> tokens_;                        // of every lane, where there is a mask
   std::vector<int64_t> first_lane_, kept_, group_of_;  // of every query
-  std::vector<int64_t> order_;              // queries as the groups hold them
+  std::vector<int64_t> order_;                         // queries as the groups hold them
   Words words_f32_, words_i16_;
 };
 
@@ -251,9 +260,12 @@ class Scorer {
 
   int64_t count_tasks() const {
     switch (call_.pairs.layout) {
-      case Layout::all: return call_.documents.count * int64_t(queries_.groups().size());
-      case Layout::own: return call_.documents.count;
-      case Layout::indexed: return call_.pairs.count;
+      case Layout::all:
+        return call_.documents.count * int64_t(queries_.groups().size());
+      case Layout::own:
+        return call_.documents.count;
+      case Layout::indexed:
+        return call_.pairs.count;
     }
     return 0;
   }
@@ -309,7 +321,8 @@ class Scorer {
     // Documents side by side are read one after another: prefetching may run ahead into the next one.
     const bool dense = !documents.pointers && documents.token_stride > 0;
     view.tokens.prefetch_end =
-        dense ? documents.start(documents.count - 1) + documents.tokens(documents.count - 1) * documents.token_stride : nullptr;
+        dense ? documents.start(documents.count - 1) + documents.tokens(documents.count - 1) * documents.token_stride
+              : nullptr;
     view.first_masked = -1;
     const uint8_t* const mask = documents.mask_of(document);
     if (!mask) return view;
@@ -347,9 +360,10 @@ class Scorer {
     if (want_winners) {
       if (!any) std::fill(index, index + count, -1);
       const int64_t length = call_.queries.tokens(query);
-      const int64_t offset = call_.pairs.layout == Layout::all
-                                 ? call_.queries.first_token(query) * call_.documents.count + (pair % call_.documents.count) * length
-                                 : pair * length;
+      const int64_t offset =
+          call_.pairs.layout == Layout::all
+              ? call_.queries.first_token(query) * call_.documents.count + (pair % call_.documents.count) * length
+              : pair * length;
       if (call_.winners.bytes == 2) {
         save_winners(static_cast<int16_t*>(call_.winners.data) + offset, length, query, index);
       } else {

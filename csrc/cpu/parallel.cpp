@@ -17,7 +17,8 @@ namespace {
 std::atomic<bool> in_forked_child{false};
 
 #ifdef _OPENMP
-// A fork copies the OpenMP pool's state but not its threads: a parallel region in the child would wait for them forever.
+// A fork copies the OpenMP pool's state but not its threads: a parallel region in the child would wait for them
+// forever.
 [[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
 #endif
 

@@ -1,7 +1,7 @@
 // Dot products in fixed point: a k-word is two dimensions in int16, see fixed_point.h.
 //
-// Dimensions are paired so that a document register is rounded without a shuffle: of each 2 * width dimensions, word j holds j and
-// width + j; what is left over is paired in order.
+// Dimensions are paired so that a document register is rounded without a shuffle: of each 2 * width dimensions, word j
+// holds j and width + j; what is left over is paired in order.
 //
 // The including file defines Int16 on its registers.
 #pragma once

@@ -33,19 +33,26 @@ struct Int16 {
     const __m256i wide = _mm256_srai_epi32(shifted, 16);
     return _mm256_zextsi128_si256(_mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
   }
-  static void store_lower(uint32_t* out, __m256i x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(x)); }
+  static void store_lower(uint32_t* out, __m256i x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(x));
+  }
 
   // Squares of 2^15-scaled values in steps of 2^-22.
   static void add_squares(__m256i& sum, __m256i x) {
     sum = _mm256_add_epi32(sum, _mm256_srli_epi32(_mm256_madd_epi16(x, x), 8));
   }
-  static __m128i fold_squares(__m256i sum) { return _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1)); }
+  static __m128i fold_squares(__m256i sum) {
+    return _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  }
 
   // Magnitudes of 16 fp16 or bf16 values, as bits.
-  static __m256i load_magnitudes(const void* p) { return _mm256_and_si256(_mm256_loadu_si256(static_cast<const __m256i*>(p)), _mm256_set1_epi32(0x7fff7fff)); }
+  static __m256i load_magnitudes(const void* p) {
+    return _mm256_and_si256(_mm256_loadu_si256(static_cast<const __m256i*>(p)), _mm256_set1_epi32(0x7fff7fff));
+  }
   static __m256i maximum_magnitudes(__m256i a, __m256i b) { return _mm256_max_epu16(a, b); }
   static uint32_t largest_magnitude(__m256i x) {
-    return Simd::largest_unsigned(_mm256_max_epu32(_mm256_srli_epi32(x, 16), _mm256_and_si256(x, _mm256_set1_epi32(0xffff))));
+    return Simd::largest_unsigned(
+        _mm256_max_epu32(_mm256_srli_epi32(x, 16), _mm256_and_si256(x, _mm256_set1_epi32(0xffff))));
   }
 };
 

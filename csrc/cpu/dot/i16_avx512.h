@@ -37,7 +37,8 @@ struct Int16 {
 #endif
   // Word j = (x[2j], x[2j + 1]) in the lower half, zeros above.
   static __m512i round_single(__m512 x) {
-    return _mm512_zextsi256_si512(_mm512_cvtepi32_epi16(_mm512_castps_si512(_mm512_add_ps(x, _mm512_set1_ps(kRounder)))));
+    return _mm512_zextsi256_si512(
+        _mm512_cvtepi32_epi16(_mm512_castps_si512(_mm512_add_ps(x, _mm512_set1_ps(kRounder)))));
   }
   static void store_lower(uint32_t* out, __m512i x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(x));
@@ -60,10 +61,13 @@ struct Int16 {
   }
 
   // Magnitudes of 32 fp16 or bf16 values, as bits.
-  static __m512i load_magnitudes(const void* p) { return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(0x7fff7fff)); }
+  static __m512i load_magnitudes(const void* p) {
+    return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(0x7fff7fff));
+  }
   static __m512i maximum_magnitudes(__m512i a, __m512i b) { return _mm512_max_epu16(a, b); }
   static uint32_t largest_magnitude(__m512i x) {
-    return _mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_srli_epi32(x, 16), _mm512_and_si512(x, _mm512_set1_epi32(0xffff))));
+    return _mm512_reduce_max_epu32(
+        _mm512_max_epu32(_mm512_srli_epi32(x, 16), _mm512_and_si512(x, _mm512_set1_epi32(0xffff))));
   }
 };
 

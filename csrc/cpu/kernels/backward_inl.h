@@ -12,7 +12,8 @@ inline void add_scaled_row(float* target, const Element* row, int dim, float sca
   }
   if (k < dim) {
     const int n = dim - k;
-    Simd::store_first(target + k, Simd::multiply_add(factor, Simd::load_first(row + k, n), Simd::load_first(target + k, n)), n);
+    Simd::store_first(target + k,
+                      Simd::multiply_add(factor, Simd::load_first(row + k, n), Simd::load_first(target + k, n)), n);
   }
 }
 
@@ -25,7 +26,8 @@ void add_rows(const RowsJob& job) {
     const int64_t from = scatter ? i : token;
     const int64_t to = scatter ? token : i;
     const float scale = job.inverse_norms ? job.gradient * job.inverse_norms[from] : job.gradient;
-    const Element* row = contiguous_row<Element>(job.source + from * job.token_stride, job.dim_stride, job.dim, job.buffer);
+    const Element* row =
+        contiguous_row<Element>(job.source + from * job.token_stride, job.dim_stride, job.dim, job.buffer);
     add_scaled_row(job.accumulator + to * job.dim, row, job.dim, scale);
   }
 }
@@ -36,8 +38,11 @@ inline void normalize_backward(float* gradient, const Element* row, int dim, flo
   Simd::F products = Simd::zero();
   if (inverse_norm < 1.0f / kNormEpsilon) {
     int k = 0;
-    for (; k + Simd::width <= dim; k += Simd::width) products = Simd::multiply_add(Simd::load(row + k), Simd::load(gradient + k), products);
-    if (k < dim) products = Simd::multiply_add(Simd::load_first(row + k, dim - k), Simd::load_first(gradient + k, dim - k), products);
+    for (; k + Simd::width <= dim; k += Simd::width)
+      products = Simd::multiply_add(Simd::load(row + k), Simd::load(gradient + k), products);
+    if (k < dim)
+      products =
+          Simd::multiply_add(Simd::load_first(row + k, dim - k), Simd::load_first(gradient + k, dim - k), products);
   }
   const float along = -Simd::sum(products) * inverse_norm * inverse_norm;
   add_scaled_row(gradient, row, dim, along);
@@ -56,7 +61,8 @@ void finish_rows(const FinishJob& job) {
     float* const gradient = job.accumulator + i * job.dim;
     // A row without a gradient may be padding, with anything in it.
     if (job.source && !all_zero(gradient, job.dim)) {
-      const Element* row = contiguous_row<Element>(job.source + i * job.token_stride, job.dim_stride, job.dim, job.buffer);
+      const Element* row =
+          contiguous_row<Element>(job.source + i * job.token_stride, job.dim_stride, job.dim, job.buffer);
       normalize_backward(gradient, row, job.dim, job.inverse_norms[i]);
     }
     Element* const out = reinterpret_cast<Element*>(job.out) + i * job.dim;

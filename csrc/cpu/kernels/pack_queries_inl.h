@@ -26,7 +26,8 @@ bool admits_fixed_point(const AdmitJob& job) {
       largest = Simd::maximum_unsigned(largest, Simd::absolute_bits(x));
       squares = Simd::multiply_add(x, x, squares);
     });
-    if (!(bits_to_float(Simd::largest_unsigned(largest)) <= kLargestFixedPoint && Simd::sum(squares) <= 1.05f)) return false;
+    if (!(bits_to_float(Simd::largest_unsigned(largest)) <= kLargestFixedPoint && Simd::sum(squares) <= 1.05f))
+      return false;
   }
   return true;
 }

@@ -50,9 +50,12 @@ inline void normalize_row(const Element* row, int dim, float* out) {
 template <class Function>
 inline void with_element(DType dtype, Function function) {
   switch (dtype) {
-    case DType::f32: return function(float{});
-    case DType::f16: return function(F16{});
-    case DType::bf16: return function(BF16{});
+    case DType::f32:
+      return function(float{});
+    case DType::f16:
+      return function(F16{});
+    case DType::bf16:
+      return function(BF16{});
   }
 }
 

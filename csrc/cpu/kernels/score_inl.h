@@ -1,10 +1,12 @@
 // MaxSim of one document against register rows of query tokens.
 //
-// Lanes are query tokens, so the maximum over a document needs no horizontal step. Documents stay as they are stored; their tokens are
-// widened on the way. One panel of query registers: two tiles take turns, each being widened while the other one is scored, and never
-// leave the nearest cache. Several panels: a block of the document is widened while the first panel is scored, and kept for the others.
+// Lanes are query tokens, so the maximum over a document needs no horizontal step. Documents stay as they are stored;
+// their tokens are widened on the way. One panel of query registers: two tiles take turns, each being widened while the
+// other one is scored, and never leave the nearest cache. Several panels: a block of the document is widened while the
+// first panel is scored, and kept for the others.
 //
-// A ragged end runs the last T tokens again, since a maximum may see a token twice; fewer than T tokens repeat the last one.
+// A ragged end runs the last T tokens again, since a maximum may see a token twice; fewer than T tokens repeat the last
+// one.
 #pragma once
 
 #include "tile_inl.h"
@@ -47,7 +49,8 @@ class Widener {
 
   // Rows [count, wanted) repeat the last of `count` rows.
   void repeat_last(uint32_t* rows, int64_t count, int64_t wanted) const {
-    for (int64_t i = count; i < wanted; ++i) memcpy(rows + i * stride_, rows + (count - 1) * stride_, size_t(stride_) * 4);
+    for (int64_t i = count; i < wanted; ++i)
+      memcpy(rows + i * stride_, rows + (count - 1) * stride_, size_t(stride_) * 4);
   }
 
   uint32_t* rows() const { return reinterpret_cast<uint32_t*>(row_buffer_ + 2 * round_up(job_.dim, Simd::width)); }
@@ -66,7 +69,11 @@ template <class Dot, class Element, Pick pick>
 class DocumentScore {
  public:
   explicit DocumentScore(const ScoreJob& job)
-      : job_(job), group_(*job.group), length_(job.document.length), widener_(job), best_(reinterpret_cast<Lane*>(job.best)) {}
+      : job_(job),
+        group_(*job.group),
+        length_(job.document.length),
+        widener_(job),
+        best_(reinterpret_cast<Lane*>(job.best)) {}
 
   // False when the values do not allow this way of computing; `best` and `index` are then undefined.
   bool run() {
@@ -145,7 +152,9 @@ class DocumentScore {
     }
   }
 
-  static int64_t start_of(int64_t token, int64_t tokens) { return token + T > tokens && tokens >= T ? tokens - T : token; }
+  static int64_t start_of(int64_t token, int64_t tokens) {
+    return token + T > tokens && tokens >= T ? tokens - T : token;
+  }
 
   // Scores the tile of widened rows that stand for tokens `token` and on, against registers r and on.
   template <int registers, class... Feeder>
@@ -168,7 +177,8 @@ class DocumentScore {
 #ifndef EDGECOLBERT_NO_FIXED_POINT
 template <class Element>
 bool score_fixed_point(const ScoreJob& job) {
-  if (!(job.argmax ? DocumentScore<DotI16, Element, Pick::argmax>(job).run() : DocumentScore<DotI16, Element, Pick::maximum>(job).run())) {
+  if (!(job.argmax ? DocumentScore<DotI16, Element, Pick::argmax>(job).run()
+                   : DocumentScore<DotI16, Element, Pick::maximum>(job).run())) {
     return false;
   }
   const Simd::F scale = Simd::broadcast(kSimilarityScale);
@@ -185,7 +195,9 @@ void score(const ScoreJob& job) {
 #ifndef EDGECOLBERT_NO_FIXED_POINT
   if (job.group->words_i16 && score_fixed_point<Element>(job)) return;
 #endif
-  if (job.argmax ? DocumentScore<DotF32, Element, Pick::argmax>(job).run() : DocumentScore<DotF32, Element, Pick::maximum>(job).run()) return;
+  if (job.argmax ? DocumentScore<DotF32, Element, Pick::argmax>(job).run()
+                 : DocumentScore<DotF32, Element, Pick::maximum>(job).run())
+    return;
   DocumentScore<DotF32, Element, Pick::argmax_or_nan>(job).run();
 }
 

@@ -1,4 +1,5 @@
-// The kernel table of the including instruction set, which has defined kName, kTileTokens, kPanelRegisters and included Simd and Dot.
+// The kernel table of the including instruction set, which has defined kName, kTileTokens, kPanelRegisters and included
+// Simd and Dot.
 #pragma once
 
 #include "backward_inl.h"
@@ -46,23 +47,14 @@ void inverse_norms(const NormsJob* job) {
 }
 
 constexpr Kernels kTable = {
-    kName,
-    Simd::width,
-    kTileTokens,
-    kPanelRegisters,
+    kName,           Simd::width,        kTileTokens,   kPanelRegisters,
 #ifdef EDGECOLBERT_NO_FIXED_POINT
     false,
 #else
     true,
 #endif
-    pack_register,
-    admits_fixed_point,
-    score,
-    add_rows<true>,
-    add_rows<false>,
-    finish_rows,
-    inverse_norms,
-    peak_operations,
+    pack_register,   admits_fixed_point, score,         add_rows<true>,
+    add_rows<false>, finish_rows,        inverse_norms, peak_operations,
 };
 
 }  // namespace

@@ -1,8 +1,8 @@
 // The tile: T document tokens x R registers of query tokens.
 //
-// T * R accumulators stay in registers over all dimensions. A k-step costs R loads and T broadcasts for T * R multiply-adds.
-// Between k-steps the tile widens tokens of the next tile: conversions use units that the multiply-adds leave idle, while run
-// after one another they would cost a tenth (fp32) to a quarter (int16) of the time.
+// T * R accumulators stay in registers over all dimensions. A k-step costs R loads and T broadcasts for T * R
+// multiply-adds. Between k-steps the tile widens tokens of the next tile: conversions use units that the multiply-adds
+// leave idle, while run after one another they would cost a tenth (fp32) to a quarter (int16) of the time.
 #pragma once
 
 #include "widen_inl.h"
@@ -12,8 +12,8 @@ namespace {
 enum class Pick { maximum, argmax, argmax_or_nan };
 
 template <class Dot, int T, int R>
-[[gnu::always_inline]] inline void multiply_add_step(typename Dot::V (&sum)[T][R], const uint32_t* (&rows)[T / 3], int64_t row_stride,
-                                                     const uint32_t*& query) {
+[[gnu::always_inline]] inline void multiply_add_step(typename Dot::V (&sum)[T][R], const uint32_t* (&rows)[T / 3],
+                                                     int64_t row_stride, const uint32_t*& query) {
   typename Dot::V q[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) q[r] = Dot::load(query + r * Simd::width);
@@ -31,7 +31,8 @@ template <class Dot, int T, int R>
   }
 }
 
-// best[lane] = max(best[lane], <query lane, document token>), and where asked the token of the maximum. `feed`: none or one.
+// best[lane] = max(best[lane], <query lane, document token>), and where asked the token of the maximum. `feed`: none or
+// one.
 template <class Dot, int T, int R, Pick pick, class... Feeder>
 [[gnu::noinline]] void score_tile(const uint32_t* document, int64_t row_stride, const uint32_t* query, int64_t words,
                                   typename Dot::Lane* best, int32_t* index, int32_t first_token, Feeder&... feed) {

@@ -25,8 +25,9 @@ struct Seen<DotF32, Element> {
   }
 };
 
-// `Row` is Element, or float where the row had to be normalised first. Registers of `seen` are copied to locals and back one by one:
-// `out` might alias them, and a copy of the whole would be loaded in pieces that the processor cannot forward from its stores.
+// `Row` is Element, or float where the row had to be normalised first. Registers of `seen` are copied to locals and
+// back one by one: `out` might alias them, and a copy of the whole would be loaded in pieces that the processor cannot
+// forward from its stores.
 template <class Row, class Element>
 [[gnu::always_inline]] inline void store_widened(const Row* row, int dim, uint32_t* out, Seen<DotF32, Element>& seen) {
   Simd::I largest = seen.largest;
@@ -47,7 +48,7 @@ template <class Element>
 struct Seen<DotI16, Element> {
   Simd::I largest = Simd::zero_integer();      // |x| as bits of an fp32
   Simd::I largest_raw = Simd::zero_integer();  // |x| as bits of a 16-bit Element
-  __m128i squares = _mm_setzero_si128();       // in lane l the largest, over tokens, of the squares that fell into lane l
+  __m128i squares = _mm_setzero_si128();  // in lane l the largest, over tokens, of the squares that fell into lane l
 
   // True when no value was too large and no sum can overflow: the lanes' sum bounds every squared norm.
   bool sound(const QueryGroup&, int) const {
@@ -72,7 +73,8 @@ template <class Row, class Element>
       largest_raw = Int16::maximum_magnitudes(largest_raw, Int16::load_magnitudes(row));
     } else {
       const Simd::F low = Simd::load(row), high = Simd::load(row + Simd::width);
-      largest = Simd::maximum_unsigned(largest, Simd::maximum_unsigned(Simd::absolute_bits(low), Simd::absolute_bits(high)));
+      largest =
+          Simd::maximum_unsigned(largest, Simd::maximum_unsigned(Simd::absolute_bits(low), Simd::absolute_bits(high)));
     }
     const Simd::I words = Int16::load_pair(row);
     Int16::add_squares(squares, words);
@@ -115,7 +117,8 @@ class Feed {
     if (next_ >= end_) return;
     if (tokens_.kept) row_ = tokens_.data + tokens_.kept[next_] * tokens_.token_stride;
     if (intptr_t(row_) < prefetch_end_) {
-      for (int ahead = 0; ahead < dim_ * int(sizeof(Element)); ahead += 64) __builtin_prefetch(row_ + kPrefetchBytes + ahead);
+      for (int ahead = 0; ahead < dim_ * int(sizeof(Element)); ahead += 64)
+        __builtin_prefetch(row_ + kPrefetchBytes + ahead);
     }
     store_widened(reinterpret_cast<const Element*>(row_), dim_, out_, *seen_);
     row_ += tokens_.token_stride;

@@ -15,7 +15,8 @@ struct Simd {
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static F load(const F16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static F load(const BF16* p) {
-    return from_bits(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+    return from_bits(
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
   }
   // n < width elements, zeros behind them; memory past them is not touched.
   template <class Element>
@@ -36,7 +37,8 @@ struct Simd {
     const I quiet = _mm256_or_si256(raw, _mm256_set1_epi32(0x400000));
     const I nan = bits(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
     const I high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
   }
   template <class Element>
   static void store_first(Element* p, F x, int n) {

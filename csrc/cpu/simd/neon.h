@@ -65,7 +65,9 @@ struct Simd {
   static F from_bits(I x) { return vreinterpretq_f32_s32(x); }
   static I absolute_bits(F x) { return vandq_s32(bits(x), vdupq_n_s32(0x7fffffff)); }
 
-  static void take_greater(F& best, I& index, F value, I candidate) { select(vcgtq_f32(value, best), best, index, value, candidate); }
+  static void take_greater(F& best, I& index, F value, I candidate) {
+    select(vcgtq_f32(value, best), best, index, value, candidate);
+  }
   // As above, and a NaN beats everything but an earlier NaN.
   static void take_greater_or_nan(F& best, I& index, F value, I candidate) {
     const uint32x4_t greater = vbicq_u32(vceqq_f32(best, best), vcleq_f32(value, best));

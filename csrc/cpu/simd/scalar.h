@@ -67,7 +67,9 @@ struct Simd {
   static F from_bits(I x) { return F(x); }
   static I absolute_bits(F x) { return bits(x) & 0x7fffffff; }
 
-  static void take_greater(F& best, I& index, F value, I candidate) { take(I(value > best), best, index, value, candidate); }
+  static void take_greater(F& best, I& index, F value, I candidate) {
+    take(I(value > best), best, index, value, candidate);
+  }
   // As above, and a NaN beats everything but an earlier NaN.
   static void take_greater_or_nan(F& best, I& index, F value, I candidate) {
     take(~I(value <= best) & I(best == best), best, index, value, candidate);
