@@ -113,9 +113,9 @@ def mask_list(name: str, seen: object, of: str, count: int) -> None:
         raise ValueError(f"{name} has {len(seen)} entries; want {count}, one for each of {of}")
 
 
-def same_device(name: str, seen: object, wanted: object) -> None:
+def same_device(name: str, seen: object, wanted: object, of: str = "Q") -> None:
     if seen != wanted:
-        raise ValueError(f"{name} is on {seen}; want {wanted}, the device of Q")
+        raise ValueError(f"{name} is on {seen}; want {wanted}, the device of {of}")
 
 
 def boundaries(name: str, shape: Sequence[Any]) -> None:

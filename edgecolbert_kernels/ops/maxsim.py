@@ -98,12 +98,12 @@ def _one_by_one(op: Any) -> Any:
     """A vmap rule: the op once for each element of the batch, whose answers are then the unbatched ones."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        moved = [x if dim is None else x.movedim(dim, 0) for x, dim in zip(args, in_dims, strict=True)]
-        calls = [
-            op(*(x if dim is None else x[n] for x, dim in zip(moved, in_dims, strict=True)))
-            for n in range(info.batch_size)
-        ]
-        return tuple(torch.stack(each) for each in zip(*calls, strict=True)), (0, 0)
+        def call(n: int) -> tuple[Tensor, Tensor]:
+            return op(*(x if dim is None else x.select(dim, n) for x, dim in zip(args, in_dims, strict=True)))
+
+        if info.batch_size == 0:
+            raise ValueError("maxsim cannot be mapped over an empty batch, whose answer has no shape")
+        return tuple(torch.stack(each) for each in zip(*map(call, range(info.batch_size)), strict=True)), (0, 0)
 
     return rule
 

@@ -33,6 +33,9 @@ def token_list(name: str, seen: Sequence[Any]) -> list[Tensor]:
     if X:
         tokens(f"{name}[0]", X[0])
     checks.token_list(name, X)
+    if len({x.device for x in X}) > 1:
+        for n, x in enumerate(X):
+            checks.same_device(f"{name}[{n}]", x.device, X[0].device, f"{name}[0]")
     return X
 
 
