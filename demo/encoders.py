@@ -5,7 +5,7 @@ import random
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -94,7 +94,7 @@ class SentenceEncoder:
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.projection = state["projection"]
 
-    def _tokenize(self, texts: list[str], **options):
+    def _tokenize(self, texts: list[str], **options: bool) -> Mapping[str, list]:
         return self.tokenizer(texts, truncation=True, max_length=self.max_tokens, **options)
 
     @torch.inference_mode()
