@@ -30,5 +30,5 @@ compiler=$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' "$objects/CMakeCache.txt")
 # The interpreter is not instrumented, so the runtime must be there before it; and libstdc++ before the runtime looks for
 # the function that throws.
 LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)" \
-  python -m pytest tests --ignore=tests/test_objects.py --ignore=tests/test_layers.py --ignore=tests/test_no_torch.py \
+  python -m pytest tests -n auto --ignore=tests/test_objects.py --ignore=tests/test_layers.py --ignore=tests/test_no_torch.py \
   --ignore=tests/test_demo.py "$@"

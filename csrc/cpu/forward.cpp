@@ -286,7 +286,7 @@ class Scorer {
     const PackedQueries::Group& queries = queries_.groups()[size_t(group)];
     float* const best = best_.data() + lanes_ * thread;
     int32_t* const index = index_.data() + lanes_ * thread;
-    if (view.tokens.length > 0) {
+    if (view.tokens.length > 0 && queries.registers.registers > 0) {
       ScoreJob job{};
       job.document = view.tokens;
       job.dtype = call_.documents.dtype;
