@@ -21,7 +21,21 @@ cmake -S . -B "$objects" -G Ninja -DCMAKE_MAKE_PROGRAM="$(command -v ninja)" \
 cmake --build "$objects"
 cmake --install "$objects" --prefix edgecolbert_kernels
 
-export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+# Into files, as a test's own output would swallow what a crashed worker or a child process says.
+reports=$(dirname "$objects")/reports
+rm -rf "$reports"
+mkdir "$reports"
+export ASAN_OPTIONS=detect_leaks=0:log_path=$reports/report
+export UBSAN_OPTIONS=print_stacktrace=1:log_path=$reports/report
+show_reports() {
+  if [ -n "$(ls -A "$reports")" ]; then
+    head -n 40 "$reports"/*
+    echo "sanitizer reports: $(find "$reports" -type f | wc -l), in $reports"
+    exit 1
+  fi
+}
+trap show_reports EXIT
+
 echo "== native sweep"
 "$objects/tests/native/native_sweep"
 
@@ -30,5 +44,5 @@ compiler=$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' "$objects/CMakeCache.txt")
 # The interpreter is not instrumented, so the runtime must be there before it; and libstdc++ before the runtime looks for
 # the function that throws.
 LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)" \
-  python -m pytest tests -n auto --ignore=tests/test_objects.py --ignore=tests/test_layers.py --ignore=tests/test_no_torch.py \
-  --ignore=tests/test_demo.py "$@"
+  python -m pytest tests -n auto --ignore=tests/test_objects.py --ignore=tests/test_layers.py \
+  --ignore=tests/test_no_torch.py --ignore=tests/test_demo.py "$@"
