@@ -131,7 +131,7 @@ void py_forward(const py::tuple& queries, const py::tuple& documents, int layout
 
 void py_backward(const py::tuple& queries, const py::tuple& documents, int layout, const py::tuple& index, int64_t grad,
                  int64_t argmax, int argmax_bytes, int64_t grad_queries, int64_t grad_documents, bool normalize,
-                 int threads) {
+                 bool accumulate_queries, int threads) {
   BackwardCall call;
   call.queries = read_sequences(queries);
   call.documents = read_sequences(documents);
@@ -142,6 +142,7 @@ void py_backward(const py::tuple& queries, const py::tuple& documents, int layou
   check_winners(call.winners, call.queries, call.pairs);
   call.grad_queries = address<char>(grad_queries);
   call.grad_documents = address<char>(grad_documents);
+  call.accumulate_queries = accumulate_queries;
   call.normalize = normalize;
   call.threads = threads;
   const Kernels& isa = kernels();
@@ -184,5 +185,5 @@ PYBIND11_MODULE(_C, m) {
         py::arg("normalize"), py::arg("threads"));
   m.def("backward", &py_backward, py::arg("queries"), py::arg("documents"), py::arg("layout"), py::arg("index"),
         py::arg("grad"), py::arg("argmax"), py::arg("argmax_bytes"), py::arg("grad_queries"), py::arg("grad_documents"),
-        py::arg("normalize"), py::arg("threads"));
+        py::arg("normalize"), py::arg("accumulate_queries"), py::arg("threads"));
 }

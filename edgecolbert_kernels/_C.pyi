@@ -36,5 +36,6 @@ def backward(
     grad_queries: int,
     grad_documents: int,
     normalize: bool,
+    accumulate_queries: bool,
     threads: int,
 ) -> None: ...

@@ -56,6 +56,30 @@ def rank(name: str, shape: Sequence[Any], ranks: tuple[int, ...], wanted: str) -
         raise wrong_shape(name, shape, wanted)
 
 
+def shape(name: str, seen: Sequence[Any], wanted: Sequence[Any], meaning: str) -> None:
+    if tuple(seen) != tuple(wanted):
+        raise wrong_shape(name, seen, f"{_show(wanted)}, {meaning}")
+
+
+def not_positive(name: str, seen: object) -> ValueError:
+    return ValueError(f"{name} is {seen}; want a number above 0")
+
+
+def one_of(name: str, seen: object, known: Sequence[str]) -> None:
+    if seen not in known:
+        raise ValueError(f"{name} is {seen!r}; want one of {tuple(known)}")
+
+
+def between(name: str, seen: float, lowest: float, highest: float) -> None:
+    if not lowest <= seen <= highest:
+        raise ValueError(f"{name} is {seen}; want {lowest} to {highest}")
+
+
+def target(highest: int, num_documents: int) -> None:
+    if highest >= num_documents:
+        raise IndexError(f"target names document {highest}; there are {num_documents}, counted from 0")
+
+
 def same_dim(queries: Sequence[Any], documents: Sequence[Any]) -> None:
     if queries[-1] != documents[-1]:
         raise ValueError(f"Q has shape {_show(queries)} and D {_show(documents)}; want the same last dimension")

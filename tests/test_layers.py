@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "backends": {"_C", "checks", "reference"},
     "arrays": {"backends", "checks"},
     "ops": {"arrays", "backends", "checks"},
+    "losses": {"checks", "ops", "scoring"},
     "scoring": {"arrays", "backends", "checks", "ops"},
     "__init__": {"_version", "backends", "scoring"},
     "env": {"_version", "backends"},

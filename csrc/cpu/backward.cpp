@@ -90,7 +90,9 @@ class Gradients {
       const int64_t first = task % parts * part;
       const int64_t count = std::min(part, queries.tokens(q) - first);
       if (count <= 0) return;
-      const Rows rows = open(queries, call_.grad_queries, q, first, count, workers.accumulator(thread));
+      const Rows rows = call_.accumulate_queries
+                            ? go_on(queries, call_.grad_queries, q, first, count)
+                            : open(queries, call_.grad_queries, q, first, count, workers.accumulator(thread));
       const auto add = [&](int64_t j, int64_t pair) {
         RowsJob job = contribution(call_.documents, j, document_norms_.get(), q, j, pair, workers.row(thread));
         job.winner = static_cast<const char*>(job.winner) + first * job.winner_bytes;
@@ -109,7 +111,7 @@ class Gradients {
           by_query_->for_each(q, [&](int64_t p) { add(call_.pairs.document_index[p], p); });
           break;
       }
-      close(queries, query_norms_.get(), rows, workers.row(thread));
+      if (!call_.accumulate_queries) close(queries, query_norms_.get(), rows, workers.row(thread));
     });
   }
 
@@ -168,6 +170,12 @@ class Gradients {
     if (target.dtype == DType::f32) accumulator = reinterpret_cast<float*>(out);
     if (count > 0) std::memset(accumulator, 0, size_t(count) * size_t(target.dim) * sizeof(float));
     return {sequence, first, count, accumulator, out};
+  }
+
+  // fp32 gradients of an earlier call, to be added to.
+  static Rows go_on(const Sequences& target, char* gradients, int64_t sequence, int64_t first, int64_t count) {
+    float* const out = reinterpret_cast<float*>(gradients) + (target.first_token(sequence) + first) * target.dim;
+    return {sequence, first, count, out, reinterpret_cast<char*>(out)};
   }
 
   RowsJob contribution(const Sequences& source, int64_t sequence, Buffer<float>* norms, int64_t q, int64_t j,

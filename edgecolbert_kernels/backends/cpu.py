@@ -63,9 +63,15 @@ def backward(
     precision: str,
     need_queries: bool,
     need_documents: bool,
+    sum_queries: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients in the dtypes of Q and D.
+
+    `sum_queries`, float32 in the shape of Q, takes the place of the first: it is added to, and left without the Jacobian
+    of `normalize`.
+    """
     grad = grad.contiguous()
-    grad_queries = _empty_grad(Q, cu_q) if need_queries else None
+    grad_queries = (_empty_grad(Q, cu_q) if sum_queries is None else sum_queries) if need_queries else None
     grad_documents = _empty_grad(D, cu_d) if need_documents else None
     native.module().backward(
         _operand(Q, q_mask, cu_q),
@@ -78,6 +84,7 @@ def backward(
         0 if grad_queries is None else grad_queries.data_ptr(),
         0 if grad_documents is None else grad_documents.data_ptr(),
         normalize,
+        sum_queries is not None,
         torch.get_num_threads(),
     )
     return grad_queries, grad_documents

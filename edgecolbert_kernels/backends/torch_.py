@@ -92,7 +92,9 @@ def backward(
     precision: str,
     need_queries: bool,
     need_documents: bool,
+    sum_queries: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
+    """As `cpu.backward`."""
     queries = _Sequences(Q, q_mask, cu_q, normalize, _arithmetic(Q, D))
     documents = _Sequences(D, d_mask, cu_d, normalize, _arithmetic(Q, D))
     q_rows, d_rows = queries.rows(), documents.rows()
@@ -118,7 +120,22 @@ def backward(
                 grad_q += _sum_rows(d_rows, d_row, weight, q_row, len(q_rows))
             if grad_d is not None:
                 grad_d += _sum_rows(q_rows, q_row, weight, d_row, len(d_rows))
+    if sum_queries is not None and grad_q is not None:
+        sum_queries += grad_q.view(sum_queries.shape)
+        return sum_queries, documents.finish(grad_d)
     return queries.finish(grad_q), documents.finish(grad_d)
+
+
+def through_normalization(grad: Tensor, raw: Tensor) -> Tensor:
+    """From the gradient to rows of norm 1 to the gradient to the rows `raw` that they were made of, in its own dtype."""
+    raw = raw.to(grad.dtype)
+    norm = raw.norm(dim=-1, keepdim=True)
+    divisor = norm.clamp_min(SMALLEST_NORM)
+    unit = raw / divisor
+    # y = x / |x|: dx = (dy - y <y, dy>) / |x|; below the smallest norm the divisor is a constant.
+    along = (unit * grad).sum(-1, keepdim=True).masked_fill(norm < SMALLEST_NORM, 0)
+    # Rows that nothing was added to may hold anything, NaN included.
+    return ((grad - unit * along) / divisor).where((grad != 0).any(-1, keepdim=True), 0)
 
 
 class _Block(NamedTuple):
@@ -167,12 +184,7 @@ class _Sequences:
         if grad is None:
             return None
         if self.normalize:
-            raw, unit = self.tokens.reshape(grad.shape).to(self.dtype), self.rows()
-            norm = raw.norm(dim=-1, keepdim=True)
-            # y = x / |x|: dx = (dy - y <y, dy>) / |x|; below the smallest norm the divisor is a constant.
-            along = (unit * grad).sum(-1, keepdim=True).masked_fill(norm < SMALLEST_NORM, 0)
-            # Rows that nothing was added to may hold anything, NaN included.
-            grad = ((grad - unit * along) / norm.clamp_min(SMALLEST_NORM)).where((grad != 0).any(-1, keepdim=True), 0)
+            grad = through_normalization(grad, self.tokens.reshape(grad.shape))
         return grad.reshape(self.shape).to(self.storage)
 
     def _scaled(self, tokens: Tensor) -> Tensor:

@@ -13,10 +13,6 @@ struct DotF32 {
   static void store(Lane* p, V x) { Simd::store(p, x); }
   static V broadcast(const uint32_t* p) { return Simd::broadcast(*reinterpret_cast<const float*>(p)); }
   static void multiply_add(V& sum, V query, V document) { sum = Simd::multiply_add(query, document, sum); }
-  static constexpr bool broadcasts_operands = Simd::broadcasts_operands;
-  static void multiply_add_word(V& sum, V query, const uint32_t* document) {
-    Simd::multiply_add_broadcast(sum, query, reinterpret_cast<const float*>(document));
-  }
   static V maximum(V a, V b) { return Simd::maximum(a, b); }
   static V lowest() { return Simd::broadcast(-__builtin_inff()); }
 };

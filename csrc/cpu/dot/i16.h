@@ -18,10 +18,6 @@ struct DotI16 {
   static void store(Lane* p, V x) { Simd::store(p, x); }
   static V broadcast(const uint32_t* p) { return Simd::broadcast(*reinterpret_cast<const int32_t*>(p)); }
   static void multiply_add(V& sum, V query, V document) { Int16::multiply_add(sum, query, document); }
-  static constexpr bool broadcasts_operands = Int16::broadcasts_operands;
-  static void multiply_add_word(V& sum, V query, const uint32_t* document) {
-    Int16::multiply_add_broadcast(sum, query, document);
-  }
   static V maximum(V a, V b) { return Simd::maximum(a, b); }
   static V lowest() { return Simd::broadcast(INT32_MIN); }
 

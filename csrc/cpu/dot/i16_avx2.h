@@ -17,11 +17,6 @@ struct Int16 {
 #endif
   }
 
-  static constexpr bool broadcasts_operands = false;
-  static void multiply_add_broadcast(__m256i& sum, __m256i query, const uint32_t* document) {
-    multiply_add(sum, query, _mm256_set1_epi32(int32_t(*document)));
-  }
-
   // Word j = (low[j], high[j]) in fixed point.
   static __m256i round_pair(__m256 low, __m256 high) {
     const __m256i a = _mm256_castps_si256(_mm256_add_ps(low, _mm256_set1_ps(kRounder)));

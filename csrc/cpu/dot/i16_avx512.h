@@ -17,18 +17,6 @@ struct Int16 {
 #endif
   }
 
-#ifdef __AVX512VNNI__
-  static constexpr bool broadcasts_operands = true;
-  static void multiply_add_broadcast(__m512i& sum, __m512i query, const uint32_t* document) {
-    __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(query), "m"(*document));
-  }
-#else
-  static constexpr bool broadcasts_operands = false;
-  static void multiply_add_broadcast(__m512i& sum, __m512i query, const uint32_t* document) {
-    multiply_add(sum, query, _mm512_set1_epi32(int32_t(*document)));
-  }
-#endif
-
   // Word j = (low[j], high[j]) in fixed point.
   static __m512i round_pair(__m512 low, __m512 high) {
     const __m512i a = _mm512_castps_si512(_mm512_add_ps(low, _mm512_set1_ps(kRounder)));

@@ -11,8 +11,6 @@ namespace {
 
 enum class Pick { maximum, argmax, argmax_or_nan };
 
-// Where a multiply-add can broadcast its operand from memory, two tokens of three use that: fewer instructions, while
-// the loads stay below two for every two multiply-adds, which is all that some cores can do.
 template <class Dot, int T, int R>
 [[gnu::always_inline]] inline void multiply_add_step(typename Dot::V (&sum)[T][R], const uint32_t* (&rows)[T / 3],
                                                      int64_t row_stride, const uint32_t*& query) {
@@ -22,15 +20,9 @@ template <class Dot, int T, int R>
   query += R * Simd::width;
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) {
-    const uint32_t* const word = rows[t / 3] + (t % 3) * row_stride;
-    if (Dot::broadcasts_operands && t % 3 != 0) {
+    const typename Dot::V d = Dot::broadcast(rows[t / 3] + (t % 3) * row_stride);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) Dot::multiply_add_word(sum[t][r], q[r], word);
-    } else {
-      const typename Dot::V d = Dot::broadcast(word);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) Dot::multiply_add(sum[t][r], q[r], d);
-    }
+    for (int r = 0; r < R; ++r) Dot::multiply_add(sum[t][r], q[r], d);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < T / 3; ++i) {

@@ -131,7 +131,7 @@ class Feed {
   }
 
  private:
-  static constexpr int64_t kPrefetchBytes = 2048;
+  static constexpr int64_t kPrefetchBytes = 4096;
 
   const Tokens& tokens_;
   const int dim_;

@@ -59,8 +59,6 @@ struct Simd {
   static F subtract(F a, F b) { return _mm256_sub_ps(a, b); }
   static F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
   static F multiply_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-  static constexpr bool broadcasts_operands = false;
-  static void multiply_add_broadcast(F& sum, F a, const float* p) { sum = multiply_add(a, broadcast(*p), sum); }
   static F maximum(F a, F b) { return _mm256_max_ps(a, b); }
   static float sum(F x) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

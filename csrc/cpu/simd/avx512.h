@@ -41,11 +41,6 @@ struct Simd {
   static F subtract(F a, F b) { return _mm512_sub_ps(a, b); }
   static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
   static F multiply_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  static constexpr bool broadcasts_operands = true;
-  // gcc would load the value once for all its uses.
-  static void multiply_add_broadcast(F& sum, F a, const float* p) {
-    __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*p));
-  }
   static F maximum(F a, F b) { return _mm512_max_ps(a, b); }
   static float sum(F x) { return _mm512_reduce_add_ps(x); }
 

@@ -49,8 +49,6 @@ struct Simd {
   static F subtract(F a, F b) { return vsubq_f32(a, b); }
   static F multiply(F a, F b) { return vmulq_f32(a, b); }
   static F multiply_add(F a, F b, F c) { return vfmaq_f32(c, a, b); }
-  static constexpr bool broadcasts_operands = false;
-  static void multiply_add_broadcast(F& sum, F a, const float* p) { sum = multiply_add(a, broadcast(*p), sum); }
   static F maximum(F a, F b) { return vmaxq_f32(a, b); }
   static float sum(F x) { return vaddvq_f32(x); }
 

@@ -45,8 +45,6 @@ struct Simd {
   static F subtract(F a, F b) { return a - b; }
   static F multiply(F a, F b) { return a * b; }
   static F multiply_add(F a, F b, F c) { return a * b + c; }
-  static constexpr bool broadcasts_operands = false;
-  static void multiply_add_broadcast(F& sum, F a, const float* p) { sum = multiply_add(a, broadcast(*p), sum); }
   static F maximum(F a, F b) { return from_bits(select(I(a > b), bits(a), bits(b))); }
   static float sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 

@@ -1,0 +1,309 @@
+"""Training losses fused with MaxSim: the similarities of a batch never exist, and of the rest no more than fits a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgecolbert_kernels import checks, scoring
+from edgecolbert_kernels.ops import arguments, tensors
+from edgecolbert_kernels.ops.contrastive import forward_op
+from edgecolbert_kernels.ops.plain import in_derivative, no_derivative, refuse_tangents
+
+MAX_SAVED_BYTES = 256 << 20
+REDUCTIONS = ("mean", "sum", "none")
+NORMALIZATIONS = ("minmax", "zscore", "none")
+OBJECTIVES = ("kl", "margin_mse")
+# What PyLate adds to the range of a query's scores before it divides by it.
+SMALLEST_RANGE = 1e-8
+
+Tokens = Tensor | Sequence[Tensor]
+Masks = Tensor | Sequence[Tensor | None] | None
+
+
+def contrastive_loss(
+    Q: Tokens,
+    D: Tokens,
+    q_mask: Masks = None,
+    d_mask: Masks = None,
+    *,
+    target: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    label_smoothing: float = 0.0,
+    symmetric: bool = False,
+    weight: Tensor | None = None,
+    exclude: Tensor | None = None,
+    margin: float | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    mask_mode: str = "exclude",
+    save_scores: bool | None = None,
+    max_saved_bytes: int = MAX_SAVED_BYTES,
+) -> Tensor:
+    """InfoNCE over MaxSim: the cross-entropy of each query's scores over all documents of the batch.
+
+    With s the scores of `maxsim`, T the temperature, A the documents that are not excluded and P the positives, a query's
+    loss is `log sum_{j in A} exp(s_j / T) - mean_{j in P} s_j / T`, as `torch.nn.functional.cross_entropy(s / T, target)`
+    for one positive.
+
+    Args:
+        Q: `[Nq, Lq, d]`, or a list of `[Lq, d]`; float32, float16, bfloat16 or float64.
+        D: `[Nd, Ld, d]`, or a list of `[Ld, d]`; or `[Nq, K, Ld, d]`, K documents for each query with its positive first,
+            of which all Nq * K are candidates of every query (document k of query i has the number i * K + k).
+        q_mask: the tokens of Q to keep, in its shape without d (for a list, a list): bool, or 0/1 in any dtype.
+        d_mask: the same for D.
+        target: `[Nq]` integers, the positive of each query among the Nd (or Nq * K) documents; a query with a negative
+            number has no loss. Or bool `[Nq, Nd]`, any number of positives for each query. None: document i for query i,
+            or i * K.
+        temperature: a number above 0, or a tensor of one, to which a gradient flows.
+        label_smoothing: the share of the wanted distribution that is spread evenly over A; 0 to 1.
+        symmetric: also take the loss of each positive document over all queries, and average the two.
+        weight: `[Nq]`, factors of the losses; a "mean" divides by their sum.
+        exclude: bool `[Nq, Nd]`, documents that are not candidates of a query, as known false negatives. A positive stays.
+        margin: drop a query's negatives that score at least this fraction of its (lowest) positive, as likely false
+            negatives; 0.95 is usual. What is dropped counts as a constant.
+        reduction: "mean" over the queries that have a positive, "sum", or "none" for `[Nq]`.
+        normalize: divide every token by its Euclidean norm first (at least 1e-12).
+        mask_mode: as in `maxsim`.
+        save_scores: keep the scores, 4 Nq Nd bytes, for the backward. False: only a few sums a query and document are
+            kept, and the backward scores once more, a tile of documents at a time. None: keep them if `max_saved_bytes`
+            allows.
+        max_saved_bytes: how much may be kept. Where scores and argmax, 2 Nq Nd Lq bytes, fit (and `save_scores` is not
+            False), the backward does no scoring at all; otherwise it finds the argmax again, a tile at a time.
+
+    Returns:
+        float32 (float64 where an input is): `[]`, or `[Nq]` for "none".
+
+    The gradient of a score is the softmax weight minus the wanted one. It is taken as 0 where it is at most
+    2^-25 / Nd of the largest in its query's row and 2^-25 / Nq of the largest in its document's column. All such pairs of
+    a query together then move the gradient of any of its tokens by less than 2^-25 of its largest weight times the longest
+    document token, and likewise for a document: less than one float32 rounding of the sum. At small temperatures these are
+    nearly all pairs, and the backward costs next to nothing. Gradients are the same bits in every run and for any number of
+    threads.
+
+    Memory besides inputs and gradients: with nothing saved, some tens of bytes a query and document, a tile, and (for
+    half-precision Q) its gradient in float32.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or option is wrong; IndexError: `target` names a missing document.
+
+    Source: InfoNCE of van den Oord et al., arXiv 1807.03748, over the scores of ColBERT, arXiv 2004.12832; the margin is
+    that of NV-Retriever, arXiv 2407.15831.
+    """
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    checks.between("label_smoothing", label_smoothing, 0, 1)
+    Q, q_mask = _tokens("Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
+    D, d_mask = _tokens("D", D, d_mask, (3, 4), "[Nd, Ld, d], [Nq, K, Ld, d] or a list of [Ld, d]")
+    group = 1
+    if D.ndim == 4:
+        checks.same_batch(Q.shape, D.shape)
+        group = D.shape[1]
+        D, d_mask = D.flatten(0, 1), None if d_mask is None else d_mask.flatten(0, 1)
+    if target is None:
+        target = torch.arange(Q.shape[0], device=Q.device) * group
+        if D.shape[0] < Q.shape[0] * group or not group:
+            raise checks.wrong_shape("D", D.shape, f"at least {Q.shape[0]} documents, the first query's positive first")
+    if not isinstance(temperature, Tensor):
+        if not temperature > 0:
+            raise checks.not_positive("temperature", temperature)
+        temperature = torch.full((), temperature, dtype=torch.float64, device=Q.device)
+    if in_derivative():
+        raise no_derivative("functorch")
+    refuse_tangents(Q, D)
+    if not (torch.is_grad_enabled() and any(X.requires_grad for X in (Q, D, temperature))):
+        save_scores, max_saved_bytes = False, 0
+    losses = forward_op(
+        Q,
+        D,
+        q_mask,
+        d_mask,
+        target,
+        exclude,
+        temperature.reshape(()),
+        float(label_smoothing),
+        margin,
+        symmetric,
+        normalize,
+        mask_mode,
+        save_scores,
+        max_saved_bytes,
+    )[0]
+    if weight is not None:
+        checks.shape("weight", weight.shape, losses.shape, "one factor for each query")
+        losses = losses * weight.to(losses.dtype)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    counted = target.any(1) if target.dtype == torch.bool else target >= 0
+    factors = counted.to(losses.dtype) if weight is None else counted * weight.to(losses.dtype)
+    return losses.sum() / factors.sum().clamp_min(torch.finfo(losses.dtype).tiny)
+
+
+def distillation_loss(
+    Q: Tokens,
+    D: Tokens,
+    teacher_scores: Tensor,
+    q_mask: Masks = None,
+    d_mask: Masks = None,
+    *,
+    candidate_mask: Tensor | None = None,
+    objective: str = "kl",
+    student_normalization: str | None = None,
+    teacher_normalization: str = "none",
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    scale_by_temperature: bool = False,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    mask_mode: str = "exclude",
+) -> Tensor:
+    """Teach the order and the distances of a teacher's scores over each query's own candidates.
+
+    "kl": `sum_k t_k (log t_k - log s_k)`, with t and s the softmax over the candidates of the normalised teacher and
+    student scores over their temperatures. "margin_mse": the mean over candidates k > 0 of
+    `((s_0 - s_k) - (t_0 - t_k))^2` of the normalised scores; candidate 0 is the positive.
+
+    The defaults are PyLate's `Distillation`: KL divergence, student scores min-max normalised, teacher scores as they are,
+    divided by the number of queries.
+
+    Args:
+        Q: `[Nq, Lq, d]`, or a list of `[Lq, d]`; float32, float16, bfloat16 or float64.
+        D: `[Nq, K, Ld, d]`, or a list of Nq * K `[Ld, d]`, the candidates of the first query first.
+        teacher_scores: `[Nq, K]`, any float dtype; no gradient flows to it.
+        q_mask: the tokens of Q to keep, in its shape without d (for a list, a list): bool, or 0/1 in any dtype.
+        d_mask: the same for D.
+        candidate_mask: `[Nq, K]`, the candidates that there are, for queries with fewer than K; the others count for
+            nothing, whatever their scores. A query without a candidate has loss 0.
+        objective: "kl" or "margin_mse".
+        student_normalization: over a query's candidates: "minmax", (s - min) / (max - min + 1e-8); "zscore",
+            (s - mean) / (standard deviation + 1e-8), the deviation over K; or "none". None: "minmax" for "kl", else "none".
+        teacher_normalization: the same for the teacher's scores.
+        temperature: divides the normalised student scores; a number above 0, or a tensor, to which a gradient flows.
+            Only for "kl".
+        teacher_temperature: the same for the teacher; None: `temperature`, as in Hinton et al., without its gradient.
+        scale_by_temperature: multiply by the square of `temperature`, which keeps the size of the gradient.
+        weight: `[Nq]`, factors of the losses; a "mean" divides by their sum.
+        reduction: "mean" over queries ("batchmean" of PyTorch's kl_div), "sum", or "none" for `[Nq]`.
+        normalize: divide every token by its Euclidean norm first (at least 1e-12).
+        mask_mode: as in `maxsim`.
+
+    Returns:
+        float32 (float64 where an input is): `[]`, or `[Nq]` for "none". Gradients flow to Q, D and the temperature; for
+        the backward, 2 bytes a (query token, candidate) are kept.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or option is wrong.
+
+    Source: Hinton et al., arXiv 1503.02531; margin-MSE: Hofstätter et al., arXiv 2010.02666.
+    """
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    checks.one_of("objective", objective, OBJECTIVES)
+    if student_normalization is None:
+        student_normalization = "minmax" if objective == "kl" else "none"
+    checks.one_of("student_normalization", student_normalization, NORMALIZATIONS)
+    checks.one_of("teacher_normalization", teacher_normalization, NORMALIZATIONS)
+    if isinstance(D, (list, tuple)):
+        count = teacher_scores.shape[0] * teacher_scores.shape[-1]
+        checks.same_count("D", len(D), "teacher_scores", count)
+    Q, q_mask = _tokens("Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
+    D, d_mask = _tokens("D", D, d_mask, (3, 4), "[Nq, K, Ld, d] or a list of Nq * K [Ld, d]")
+    if D.ndim == 3:
+        D = D.unflatten(0, teacher_scores.shape)
+        d_mask = None if d_mask is None else d_mask.unflatten(0, teacher_scores.shape)
+    checks.same_batch(Q.shape, D.shape)
+    checks.shape("teacher_scores", teacher_scores.shape, D.shape[:2], "one score for each candidate")
+    if candidate_mask is not None:
+        checks.shape("candidate_mask", candidate_mask.shape, D.shape[:2], "one value for each candidate")
+        candidate_mask = candidate_mask != 0
+
+    dtype = getattr(torch, arguments.arithmetic(Q, D))
+    student = scoring.maxsim(Q, D, q_mask, d_mask, normalize=normalize, mask_mode=mask_mode, out_dtype=dtype)
+    student = _normalized(student, candidate_mask, student_normalization)
+    teacher = _normalized(teacher_scores.detach().to(dtype), candidate_mask, teacher_normalization)
+    if objective == "kl":
+        for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
+            if not isinstance(value, Tensor) and value is not None and not value > 0:
+                raise checks.not_positive(name, value)
+        if teacher_temperature is None:
+            teacher_temperature = temperature.detach() if isinstance(temperature, Tensor) else temperature
+        losses = _divergence(student / temperature, teacher / teacher_temperature, candidate_mask)
+        if scale_by_temperature:
+            losses = losses * temperature**2
+    else:
+        losses = _margin_error(student, teacher, candidate_mask)
+
+    if weight is not None:
+        checks.shape("weight", weight.shape, losses.shape, "one factor for each query")
+        losses = losses * weight.to(dtype)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    total = losses.shape[0] if weight is None else weight.to(dtype).sum().clamp_min(torch.finfo(dtype).tiny)
+    return losses.sum() / total
+
+
+def _tokens(name: str, X: Any, mask: Any, ranks: tuple[int, ...], wanted: str) -> tuple[Tensor, Tensor | None]:
+    """A tensor with its mask; a list padded, with the mask of what is not padding."""
+    if isinstance(X, (list, tuple)):
+        X = tensors.token_list(name, X)
+        if mask is not None:
+            checks.mask_list(scoring.MASKS[name], mask, name, len(X))
+            of = list(enumerate(zip(X, mask, strict=True)))
+            mask = [None if m is None else tensors.mask(f"{scoring.MASKS[name]}[{n}]", m, name, x) for n, (x, m) in of]
+        return tensors.pad(X, mask, tensors.nothing())
+    X = tensors.tokens(name, X)
+    checks.rank(name, X.shape, ranks, wanted)
+    return X, None if mask is None else tensors.mask(scoring.MASKS[name], mask, name, X)
+
+
+def _normalized(scores: Tensor, kept: Tensor | None, how: str) -> Tensor:
+    """`[Nq, K]` over the kept candidates; the others are 0."""
+    if kept is not None:
+        scores = scores.masked_fill(~kept, 0)
+    if how == "none" or not scores.shape[1]:
+        return scores
+    if how == "minmax":
+        lowest, highest = (
+            (scores if kept is None else scores.masked_fill(~kept, otherwise)) for otherwise in (torch.inf, -torch.inf)
+        )
+        # max, not amax: where several are largest, the gradient goes to the first, as in PyLate.
+        base = lowest.min(1, keepdim=True)[0]
+        scale = highest.max(1, keepdim=True)[0] - base + SMALLEST_RANGE
+        if kept is not None:
+            nothing = ~kept.any(1, keepdim=True)
+            base, scale = base.masked_fill(nothing, 0), scale.masked_fill(nothing, 1)
+    else:
+        count = scores.shape[1] if kept is None else kept.sum(1, keepdim=True).clamp_min(1)
+        base = scores.sum(1, keepdim=True) / count
+        deviation = scores - base
+        if kept is not None:
+            deviation = deviation.masked_fill(~kept, 0)
+        # Of equal scores the root has no derivative: there it counts as a constant.
+        variance = deviation.square().sum(1, keepdim=True) / count
+        scale = variance.where(variance > 0, 1).sqrt().where(variance > 0, 0) + SMALLEST_RANGE
+    normalized = (scores - base) / scale
+    return normalized if kept is None else normalized.masked_fill(~kept, 0)
+
+
+def _divergence(student: Tensor, teacher: Tensor, kept: Tensor | None) -> Tensor:
+    if kept is not None:
+        # Finite, so that a row without candidates has no NaN to hand back.
+        lowest = torch.finfo(student.dtype).min
+        student, teacher = student.masked_fill(~kept, lowest), teacher.masked_fill(~kept, lowest)
+    log_s, log_t = student.log_softmax(1), teacher.log_softmax(1)
+    each = log_t.exp() * (log_t - log_s)
+    return (each if kept is None else each.masked_fill(~kept, 0)).sum(1)
+
+
+def _margin_error(student: Tensor, teacher: Tensor, kept: Tensor | None) -> Tensor:
+    error = (student - teacher)[:, :1] - (student - teacher)[:, 1:]
+    if kept is None:
+        return error.square().sum(1) / max(1, error.shape[1])
+    both = kept[:, 1:] & kept[:, :1]
+    return error.masked_fill(~both, 0).square().sum(1) / both.sum(1).clamp_min(1)
