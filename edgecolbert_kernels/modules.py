@@ -36,7 +36,7 @@ from edgecolbert_kernels.losses import contrastive_loss, distillation_loss
 from edgecolbert_kernels.scoring import maxsim
 
 Features = Mapping[str, Tensor]
-# Unit embeddings [N, L, d] and the tokens to score [N, L], None for all.
+# Unit embeddings [N, L, d] and the tokens to score [N, L].
 Encoded = tuple[Tensor, Tensor]
 
 
@@ -206,14 +206,23 @@ class Distillation(nn.Module):
         queries, documents = sentence_features
         Q, q_mask = _encode(self.model, queries, True)
         D, d_mask = (X.unflatten(0, (len(Q), -1)) for X in _encode(self.model, documents, False))
-        reduction = "batchmean" if self.size_average else "sum"
         if self.score_metric is None:
-            raise NotImplementedError
+            return distillation_loss(
+                Q,
+                D,
+                labels,
+                q_mask,
+                d_mask,
+                student_normalization="minmax" if self.normalize_scores else "none",
+                reduction="mean" if self.size_average else "sum",
+                mask_mode=self.mask_mode,
+            )
         scores = self.score_metric(Q, D, queries_mask=q_mask, documents_mask=d_mask)
         if self.normalize_scores:
             low, high = scores.aminmax(dim=1, keepdim=True)
             scores = (scores - low) / (high - low + 1e-8)
         student, teacher = scores.log_softmax(-1), labels.log_softmax(-1)
+        reduction = "batchmean" if self.size_average else "sum"
         return nn.functional.kl_div(student, teacher, reduction=reduction, log_target=True)
 
 

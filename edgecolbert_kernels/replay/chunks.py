@@ -30,7 +30,7 @@ class Chunk:
 
     def first(self) -> Tensors:
         """The representations, without a graph; notes the state before, and which models synchronise gradients."""
-        self._state = State(self._input.values() if isinstance(self._input, Mapping) else [self._input])
+        self._state = State(self._input)
         with torch.no_grad(), _noting(self._models, self.called), self._state.autocast():
             return self._call()
 

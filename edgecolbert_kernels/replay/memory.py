@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edgecolbert_kernels.replay.chunks import Chunk, Encode, count_rows, without_sync
+from edgecolbert_kernels.replay.state import State
 
 MOST_PROBED = 4
 
@@ -25,7 +26,8 @@ def chunk_size_within(
 
     def measure(count: int) -> int:
         chunk = Chunk(place, encode, batch, slice(0, count), models)
-        (device, *_) = {tensor.device for tensor in chunk.first()}
+        with State(batch).again():
+            device = chunk.first()[0].device
         with without_sync(chunk.called):
             return _activation_bytes(chunk, device)
 

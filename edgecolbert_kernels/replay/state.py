@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 class State:
-    """torch's random states, of the CPU and of the devices in use, and its autocast settings, now."""
+    """torch's random states, of the CPU and of the devices of `inputs` and in use, and its autocast settings, now."""
 
-    def __init__(self, inputs: Iterable[object]) -> None:
-        devices = {value.device for value in inputs if isinstance(value, Tensor)} | _current_device()
+    def __init__(self, inputs: Any) -> None:
+        values = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+        devices = {value.device for value in values if isinstance(value, Tensor)} | _current_device()
         self._random = [RandomState(device) for device in sorted(devices | {torch.device("cpu")}, key=str)]
         self._autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in _device_types()
