@@ -1,18 +1,47 @@
-"""Fused MaxSim scoring for tiny late-interaction (ColBERT) models.
+"""Fused MaxSim scoring and training losses for tiny late-interaction (ColBERT) models.
 
 Importing this package loads neither torch nor the compiled module: each comes in with the first call that needs it.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from edgecolbert_kernels._version import __version__
 from edgecolbert_kernels.backends import BackendUnsupported, backend
 from edgecolbert_kernels.scoring import maxsim, maxsim_indexed, maxsim_pairs, maxsim_varlen
 
+if TYPE_CHECKING:
+    from edgecolbert_kernels.losses import contrastive_loss as contrastive_loss
+    from edgecolbert_kernels.losses import distillation_loss as distillation_loss
+
+# What is looked up when it is first asked for, and where: these modules need torch, or are not always wanted.
+_LATER = {
+    "contrastive_loss": "losses",
+    "distillation_loss": "losses",
+}
+
 __all__ = [
     "BackendUnsupported",
     "__version__",
     "backend",
+    "contrastive_loss",
+    "distillation_loss",
     "maxsim",
     "maxsim_indexed",
     "maxsim_pairs",
     "maxsim_varlen",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

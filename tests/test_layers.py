@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "ops": {"arrays", "backends", "checks"},
     "losses": {"checks", "ops", "scoring"},
     "scoring": {"arrays", "backends", "checks", "ops"},
-    "__init__": {"_version", "backends", "scoring"},
+    "__init__": {"_version", "backends", "losses", "scoring"},
     "env": {"_version", "backends"},
 }
 

@@ -11,7 +11,17 @@ import torch
 
 import edgecolbert_kernels as ek
 
-NAMES = {"BackendUnsupported", "__version__", "backend", "maxsim", "maxsim_indexed", "maxsim_pairs", "maxsim_varlen"}
+NAMES = {
+    "BackendUnsupported",
+    "__version__",
+    "backend",
+    "contrastive_loss",
+    "distillation_loss",
+    "maxsim",
+    "maxsim_indexed",
+    "maxsim_pairs",
+    "maxsim_varlen",
+}
 OPTIONS = {"normalize": False, "mask_mode": "exclude", "precision": "exact", "out_dtype": (None, torch.float32)}
 POSITIONAL = {
     "maxsim": ["Q", "D", "q_mask", "d_mask"],

@@ -148,7 +148,9 @@ def backward(
                 grad_documents[some] = found
     grad_queries = None
     if everything is not None:
-        grad_queries, grad_documents = source.backward_everything(everything, state.argmax, need_queries, need_documents)
+        grad_queries, grad_documents = source.backward_everything(
+            everything, state.argmax, need_queries, need_documents
+        )
     elif sums is not None:
         grad_queries = (through_normalization(sums, problem.Q) if problem.normalize else sums).to(problem.Q.dtype)
     return grad_queries, grad_documents, weights.grad_temperature if need_temperature else None
