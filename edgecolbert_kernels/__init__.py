@@ -1,11 +1,11 @@
-"""Fused MaxSim scoring for tiny late-interaction (ColBERT) models.
+"""Fused MaxSim scoring and training losses for tiny late-interaction (ColBERT) models.
 
 Importing this package loads neither torch nor the compiled module: each comes in with the first call that needs it.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from edgecolbert_kernels._version import __version__
@@ -13,10 +13,20 @@ from edgecolbert_kernels.backends import BackendUnsupported, backend
 from edgecolbert_kernels.scoring import maxsim, maxsim_indexed, maxsim_pairs, maxsim_varlen
 
 if TYPE_CHECKING:
-    from edgecolbert_kernels.distributed import gather_with_gradient
-    from edgecolbert_kernels.gradcache import GradCache
-    from edgecolbert_kernels.losses import contrastive_loss, distillation_loss
-    from edgecolbert_kernels.modules import MaxSimScorer
+    from edgecolbert_kernels.distributed import gather_with_gradient as gather_with_gradient
+    from edgecolbert_kernels.gradcache import GradCache as GradCache
+    from edgecolbert_kernels.losses import contrastive_loss as contrastive_loss
+    from edgecolbert_kernels.losses import distillation_loss as distillation_loss
+    from edgecolbert_kernels.modules import MaxSimScorer as MaxSimScorer
+
+# What is looked up when it is first asked for, and where: these modules need torch, or are not always wanted.
+_LATER = {
+    "GradCache": "gradcache",
+    "MaxSimScorer": "modules",
+    "contrastive_loss": "losses",
+    "distillation_loss": "losses",
+    "gather_with_gradient": "distributed",
+}
 
 __all__ = [
     "BackendUnsupported",
@@ -33,21 +43,13 @@ __all__ = [
     "maxsim_varlen",
 ]
 
-# Those whose modules import torch, each with its module.
-_NEED_TORCH = {
-    "GradCache": "gradcache",
-    "MaxSimScorer": "modules",
-    "contrastive_loss": "losses",
-    "distillation_loss": "losses",
-    "gather_with_gradient": "distributed",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _NEED_TORCH:
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)
-    return value
+    found = getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:

@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from edgecolbert_kernels import checks
 
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MOST_AXES = 6
 
@@ -56,8 +55,8 @@ def gather_with_gradient(embeddings: Tensor, mask: Tensor | None = None, group: 
         loss = contrastive_loss(Q, documents.embeddings, q_mask, documents.mask, target=target) * documents.weight
 
     Args:
-        embeddings: `[N, ..., L, d]` in float32, float16, bfloat16 or float64, on the device of the group's backend. d, the dtype and the axes
-            between N and L must be the same on all ranks.
+        embeddings: `[N, ..., L, d]` in float32, float16, bfloat16 or float64, on the device of the group's backend. d, the
+            dtype and the axes between N and L must be the same on all ranks.
         mask: `[N, ..., L]`, bool or 0/1: the tokens to keep; None keeps all.
         group: a process group; None: the default one. Without torch.distributed, or alone, nothing is sent.
 

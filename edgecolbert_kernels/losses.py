@@ -213,8 +213,8 @@ def distillation_loss(
     Q, q_mask = _tokens("Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
     D, d_mask = _tokens("D", D, d_mask, (3, 4), "[Nq, K, Ld, d] or a list of Nq * K [Ld, d]")
     if D.ndim == 3:
-        D = D.unflatten(0, teacher_scores.shape)
-        d_mask = None if d_mask is None else d_mask.unflatten(0, teacher_scores.shape)
+        D = D.view(*teacher_scores.shape, *D.shape[1:])
+        d_mask = None if d_mask is None else d_mask.view(D.shape[:3])
     checks.same_batch(Q.shape, D.shape)
     checks.shape("teacher_scores", teacher_scores.shape, D.shape[:2], "one score for each candidate")
     if candidate_mask is not None:

@@ -49,8 +49,9 @@ class MaxSimScorer(nn.Module):
         self.normalize, self.mask_mode, self.precision = normalize, mask_mode, precision
 
     def forward(self, Q: Any, D: Any, q_mask: Any = None, d_mask: Any = None) -> Any:
-        options = {"normalize": self.normalize, "mask_mode": self.mask_mode, "precision": self.precision}
-        return maxsim(Q, D, q_mask, d_mask, **options)
+        return maxsim(
+            Q, D, q_mask, d_mask, normalize=self.normalize, mask_mode=self.mask_mode, precision=self.precision
+        )
 
     def extra_repr(self) -> str:
         return f"normalize={self.normalize}, mask_mode={self.mask_mode!r}, precision={self.precision!r}"
@@ -168,8 +169,8 @@ class CachedContrastive(Contrastive):
             return _encode(self.model, features, False)
 
         encoders = [queries, *[documents] * (len(inputs) - 1)]
-        options = {"show_progress_bar": self.show_progress_bar}
-        return GradCache(encoders, self._loss, self.mini_batch_size, **options)(*inputs)
+        cache = GradCache(encoders, self._loss, self.mini_batch_size, show_progress_bar=self.show_progress_bar)
+        return cache(*inputs)
 
 
 class Distillation(nn.Module):

@@ -404,7 +404,7 @@ def test_errors(error, message, given):
 
 @pytest.mark.parametrize("size", [0, -1, [2, 0]])
 def test_chunk_sizes_below_one(size):
-    with pytest.raises(ValueError, match="mini_batch_size is .*; want at least 1"):
+    with pytest.raises(ValueError, match=r"mini_batch_size is .*; want at least 1"):
         GradCache(torch.sin, torch.sum, size)
 
 
