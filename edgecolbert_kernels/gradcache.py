@@ -43,8 +43,8 @@ class GradCache:
             measures a few rows of each input and keeps the largest power of two that fits, so begin with long ones.
             What checkpointing computes again is not counted.
         scaler: a `torch.amp.GradScaler`: `step` leaves the gradients of the scaled loss, for `scaler.step(optimizer)`.
-        models: the modules that synchronise gradients and have `no_sync()`, such as DistributedDataParallel. None: any
-            that encode is seen to call, where torch.distributed is initialised.
+        models: the modules that synchronise gradients and have `no_sync()`, such as DistributedDataParallel. None: those
+            that encode is seen to call in the first step, where torch.distributed is initialised.
         show_progress_bar: show chunks done (needs tqdm).
 
     An input is a mapping or one value. Tensors, arrays, lists and tuples are cut along their first dimension; what else a
@@ -83,7 +83,7 @@ class GradCache:
         self.mini_batch_size = mini_batch_size
         self.memory_budget = memory_budget
         self.scaler = scaler
-        self.models = None if models is None else tuple(models)
+        self.models: tuple[nn.Module, ...] | None = None if models is None else tuple(models)
         self.show_progress_bar = show_progress_bar
 
     def step(self, *inputs: Any, **options: Any) -> Tensor:
@@ -142,6 +142,8 @@ class GradCache:
             chunks += own
             leaves.append(whole)
             representations.append(tuple(whole) if own[0].returns_tuple else whole[0])
+        if self.models is None:
+            self.models = tuple({model for chunk in chunks for model in chunk.called})
         return chunks, leaves, _scalar(self.loss_fn(*representations, **options))
 
     def _backward(

@@ -169,7 +169,13 @@ class CachedContrastive(Contrastive):
             return _encode(self.model, features, False)
 
         encoders = [queries, *[documents] * (len(inputs) - 1)]
-        cache = GradCache(encoders, self._loss, self.mini_batch_size, show_progress_bar=self.show_progress_bar)
+        cache = GradCache(
+            encoders,
+            self._loss,
+            self.mini_batch_size,
+            models=[self.model] if hasattr(self.model, "no_sync") else [],
+            show_progress_bar=self.show_progress_bar,
+        )
         return cache(*inputs)
 
 

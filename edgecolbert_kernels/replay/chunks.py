@@ -123,12 +123,13 @@ def _noting(models: Sequence[nn.Module] | None, called: list[Any]) -> Iterator[N
     """Note every call of one of the models; without a list of them, of any module that has `no_sync`."""
 
     def note(module: nn.Module, _: object) -> None:
-        if hasattr(module, "no_sync") and module not in called:
+        if not torch.compiler.is_compiling() and hasattr(module, "no_sync") and module not in called:
             called.append(module)
 
     if models is not None:
         handles = [model.register_forward_pre_hook(note) for model in models]
     elif torch.distributed.is_available() and torch.distributed.is_initialized():
+        # For the first step alone: a compiled module is compiled again for every such hook.
         handles = [register_module_forward_pre_hook(note)]
     else:
         handles = []
