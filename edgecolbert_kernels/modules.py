@@ -226,7 +226,7 @@ class Distillation(nn.Module):
             )
         scores = self.score_metric(Q, D, queries_mask=q_mask, documents_mask=d_mask)
         if self.normalize_scores:
-            low, high = scores.aminmax(dim=1, keepdim=True)
+            low, high = scores.min(1, keepdim=True)[0], scores.max(1, keepdim=True)[0]
             scores = (scores - low) / (high - low + 1e-8)
         student, teacher = scores.log_softmax(-1), labels.log_softmax(-1)
         reduction = "batchmean" if self.size_average else "sum"
