@@ -317,3 +317,38 @@ def test_distillation_of_pylate(pylate, encoder, expansion, monkeypatch):
         run(where.Distillation(encoder), [dict(queries), dict(documents)], teacher) for where in (modules, losses)
     )
     check(ours, theirs, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["Contrastive", "CachedContrastive", "Distillation"])
+def test_a_training_script_changes_one_import(pylate, tmp_path, name):
+    """The trainer of sentence-transformers, as PyLate's documentation uses it: the same losses step by step."""
+    datasets = pytest.importorskip("datasets")
+    from pylate import losses, utils
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+
+    def train(library):
+        encoder = colbert.make(tmp_path / "model", query_length=8, document_length=20)
+        data = {"query": colbert.texts(8, 6, seed=1), "document": colbert.texts(8, 18, seed=2)}
+        if name == "Distillation":
+            data = {"query": data["query"], "documents": [colbert.texts(3, 18, seed=n) for n in range(8)]}
+            data["scores"] = torch.randn(8, 3, generator=torch.Generator().manual_seed(3)).tolist()
+        options = {"mini_batch_size": 2} if name == "CachedContrastive" else {}
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=4, num_train_epochs=1, logging_steps=1, seed=3,
+            save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+            max_grad_norm=0.0, learning_rate=1e-4,
+        )  # fmt: skip
+        trainer = SentenceTransformerTrainer(
+            model=encoder,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_dict(data),
+            loss=getattr(library, name)(encoder, **options),
+            data_collator=utils.ColBERTCollator(encoder.tokenize),
+        )
+        trainer.train()
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    ours, theirs = train(modules), train(losses)
+    assert len(ours) == 2
+    # Adam steps by the sign of small gradients more than by their size: later losses part by rounding.
+    assert ours == pytest.approx(theirs, rel=2e-3)
