@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from functools import partial
 
 import numpy as np
@@ -274,6 +275,45 @@ def test_grad_scaler_skips_an_infinite_loss():
     scaler.update()
     assert torch.equal(encode.head.weight, before)
     assert scaler.get_scale() == 512.0
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["step", "backward"])
+def test_the_loss_is_scaled_before_gradients_are_narrowed(deferred):
+    """A gradient of 1e-9 is 0 in float16, unless the factor comes first."""
+    weight = nn.Parameter(torch.ones(4))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    cache = GradCache(lambda x: (x * weight).half(), lambda y: 1e-9 * y.float().sum(), 2, scaler=scaler)
+    X = torch.ones(6, 1, 4)
+    if deferred:
+        scaler.scale(cache(X)).backward()
+    else:
+        cache.step(X)
+    torch.testing.assert_close(weight.grad, torch.full((4,), 6e-9 * 2**16), rtol=2e-3, atol=0)
+
+
+def test_one_chunk_of_activations_at_a_time():
+    """What autograd saved for a chunk is gone before the next is encoded; the first pass saves nothing."""
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    saved, at_start = weakref.WeakSet(), []
+
+    def keep(tensor):
+        each = Saved(tensor)
+        saved.add(each)
+        return each
+
+    encode = Encoder()
+
+    def watched(**batch):
+        at_start.append(len(saved))
+        return encode(**batch)
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda each: each.tensor):
+        GradCache(watched, contrast, 2).step(texts(6, 4, seed=1), texts(6, 9, seed=2))
+    assert at_start == [0] * 12
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
