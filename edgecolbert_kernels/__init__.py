@@ -13,21 +13,30 @@ from edgecolbert_kernels.backends import BackendUnsupported, backend
 from edgecolbert_kernels.scoring import maxsim, maxsim_indexed, maxsim_pairs, maxsim_varlen
 
 if TYPE_CHECKING:
+    from edgecolbert_kernels.distributed import gather_with_gradient as gather_with_gradient
+    from edgecolbert_kernels.gradcache import GradCache as GradCache
     from edgecolbert_kernels.losses import contrastive_loss as contrastive_loss
     from edgecolbert_kernels.losses import distillation_loss as distillation_loss
+    from edgecolbert_kernels.modules import MaxSimScorer as MaxSimScorer
 
 # What is looked up when it is first asked for, and where: these modules need torch, or are not always wanted.
 _LATER = {
+    "GradCache": "gradcache",
+    "MaxSimScorer": "modules",
     "contrastive_loss": "losses",
     "distillation_loss": "losses",
+    "gather_with_gradient": "distributed",
 }
 
 __all__ = [
     "BackendUnsupported",
+    "GradCache",
+    "MaxSimScorer",
     "__version__",
     "backend",
     "contrastive_loss",
     "distillation_loss",
+    "gather_with_gradient",
     "maxsim",
     "maxsim_indexed",
     "maxsim_pairs",

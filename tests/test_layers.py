@@ -23,8 +23,12 @@ MAY_IMPORT = {
     "arrays": {"backends", "checks"},
     "ops": {"arrays", "backends", "checks"},
     "losses": {"checks", "ops", "scoring"},
+    "replay": {"checks"},
+    "gradcache": {"checks", "replay"},
+    "distributed": {"checks"},
+    "modules": {"checks", "distributed", "gradcache", "losses", "scoring"},
     "scoring": {"arrays", "backends", "checks", "ops"},
-    "__init__": {"_version", "backends", "losses", "scoring"},
+    "__init__": {"_version", "backends", "distributed", "gradcache", "losses", "modules", "scoring"},
     "env": {"_version", "backends"},
 }
 

@@ -13,10 +13,13 @@ import edgecolbert_kernels as ek
 
 NAMES = {
     "BackendUnsupported",
+    "GradCache",
+    "MaxSimScorer",
     "__version__",
     "backend",
     "contrastive_loss",
     "distillation_loss",
+    "gather_with_gradient",
     "maxsim",
     "maxsim_indexed",
     "maxsim_pairs",
@@ -46,6 +49,14 @@ def test_signature(name):
     assert parameters["d_mask"].default is None
     for option, default in OPTIONS.items():
         assert parameters[option].default in (default if isinstance(default, tuple) else (default,)), option
+
+
+def test_gradcache_signature():
+    parameters = inspect.signature(ek.GradCache).parameters
+    options = [p for p in parameters if parameters[p].kind is inspect.Parameter.KEYWORD_ONLY]
+    assert [p for p in parameters if p not in options] == ["encode", "loss_fn", "mini_batch_size"]
+    assert options == ["memory_budget", "scaler", "models", "show_progress_bar"]
+    assert list(inspect.signature(ek.gather_with_gradient).parameters) == ["embeddings", "mask", "group"]
 
 
 @pytest.mark.parametrize("name", sorted(NAMES - {"__version__"}))

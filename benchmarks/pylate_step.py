@@ -1,0 +1,183 @@
+"""A training step of PyLate, with its own losses and with those of `edgecolbert_kernels.modules`: time and memory.
+
+The model is a BERT with random weights, 2 layers of 128 dimensions, 48 a token: small, so that the loss is a large part of
+the step. Queries of 32 tokens, documents of 180; one positive a query, for `Distillation` 8 candidates; dropout on; fp32,
+one thread, CPU time. The two losses do the same work from the same random state.
+
+``gradient`` rows: the norm of the gradients over that of these losses; 1 where a loss is right. ``memory`` rows: how far
+the resident set of a process of its own grows during one step.
+
+PyLate pins older versions of its dependencies, so this suite needs an environment of its own, with `pip install
+pylate==1.6.0 matplotlib` and this package.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from benchmarks import contenders, machine, suite
+from benchmarks.interleave import Contender, Samples
+from tests import colbert
+
+BATCHES = (8, 16, 32, 64)
+LOSSES = ("Contrastive", "CachedContrastive", "Distillation")
+LIBRARIES = ("fused", "PyLate")
+QUERY_LENGTH, DOCUMENT_LENGTH, DIM, CANDIDATES, CHUNK = 32, 180, 48, 8, 8
+
+
+@lru_cache(maxsize=1)
+def model() -> torch.nn.Module:
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"query_length": QUERY_LENGTH, "document_length": DOCUMENT_LENGTH}
+        return colbert.make(Path(folder), hidden=128, layers=2, dim=DIM, **options).train()
+
+
+@lru_cache(maxsize=1)
+def batch(loss: str, size: int) -> tuple[list[dict], torch.Tensor | None]:
+    """Tokenized queries and documents, and the teacher's scores where the loss has a teacher."""
+    candidates = CANDIDATES if loss == "Distillation" else 1
+    queries = model().tokenize(colbert.texts(size, 24, seed=0), is_query=True)
+    texts = colbert.texts(size * candidates, DOCUMENT_LENGTH, seed=1)
+    documents = model().tokenize(texts, is_query=False, pad=True)
+    teacher = torch.randn(size, candidates, generator=torch.Generator().manual_seed(2))
+    return [queries, documents], teacher if loss == "Distillation" else None
+
+
+def step(loss: str, library: str, size: int) -> Callable[[int], tuple[float, torch.Tensor]]:
+    """One forward and backward; returns the loss and the norm of the gradients."""
+    if library == "PyLate":
+        from pylate import losses
+    else:
+        from edgecolbert_kernels import modules as losses
+    options = {"mini_batch_size": CHUNK} if loss == "CachedContrastive" else {}
+    module = getattr(losses, loss)(model(), **options)
+
+    def call(turn: int) -> tuple[float, torch.Tensor]:
+        features, teacher = batch(loss, size)
+        torch.manual_seed(turn)
+        module.zero_grad()
+        value = module([dict(each) for each in features], teacher)
+        value.backward()
+        gradients = [p.grad.norm() for p in module.parameters() if p.grad is not None]
+        return value.item(), torch.stack(gradients).norm()
+
+    return call
+
+
+def resident(field: str) -> int:
+    """VmRSS, or VmHWM since it was last reset, in bytes."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def measure_memory(loss: str, library: str) -> None:
+    """Print the growth of the resident set at each batch size, as JSON; for a process of its own."""
+    machine.set_threads(1)
+    step(loss, library, 2)(0)
+    grown = {}
+    for size in BATCHES:
+        call = step(loss, library, size)
+        batch(loss, size)
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident
+        call(0)
+        grown[size] = resident("VmHWM") - before
+    print(json.dumps(grown))
+
+
+@lru_cache(maxsize=None)
+def memory(loss: str, library: str) -> dict[str, int]:
+    command = [sys.executable, "-m", "benchmarks.pylate_step", "--memory", loss, library]
+    # Blocks go back to the system when they are freed, so that the resident set is what is in use.
+    variables = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def difference(found: tuple[float, torch.Tensor], expected: tuple[float, torch.Tensor]) -> float:
+    """Of the losses, relative; their gradients have rows of their own."""
+    return abs(found[0] - expected[0]) / abs(expected[0])
+
+
+def case(loss: str, size: int) -> suite.Case:
+    calls = {library: step(loss, library, size) for library in LIBRARIES}
+
+    def derived(_samples: Samples) -> list[dict]:
+        norms = {library: calls[library](0)[1].item() for library in LIBRARIES}
+        rows = [
+            {"contender": f"{library}, gradient", "unit": "x", "p50": round(norms[library] / norms["fused"], 5)}
+            for library in LIBRARIES
+        ]
+        for library in LIBRARIES if sys.platform == "linux" else ():
+            grown = memory(loss, library)[str(size)] / 2**20
+            rows.append({"contender": f"{library}, memory", "unit": "MiB", "p50": round(grown, 1)})
+        return rows
+
+    return suite.Case(
+        name=f"{loss}, batch {size}",
+        parameters={"loss": loss, "batch": size, "pylate": machine.version("pylate")},
+        contenders=[Contender(library, calls[library]) for library in LIBRARIES],
+        references=("fused",),
+        rounds=(11, 5),
+        expected=lambda: calls["PyLate"](0),
+        error=difference,
+        tolerance=1e-4,
+        derive=derived,
+    )
+
+
+def cases() -> Iterator[suite.Case]:
+    for loss in LOSSES:
+        for size in BATCHES:
+            yield case(loss, size)
+
+
+def plot(rows: Sequence[dict], path: Path) -> None:
+    """Time and memory of a step over the batch size, a column for each loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(LOSSES), figsize=(10, 5.5), sharex=True, sharey="row")
+    for column, loss in enumerate(LOSSES):
+        for line, (suffix, unit) in enumerate((("", "ms"), (", memory", "MiB"))):
+            axis = axes[line][column]
+            for library in LIBRARIES:
+                found = [row for row in rows if row["loss"] == loss and row["contender"] == library + suffix]
+                axis.plot([row["batch"] for row in found], [row["p50"] for row in found], marker="o", label=library)
+            axis.set(xscale="log", yscale="log")
+            axis.set_xticks(BATCHES, [str(size) for size in BATCHES], minor=False)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+            if not column:
+                axis.set_ylabel(f"{'memory' if line else 'CPU time'} of a step, {unit}")
+        axes[0][column].set_title(loss)
+        axes[1][column].set_xlabel("batch size")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--memory"]:
+        measure_memory(*sys.argv[2:])
+        return
+    reason = contenders.missing("pylate") or contenders.missing("edgecolbert_kernels")
+    if reason:
+        raise SystemExit(reason)
+    suite.main("pylate_step", cases)
+    rows = [json.loads(line) for line in (suite.RESULTS / "pylate_step.jsonl").read_text().splitlines()]
+    plot([row for row in rows if row["cpu"] == machine.cpu_model()], suite.RESULTS / "pylate_step.png")
+
+
+if __name__ == "__main__":
+    main()

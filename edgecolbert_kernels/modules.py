@@ -1,0 +1,258 @@
+"""`nn.Module`s: a scorer, and PyLate's losses under their own names and arguments.
+
+A PyLate training script changes one import:
+
+    from edgecolbert_kernels import modules as losses    # was: from pylate import losses
+
+What differs from PyLate 1.6, on purpose:
+
+- Scores and loss are fused and accumulate in float32; `score_mini_batch_size`, which limits the memory of scores that are
+  not fused, only matters with a `score_metric` of your own.
+- `CachedContrastive` has the gradients of `Contrastive`. PyLate's are batch_size times as large with `size_average=True`.
+- With `gather_across_devices`, the mean of the loss over ranks, and the gradients that data parallelism averages, are
+  those of one process with the whole batch. PyLate's are world_size times as large. Ranks may differ in batch size and in
+  token counts, where PyLate stops.
+- Positives and negatives of different padded lengths are padded, where PyLate stops.
+
+Masked tokens follow PyLate, `mask_mode="zero"`: the similarity to a masked document token is 0 and takes part in the
+maximum. "exclude" never chooses such a token, which is what scoring encoded documents does.
+
+The model is whatever returns `token_embeddings [N, L, d]` in a dict, for a dict with `input_ids` and `attention_mask`
+`[N, L]`, and has `skiplist` (token ids) and `do_query_expansion`; or wraps such a model as `.module`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgecolbert_kernels import checks
+from edgecolbert_kernels.distributed import gather_with_gradient, world_size
+from edgecolbert_kernels.gradcache import GradCache
+from edgecolbert_kernels.losses import contrastive_loss, distillation_loss
+from edgecolbert_kernels.scoring import maxsim
+
+Features = Mapping[str, Tensor]
+# Unit embeddings [N, L, d] and the tokens to score [N, L].
+Encoded = tuple[Tensor, Tensor]
+
+
+class MaxSimScorer(nn.Module):
+    """`maxsim` with its options set: `scorer(Q, D, q_mask, d_mask)`, shapes and errors as there."""
+
+    def __init__(self, normalize: bool = False, mask_mode: str = "exclude", precision: str = "exact") -> None:
+        super().__init__()
+        checks.options(mask_mode, precision)
+        self.normalize, self.mask_mode, self.precision = normalize, mask_mode, precision
+
+    def forward(self, Q: Any, D: Any, q_mask: Any = None, d_mask: Any = None) -> Any:
+        return maxsim(
+            Q, D, q_mask, d_mask, normalize=self.normalize, mask_mode=self.mask_mode, precision=self.precision
+        )
+
+    def extra_repr(self) -> str:
+        return f"normalize={self.normalize}, mask_mode={self.mask_mode!r}, precision={self.precision!r}"
+
+
+class Contrastive(nn.Module):
+    """Cross-entropy of every query over all documents of the batch; the first document of each query is its positive.
+
+    Args:
+        model: see the module's text.
+        score_metric: None for fused MaxSim; else a function of queries `[Nq, Lq, d]`, documents `[Nd, K, Ld, d]`,
+            `queries_mask` and `documents_mask` that returns `[Nq, Nd * K]`, query-major.
+        score_mini_batch_size: queries that a score_metric gets at a time.
+        size_average: the mean over queries, else the sum.
+        gather_across_devices: score against the documents of all ranks.
+        temperature: divides the scores.
+        mask_mode: as in `maxsim`; for fused MaxSim.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        score_metric: Callable[..., Tensor] | None = None,
+        score_mini_batch_size: int | None = None,
+        size_average: bool = True,
+        gather_across_devices: bool = False,
+        temperature: float = 1.0,
+        *,
+        mask_mode: str = "zero",
+    ) -> None:
+        super().__init__()
+        checks.options(mask_mode, "exact")
+        self.model = model
+        self.score_metric = score_metric
+        self.score_mini_batch_size = score_mini_batch_size
+        self.size_average = size_average
+        self.gather_across_devices = gather_across_devices
+        self.temperature = temperature
+        self.mask_mode = mask_mode
+
+    def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
+        """The loss of `[queries, positives, negatives, ...]`, each a dict with N rows. Labels are not used."""
+        queries, *documents = sentence_features
+        return self._loss(_encode(self.model, queries, True), *(_encode(self.model, each, False) for each in documents))
+
+    def _loss(self, queries: Encoded, *documents: Encoded) -> Tensor:
+        Q, q_mask = queries
+        D, d_mask = _stack(documents)
+        if len(D) != len(Q):
+            raise checks.wrong_shape("documents", D.shape, f"{len(Q)} rows, one for each query")
+        offset, weight = 0, 1.0
+        if self.gather_across_devices:
+            D, d_mask, offset, share = gather_with_gradient(D, d_mask)
+            # Data parallelism averages over ranks: of sums it makes a mean, of means one that forgets their sizes.
+            weight = share if self.size_average else world_size()
+        target = (offset + torch.arange(len(Q), device=Q.device)) * D.shape[1]
+        reduction = "mean" if self.size_average else "sum"
+        if self.score_metric is None:
+            options: dict[str, Any] = {"temperature": self.temperature, "mask_mode": self.mask_mode}
+            D, d_mask = D.flatten(0, 1), d_mask.flatten(0, 1)
+            return contrastive_loss(Q, D, q_mask, d_mask, target=target, reduction=reduction, **options) * weight
+        step = self.score_mini_batch_size or len(Q)
+        scores = [
+            self.score_metric(q, D, queries_mask=kept, documents_mask=d_mask)
+            for q, kept in zip(Q.split(step), q_mask.split(step), strict=True)
+        ]
+        scaled = torch.cat(scores) / self.temperature
+        return nn.functional.cross_entropy(scaled, target, reduction=reduction) * weight
+
+
+class CachedContrastive(Contrastive):
+    """`Contrastive` with its gradients, the model seeing mini_batch_size rows at a time (`GradCache`).
+
+    `loss.backward()` encodes everything again; under DistributedDataParallel it synchronises gradients once.
+
+    Args:
+        model, score_metric, score_mini_batch_size, size_average, gather_across_devices, temperature, mask_mode: as there.
+        mini_batch_size: rows a chunk.
+        show_progress_bar: show chunks done (needs tqdm).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        score_metric: Callable[..., Tensor] | None = None,
+        mini_batch_size: int = 32,
+        score_mini_batch_size: int | None = None,
+        size_average: bool = True,
+        gather_across_devices: bool = False,
+        show_progress_bar: bool = False,
+        temperature: float = 1.0,
+        *,
+        mask_mode: str = "zero",
+    ) -> None:
+        super().__init__(
+            model,
+            score_metric,
+            score_mini_batch_size or mini_batch_size,
+            size_average,
+            gather_across_devices,
+            temperature,
+            mask_mode=mask_mode,
+        )
+        self.mini_batch_size = mini_batch_size
+        self.show_progress_bar = show_progress_bar
+
+    def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
+        inputs = list(sentence_features)
+
+        # The model is looked up at every call: a trainer puts its wrapped one here.
+        def queries(**features: Tensor) -> Encoded:
+            return _encode(self.model, features, True)
+
+        def documents(**features: Tensor) -> Encoded:
+            return _encode(self.model, features, False)
+
+        encoders = [queries, *[documents] * (len(inputs) - 1)]
+        cache = GradCache(
+            encoders,
+            self._loss,
+            self.mini_batch_size,
+            models=[self.model] if hasattr(self.model, "no_sync") else [],
+            show_progress_bar=self.show_progress_bar,
+        )
+        return cache(*inputs)
+
+
+class Distillation(nn.Module):
+    """KL divergence from a teacher's distribution over a query's own documents to the model's.
+
+    Args:
+        model: see the module's text.
+        score_metric: None for fused MaxSim; else a function of queries `[Nq, Lq, d]`, documents `[Nq, K, Ld, d]`,
+            `queries_mask` and `documents_mask` that returns `[Nq, K]`.
+        size_average: the mean over queries, else the sum.
+        normalize_scores: min-max normalise the model's scores of each query.
+        mask_mode: as in `maxsim`; for fused MaxSim.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        score_metric: Callable[..., Tensor] | None = None,
+        size_average: bool = True,
+        normalize_scores: bool = True,
+        *,
+        mask_mode: str = "zero",
+    ) -> None:
+        super().__init__()
+        checks.options(mask_mode, "exact")
+        self.model = model
+        self.score_metric = score_metric
+        self.size_average = size_average
+        self.normalize_scores = normalize_scores
+        self.mask_mode = mask_mode
+
+    def forward(self, sentence_features: Iterable[Features], labels: Tensor) -> Tensor:
+        """The loss of `[queries, documents]`, Nq and Nq * K rows, query-major, and the teacher's scores `[Nq, K]`."""
+        queries, documents = sentence_features
+        Q, q_mask = _encode(self.model, queries, True)
+        D, d_mask = (X.unflatten(0, (len(Q), -1)) for X in _encode(self.model, documents, False))
+        if self.score_metric is None:
+            return distillation_loss(
+                Q,
+                D,
+                labels,
+                q_mask,
+                d_mask,
+                student_normalization="minmax" if self.normalize_scores else "none",
+                reduction="mean" if self.size_average else "sum",
+                mask_mode=self.mask_mode,
+            )
+        scores = self.score_metric(Q, D, queries_mask=q_mask, documents_mask=d_mask)
+        if self.normalize_scores:
+            low, high = scores.min(1, keepdim=True)[0], scores.max(1, keepdim=True)[0]
+            scores = (scores - low) / (high - low + 1e-8)
+        student, teacher = scores.log_softmax(-1), labels.log_softmax(-1)
+        reduction = "batchmean" if self.size_average else "sum"
+        return nn.functional.kl_div(student, teacher, reduction=reduction, log_target=True)
+
+
+def _encode(model: Any, features: Features, is_query: bool) -> Encoded:
+    facts = model if hasattr(model, "skiplist") else model.module
+    # A copy, as models add their outputs to the dict they are given.
+    embeddings = nn.functional.normalize(model(dict(features))["token_embeddings"], dim=-1)
+    mask = features["attention_mask"] != 0
+    if is_query:
+        # Expansion tokens score although the model does not attend to them.
+        return embeddings, torch.ones_like(mask) if facts.do_query_expansion else mask
+    skipped = torch.tensor(facts.skiplist, dtype=torch.long, device=mask.device)
+    return embeddings, mask & ~torch.isin(features["input_ids"], skipped)
+
+
+def _stack(documents: Sequence[Encoded]) -> Encoded:
+    """K documents a query, `[N, Ld, d]` each with its own Ld, as `[N, K, Ld, d]`."""
+    if not documents:
+        raise ValueError("there are no documents; want queries and at least one batch of documents")
+    longest = max(mask.shape[1] for _, mask in documents)
+    pad = nn.functional.pad
+    embeddings = [pad(each, (0, 0, 0, longest - each.shape[1])) for each, _ in documents]
+    masks = [pad(mask, (0, longest - mask.shape[1])) for _, mask in documents]
+    if len({len(mask) for mask in masks}) > 1:
+        raise ValueError(f"batches of documents have {[len(mask) for mask in masks]} rows; want as many")
+    return torch.stack(embeddings, 1), torch.stack(masks, 1)
