@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -92,7 +92,7 @@ def measure_memory(loss: str, library: str) -> None:
     print(json.dumps(grown))
 
 
-@lru_cache(maxsize=None)
+@cache
 def memory(loss: str, library: str) -> dict[str, int]:
     command = [sys.executable, "-m", "benchmarks.pylate_step", "--memory", loss, library]
     # Blocks go back to the system when they are freed, so that the resident set is what is in use.
