@@ -1,8 +1,9 @@
 """A training step of PyLate, with its own losses and with those of `edgecolbert_kernels.modules`: time and memory.
 
 The model is a BERT with random weights, 2 layers of 128 dimensions, 48 a token: small, so that the loss is a large part of
-the step. Queries of 32 tokens, documents of 180; one positive a query, for `Distillation` 8 candidates; dropout on; fp32,
-one thread, CPU time. The two losses do the same work from the same random state.
+the step. Queries of 32 tokens, documents of 180; one positive a query, for `Distillation` 4 candidates; dropout on; fp32,
+one thread, CPU time. The two losses do the same work from the same random state. In cases called "alone" fixed embeddings
+stand for the model's, so that what is left is the loss and its backward.
 
 ``gradient`` rows: the norm of the gradients over that of these losses; 1 where a loss is right. ``memory`` rows: how far
 the resident set of a process of its own grows during one step.
@@ -28,8 +29,9 @@ from tests import colbert
 
 BATCHES = (8, 16, 32, 64)
 LOSSES = ("Contrastive", "CachedContrastive", "Distillation")
+ALONE = ("Contrastive", "Distillation")
 LIBRARIES = ("fused", "PyLate")
-QUERY_LENGTH, DOCUMENT_LENGTH, DIM, CANDIDATES, CHUNK = 32, 180, 48, 8, 8
+QUERY_LENGTH, DOCUMENT_LENGTH, DIM, CANDIDATES, CHUNK = 32, 180, 48, 4, 8
 
 
 @lru_cache(maxsize=1)
@@ -50,14 +52,30 @@ def batch(loss: str, size: int) -> tuple[list[dict], torch.Tensor | None]:
     return [queries, documents], teacher if loss == "Distillation" else None
 
 
-def step(loss: str, library: str, size: int) -> Callable[[int], tuple[float, torch.Tensor]]:
+class Fixed(torch.nn.Module):
+    """Embeddings of a batch where a model would be."""
+
+    skiplist, do_query_expansion = property(lambda _: model().skiplist), True
+
+    def __init__(self, features: list[dict]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        shapes = [(*each["input_ids"].shape, DIM) for each in features]
+        self.tokens = torch.nn.ParameterList([torch.randn(shape, generator=generator) for shape in shapes])
+
+    def forward(self, features: dict) -> dict:
+        is_query = features["input_ids"].shape[1] == QUERY_LENGTH
+        return {"token_embeddings": self.tokens[0 if is_query else 1]}
+
+
+def step(loss: str, library: str, size: int, alone: bool) -> Callable[[int], tuple[float, torch.Tensor]]:
     """One forward and backward; returns the loss and the norm of the gradients."""
     if library == "PyLate":
         from pylate import losses
     else:
         from edgecolbert_kernels import modules as losses
     options = {"mini_batch_size": CHUNK} if loss == "CachedContrastive" else {}
-    module = getattr(losses, loss)(model(), **options)
+    module = getattr(losses, loss)(Fixed(batch(loss, size)[0]) if alone else model(), **options)
 
     def call(turn: int) -> tuple[float, torch.Tensor]:
         features, teacher = batch(loss, size)
@@ -77,14 +95,14 @@ def resident(field: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def measure_memory(loss: str, library: str) -> None:
+def measure_memory(loss: str, library: str, alone: bool) -> None:
     """Print the growth of the resident set at each batch size, as JSON; for a process of its own."""
     machine.set_threads(1)
-    step(loss, library, 2)(0)
+    step(loss, library, 2, alone)(0)
     grown = {}
     for size in BATCHES:
-        call = step(loss, library, size)
         batch(loss, size)
+        call = step(loss, library, size, alone)
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident
         call(0)
@@ -93,8 +111,8 @@ def measure_memory(loss: str, library: str) -> None:
 
 
 @cache
-def memory(loss: str, library: str) -> dict[str, int]:
-    command = [sys.executable, "-m", "benchmarks.pylate_step", "--memory", loss, library]
+def memory(loss: str, library: str, alone: bool) -> dict[str, int]:
+    command = [sys.executable, "-m", "benchmarks.pylate_step", "--memory", loss, library, *["alone"] * alone]
     # Blocks go back to the system when they are freed, so that the resident set is what is in use.
     variables = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
@@ -106,8 +124,8 @@ def difference(found: tuple[float, torch.Tensor], expected: tuple[float, torch.T
     return abs(found[0] - expected[0]) / abs(expected[0])
 
 
-def case(loss: str, size: int) -> suite.Case:
-    calls = {library: step(loss, library, size) for library in LIBRARIES}
+def case(loss: str, size: int, alone: bool) -> suite.Case:
+    calls = {library: step(loss, library, size, alone) for library in LIBRARIES}
 
     def derived(_samples: Samples) -> list[dict]:
         norms = {library: calls[library](0)[1].item() for library in LIBRARIES}
@@ -116,13 +134,13 @@ def case(loss: str, size: int) -> suite.Case:
             for library in LIBRARIES
         ]
         for library in LIBRARIES if sys.platform == "linux" else ():
-            grown = memory(loss, library)[str(size)] / 2**20
+            grown = memory(loss, library, alone)[str(size)] / 2**20
             rows.append({"contender": f"{library}, memory", "unit": "MiB", "p50": round(grown, 1)})
         return rows
 
     return suite.Case(
-        name=f"{loss}, batch {size}",
-        parameters={"loss": loss, "batch": size, "pylate": machine.version("pylate")},
+        name=f"{loss}{' alone' * alone}, batch {size}",
+        parameters={"loss": loss, "batch": size, "alone": alone, "pylate": machine.version("pylate")},
         contenders=[Contender(library, calls[library]) for library in LIBRARIES],
         references=("fused",),
         rounds=(11, 5),
@@ -134,9 +152,10 @@ def case(loss: str, size: int) -> suite.Case:
 
 
 def cases() -> Iterator[suite.Case]:
-    for loss in LOSSES:
-        for size in BATCHES:
-            yield case(loss, size)
+    for alone, losses in ((True, ALONE), (False, LOSSES)):
+        for loss in losses:
+            for size in BATCHES:
+                yield case(loss, size, alone)
 
 
 def plot(rows: Sequence[dict], path: Path) -> None:
@@ -150,9 +169,13 @@ def plot(rows: Sequence[dict], path: Path) -> None:
     for column, loss in enumerate(LOSSES):
         for line, (suffix, unit) in enumerate((("", "ms"), (", memory", "MiB"))):
             axis = axes[line][column]
-            for library in LIBRARIES:
-                found = [row for row in rows if row["loss"] == loss and row["contender"] == library + suffix]
-                axis.plot([row["batch"] for row in found], [row["p50"] for row in found], marker="o", label=library)
+            for color, library in zip(("C0", "C1"), LIBRARIES, strict=True):
+                for alone, style in ((False, "o-"), (True, "o:")):
+                    wanted = loss, alone, library + suffix
+                    found = [row for row in rows if (row["loss"], row["alone"], row["contender"]) == wanted]
+                    label = library + ", loss alone" * alone
+                    x, y = [row["batch"] for row in found], [row["p50"] for row in found]
+                    axis.plot(x, y, style, color=color, markersize=4, label=label)
             axis.set(xscale="log", yscale="log")
             axis.set_xticks(BATCHES, [str(size) for size in BATCHES], minor=False)
             axis.minorticks_off()
@@ -169,7 +192,7 @@ def plot(rows: Sequence[dict], path: Path) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["--memory"]:
-        measure_memory(*sys.argv[2:])
+        measure_memory(*sys.argv[2:4], alone="alone" in sys.argv[4:])
         return
     reason = contenders.missing("pylate") or contenders.missing("edgecolbert_kernels")
     if reason:
