@@ -54,11 +54,12 @@ class Chunk:
         output = self._encode(**self._input) if isinstance(self._input, Mapping) else self._encode(self._input)
         self.returns_tuple = isinstance(output, (list, tuple))
         tensors = tuple(output) if self.returns_tuple else (output,)
+        num_rows = self.rows.stop - self.rows.start
         for tensor in tensors or [None]:
             if not isinstance(tensor, Tensor):
                 raise checks.not_an_array("what encode returned", tensor, "a tensor or a tuple of tensors")
-            if tensor.shape[:1] != (len(range(self.rows.start, self.rows.stop)),):
-                wanted = f"one row for each of the chunk's {self.rows.stop - self.rows.start}"
+            if tensor.shape[:1] != (num_rows,):
+                wanted = f"one row for each of the chunk's {num_rows}"
                 raise checks.wrong_shape("what encode returned", tensor.shape, wanted)
         return tensors
 
