@@ -184,8 +184,9 @@ def plot(rows: Sequence[dict], path: Path) -> None:
                 axis.set_ylabel(f"{'memory' if line else 'CPU time'} of a step, {unit}")
         axes[0][column].set_title(loss)
         axes[1][column].set_xlabel("batch size")
-    axes[0][0].legend()
-    figure.tight_layout()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=9)
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
