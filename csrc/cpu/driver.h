@@ -81,7 +81,7 @@ struct BackwardCall {
   Pairs pairs;
   const float* gradient = nullptr;  // shape of the scores
   Winners winners;
-  char* grad_queries = nullptr;    // null: not wanted
+  char* grad_queries = nullptr;  // null: not wanted
   // grad_queries is fp32 whatever the queries' type and is added to, without the Jacobian of the normalisation.
   bool accumulate_queries = false;
   char* grad_documents = nullptr;  // null: not wanted
