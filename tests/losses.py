@@ -18,14 +18,16 @@ def value_and_gradients(loss, Q, D, *rest, dtype=None, temperature=1.0, grad=Non
     """The loss, and its gradients to Q, D and the temperature, all of them leaves, in `dtype` or their own."""
     Q, D, temperature = leaf(Q, dtype), leaf(D, dtype), leaf(torch.as_tensor(temperature, dtype=torch.float64), dtype)
     value = loss(Q, D, *rest, temperature=temperature, **options)
+    if not value.requires_grad:
+        return value, *map(torch.zeros_like, (Q, D, temperature))
     grad = torch.ones_like(value) if grad is None else grad.to(value.dtype)
     return value.detach(), *torch.autograd.grad(value, (Q, D, temperature), grad, materialize_grads=True)
 
 
-def assert_as_near(found, exact, plain, *, roundings=32):
+def assert_as_near(found, exact, plain, *, roundings=32, of=0.0):
     """Each of `found` is as near to the float64 `exact` as twice PyTorch's `plain` in float32 is, and some roundings.
 
-    Infinities and NaN have to be where `exact` has them.
+    These are relative to the largest number, at least `of`. Infinities and NaN have to be where `exact` has them.
     """
     for name, mine, truth, theirs in zip(NAMES, found, exact, plain, strict=True):
         storage = UNIT_ROUNDOFF[storage_name(mine.dtype)]
@@ -34,6 +36,6 @@ def assert_as_near(found, exact, plain, *, roundings=32):
         mine, truth, theirs = (each.double()[finite] for each in (mine, truth, theirs))
         if not truth.numel():
             continue
-        error = 2 * (theirs - truth).abs().max() + roundings * UNIT_ROUNDOFF["float32"] * truth.abs().max()
+        error = 2 * (theirs - truth).abs().max() + roundings * UNIT_ROUNDOFF["float32"] * max(of, truth.abs().max())
         allowed = error + 2 * storage * truth.abs() + (2.0**-25 if storage > 2.0**-20 else 0)
         assert ((mine - truth).abs() <= allowed).all(), (name, (mine - truth).abs().max(), error)

@@ -112,12 +112,12 @@ def test_options(engine, regime, small_tiles, name):
     check(name, regime)
 
 
-@pytest.mark.parametrize("name", ["plain", "symmetric and smoothed", "margin, symmetric", "normalize, symmetric"])
 @pytest.mark.parametrize(
     "dtypes", [*itertools.product(STORAGES, repeat=2)], ids=lambda pair: "-".join(map(storage_name, pair))
 )
-def test_storages(engine, regime, small_tiles, name, dtypes):
-    check(name, regime, dtypes=dtypes)
+def test_storages(engine, regime, small_tiles, dtypes):
+    for name in ("cool", "normalize, symmetric"):
+        check(name, regime, dtypes=dtypes)
 
 
 @pytest.mark.parametrize("other", [torch.float64, *STORAGES], ids=storage_name)
@@ -130,7 +130,7 @@ def test_float64(regime, small_tiles, other):
             assert found[0].dtype == torch.float64
             for mine, truth in zip(found, exact, strict=True):
                 rounding = torch.finfo(mine.dtype).eps
-                smallest = 2.0**-25 if mine.dtype == torch.float16 else 1e-14
+                smallest = 2.0**-25 if mine.dtype == torch.float16 else 1e-13 * truth.abs().max()
                 torch.testing.assert_close(mine.double(), truth, rtol=rounding, atol=smallest, msg=name)
 
 
@@ -244,8 +244,8 @@ def test_regimes_agree(engine, small_tiles):
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_large_scores_and_small_temperatures(engine, regime, small_tiles, temperature, symmetric):
     """Scores of 10^4 over any temperature: the exact scores of a grid, so that only the loss can err."""
-    Q, D = grid(6, 8, 16, seed=1) * 64, grid(7, 9, 16, seed=2) * 64
-    assert reference.maxsim(Q, D)[0].abs().max() > 4000
+    Q, D = grid(6, 8, 16, seed=1) * 512, grid(7, 9, 16, seed=2) * 64
+    assert reference.maxsim(Q, D)[0].abs().max() > 10_000
     for target in (None, reference.maxsim(Q, D)[0].argmax(1)):
         options = {"temperature": temperature, "symmetric": symmetric, "target": target}
         exact, plain = (
@@ -296,7 +296,6 @@ def test_a_gradient_that_is_not_finite_stays_with_its_query(regime, small_tiles,
     options = {"symmetric": True, "reduction": "none", "temperature": 0.5}
     exact = value_and_gradients(reference.contrastive_loss, Q, D, dtype=torch.float64, grad=grad, **options)
     found = value_and_gradients(ek.contrastive_loss, Q, D, grad=grad, **options, **regime)
-    options["target"] = torch.tensor([0, -1, 2, 3, 4])
     for mine, truth in zip(found[1:], exact[1:], strict=True):
         finite = truth.isfinite()
         torch.testing.assert_close(mine.double()[finite], truth[finite], rtol=1e-4, atol=1e-6)
@@ -346,7 +345,7 @@ def test_skipped_pairs_cannot_matter(monkeypatch, temperature, options):
     grad = embeddings(Nq, seed=5, norm=None)
     grad = grad if options.get("signs") else grad.abs()
     full, skipped = (score_gradients(monkeypatch, problem_, grad, skip).double() for skip in (False, True))
-    assert temperature > 0.1 or (skipped == 0).sum() > full.numel() / 2
+    assert temperature > 0.05 or (skipped == 0).sum() > full.numel() / 2
 
     leaves = leaf(Q, torch.float64), leaf(D, torch.float64)
     scores = reference.maxsim(*leaves)[0]
@@ -452,7 +451,7 @@ def test_empty(engine, regime, shape, symmetric):
     options = {"symmetric": symmetric, "label_smoothing": 0.1, "target": target}
     exact = value_and_gradients(reference.contrastive_loss, Q, D, dtype=torch.float64, **options)
     found = value_and_gradients(ek.contrastive_loss, Q, D, **options, **regime)
-    assert_as_near(found, exact, exact)
+    assert_as_near(found, exact, exact, of=1.0)
 
 
 def test_saved_memory(regime):
@@ -566,9 +565,9 @@ def test_refused_derivatives(backend, regime):
     for each in first:
         with pytest.raises((NotImplementedError, RuntimeError), match=r"second|twice"):
             torch.autograd.grad(each.square().sum(), leaves, retain_graph=True)
-    for transform in (torch.func.grad(loss), torch.vmap(loss), lambda q: torch.func.vjp(loss, q)):
+    for transform in (torch.func.grad(loss), torch.vmap(lambda q: loss(Q + q.sum())), lambda q: torch.func.vjp(loss, q)):
         with pytest.raises((NotImplementedError, RuntimeError), match="derivative"):
-            transform(Q if not isinstance(transform, type(torch.vmap(loss))) else Q)
+            transform(Q)
     with pytest.raises((NotImplementedError, RuntimeError)):
         torch.func.jvp(loss, (Q,), (torch.ones_like(Q),))
     half = torch.tensor(0.5)
@@ -705,4 +704,4 @@ def test_odd_shapes(engine, small_tiles, shape, dtypes, regime, options, keep, s
         for dtype in (torch.float64, torch.float32)
     )
     found = value_and_gradients(ek.contrastive_loss, Q, D, *masks, **options, **REGIMES[regime])
-    assert_as_near(found, exact, plain)
+    assert_as_near(found, exact, plain, of=1 / options["temperature"])

@@ -153,7 +153,9 @@ def backward(
         )
     elif sums is not None:
         grad_queries = (through_normalization(sums, problem.Q) if problem.normalize else sums).to(problem.Q.dtype)
-    return grad_queries, grad_documents, weights.grad_temperature if need_temperature else None
+    if not need_temperature:
+        return grad_queries, grad_documents, None
+    return grad_queries, grad_documents, weights.grad_temperature.to(problem.temperature.dtype)
 
 
 class _Source:
