@@ -335,7 +335,8 @@ class _Weights:
             return torch.zeros_like(entries.scores)
         smoothing = self.problem.label_smoothing
         scores = entries.among_candidates(-torch.inf)
-        positive = entries.positive * self._column_vector(self.each_positive * (1 - smoothing))
+        # Chosen, not multiplied by 0: a gradient that is not finite stays with its query.
+        positive = self._column_vector(self.each_positive * (1 - smoothing)).where(entries.positive, 0)
         offset = scores - self._column_vector(_finite(self.rows.largest))
         softmax = (offset / self.temperature).sub_(self._column_vector(self.rows.log_sum)).exp_()
         gradient = softmax.mul_(self._column_vector(self.grad)).sub_(positive)
@@ -347,7 +348,7 @@ class _Weights:
             self._add_temperature(gradient, offset)
         if self.columns is not None:
             largest, log_sum, queries = (each[some] for each in self.columns)
-            weight = (entries.positive * self.each_positive[:, None]).sum(0)
+            weight = self.each_positive[:, None].where(entries.positive, 0).sum(0)
             offset = scores - _finite(largest).to(self.dtype)
             softmax = (offset / self.temperature).sub_(log_sum.to(self.dtype)).exp_()
             column = softmax.mul_(weight.to(self.dtype)).sub_(positive)
