@@ -112,7 +112,7 @@ def contrastive_loss(
         temperature = torch.full((), temperature, dtype=torch.float64, device=Q.device)
     if in_derivative():
         raise no_derivative("functorch")
-    refuse_tangents(Q, D)
+    refuse_tangents(Q, D, temperature)
     if not (torch.is_grad_enabled() and any(X.requires_grad for X in (Q, D, temperature))):
         save_scores, max_saved_bytes = False, 0
     losses = forward_op(
