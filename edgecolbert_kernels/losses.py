@@ -95,8 +95,8 @@ def contrastive_loss(
     """
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.between("label_smoothing", label_smoothing, 0, 1)
-    Q, q_mask = _tokens("Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
-    D, d_mask = _tokens("D", D, d_mask, (3, 4), "[Nd, Ld, d], [Nq, K, Ld, d] or a list of [Ld, d]")
+    Q, q_mask = _tokens("Q", Q, q_mask, D, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
+    D, d_mask = _tokens("D", D, d_mask, Q, (3, 4), "[Nd, Ld, d], [Nq, K, Ld, d] or a list of [Ld, d]")
     group = 1
     if D.ndim == 4:
         checks.same_batch(Q.shape, D.shape)
@@ -210,9 +210,10 @@ def distillation_loss(
     if isinstance(D, (list, tuple)):
         count = teacher_scores.shape[0] * teacher_scores.shape[-1]
         checks.same_count("D", len(D), "teacher_scores", count)
-    Q, q_mask = _tokens("Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
-    D, d_mask = _tokens("D", D, d_mask, (3, 4), "[Nq, K, Ld, d] or a list of Nq * K [Ld, d]")
-    if D.ndim == 3:
+    Q, q_mask = _tokens("Q", Q, q_mask, D, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
+    of_list = isinstance(D, (list, tuple))
+    D, d_mask = _tokens("D", D, d_mask, Q, (4,), "[Nq, K, Ld, d] or a list of Nq * K [Ld, d]")
+    if of_list:
         D = D.view(*teacher_scores.shape, *D.shape[1:])
         d_mask = None if d_mask is None else d_mask.view(D.shape[:3])
     checks.same_batch(Q.shape, D.shape)
@@ -248,15 +249,19 @@ def distillation_loss(
     return losses.sum() / total
 
 
-def _tokens(name: str, X: Any, mask: Any, ranks: tuple[int, ...], wanted: str) -> tuple[Tensor, Tensor | None]:
-    """A tensor with its mask; a list padded, with the mask of what is not padding."""
+def _tokens(
+    name: str, X: Any, mask: Any, other: Any, ranks: tuple[int, ...], wanted: str
+) -> tuple[Tensor, Tensor | None]:
+    """A tensor with its mask; a list padded, with the mask of what is not padding. An empty one takes d from `other`."""
     if isinstance(X, (list, tuple)):
         X = tensors.token_list(name, X)
         if mask is not None:
             checks.mask_list(scoring.MASKS[name], mask, name, len(X))
             of = list(enumerate(zip(X, mask, strict=True)))
             mask = [None if m is None else tensors.mask(f"{scoring.MASKS[name]}[{n}]", m, name, x) for n, (x, m) in of]
-        return tensors.pad(X, mask, tensors.nothing())
+        if isinstance(other, (list, tuple)):
+            other = other[0] if other else None
+        return tensors.pad(X, mask, other if isinstance(other, Tensor) else tensors.nothing())
     X = tensors.tokens(name, X)
     checks.rank(name, X.shape, ranks, wanted)
     return X, None if mask is None else tensors.mask(scoring.MASKS[name], mask, name, X)
