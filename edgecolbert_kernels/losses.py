@@ -64,7 +64,8 @@ def contrastive_loss(
         weight: `[Nq]`, factors of the losses; a "mean" divides by their sum.
         exclude: bool `[Nq, Nd]`, documents that are not candidates of a query, as known false negatives. A positive stays.
         margin: drop a query's negatives that score at least this fraction of its (lowest) positive, as likely false
-            negatives; 0.95 is usual. What is dropped counts as a constant.
+            negatives; 0.95 is usual. Of a positive below 0 the fraction is 2 - margin. What is dropped counts as a
+            constant.
         reduction: "mean" over the queries that have a positive, "sum", or "none" for `[Nq]`.
         normalize: divide every token by its Euclidean norm first (at least 1e-12).
         mask_mode: as in `maxsim`.
@@ -106,9 +107,13 @@ def contrastive_loss(
         target = torch.arange(Q.shape[0], device=Q.device) * group
         if D.shape[0] < Q.shape[0] * group or not group:
             raise checks.wrong_shape("D", D.shape, f"at least {Q.shape[0]} documents, the first query's positive first")
+    _tensor("target", target, Q)
+    if exclude is not None:
+        _tensor("exclude", exclude, Q)
+    if margin is not None:
+        checks.between("margin", margin, 0, torch.inf)
+    temperature = _temperature("temperature", temperature, Q)
     if not isinstance(temperature, Tensor):
-        if not temperature > 0:
-            raise checks.not_positive("temperature", temperature)
         temperature = torch.full((), temperature, dtype=torch.float64, device=Q.device)
     if in_derivative():
         raise no_derivative("functorch")
@@ -122,7 +127,7 @@ def contrastive_loss(
         d_mask,
         target,
         exclude,
-        temperature.reshape(()),
+        temperature,
         float(label_smoothing),
         margin,
         symmetric,
@@ -132,7 +137,7 @@ def contrastive_loss(
         max_saved_bytes,
     )[0]
     if weight is not None:
-        checks.shape("weight", weight.shape, losses.shape, "one factor for each query")
+        checks.shape("weight", _tensor("weight", weight, Q).shape, losses.shape, "one factor for each query")
         losses = losses * weight.to(losses.dtype)
     if reduction == "none":
         return losses
@@ -208,7 +213,10 @@ def distillation_loss(
     checks.one_of("student_normalization", student_normalization, NORMALIZATIONS)
     checks.one_of("teacher_normalization", teacher_normalization, NORMALIZATIONS)
     if isinstance(D, (list, tuple)):
-        count = teacher_scores.shape[0] * teacher_scores.shape[-1]
+        if not isinstance(teacher_scores, Tensor):
+            raise checks.not_an_array("teacher_scores", teacher_scores, "a torch tensor")
+        checks.rank("teacher_scores", teacher_scores.shape, (2,), "[Nq, K]")
+        count = teacher_scores.shape[0] * teacher_scores.shape[1]
         checks.same_count("D", len(D), "teacher_scores", count)
     Q, q_mask = _tokens("Q", Q, q_mask, D, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
     of_list = isinstance(D, (list, tuple))
@@ -217,9 +225,10 @@ def distillation_loss(
         D = D.view(*teacher_scores.shape, *D.shape[1:])
         d_mask = None if d_mask is None else d_mask.view(D.shape[:3])
     checks.same_batch(Q.shape, D.shape)
+    _tensor("teacher_scores", teacher_scores, Q)
     checks.shape("teacher_scores", teacher_scores.shape, D.shape[:2], "one score for each candidate")
     if candidate_mask is not None:
-        checks.shape("candidate_mask", candidate_mask.shape, D.shape[:2], "one value for each candidate")
+        checks.shape("candidate_mask", _tensor("candidate_mask", candidate_mask, Q).shape, D.shape[:2], "one value for each candidate")
         candidate_mask = candidate_mask != 0
 
     dtype = getattr(torch, arguments.arithmetic(Q, D))
@@ -227,11 +236,10 @@ def distillation_loss(
     student = _normalized(student, candidate_mask, student_normalization)
     teacher = _normalized(teacher_scores.detach().to(dtype), candidate_mask, teacher_normalization)
     if objective == "kl":
-        for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
-            if not isinstance(value, Tensor) and value is not None and not value > 0:
-                raise checks.not_positive(name, value)
+        temperature = _temperature("temperature", temperature, Q)
         if teacher_temperature is None:
             teacher_temperature = temperature.detach() if isinstance(temperature, Tensor) else temperature
+        teacher_temperature = _temperature("teacher_temperature", teacher_temperature, Q)
         losses = _divergence(student / temperature, teacher / teacher_temperature, candidate_mask)
         if scale_by_temperature:
             losses = losses * temperature**2
@@ -239,7 +247,7 @@ def distillation_loss(
         losses = _margin_error(student, teacher, candidate_mask)
 
     if weight is not None:
-        checks.shape("weight", weight.shape, losses.shape, "one factor for each query")
+        checks.shape("weight", _tensor("weight", weight, Q).shape, losses.shape, "one factor for each query")
         losses = losses * weight.to(dtype)
     if reduction == "none":
         return losses
@@ -265,6 +273,27 @@ def _tokens(
     X = tensors.tokens(name, X)
     checks.rank(name, X.shape, ranks, wanted)
     return X, None if mask is None else tensors.mask(scoring.MASKS[name], mask, name, X)
+
+
+def _temperature(name: str, seen: Any, like: Tensor) -> Any:
+    """A number above 0, or a tensor of one as `[]`, whose value the arithmetic looks at."""
+    if isinstance(seen, Tensor):
+        _tensor(name, seen, like)
+        if seen.numel() != 1:
+            raise checks.wrong_shape(name, seen.shape, "a single number")
+        return seen.reshape(())
+    if not hasattr(seen, "__float__"):
+        raise checks.not_an_array(name, seen, "a number or a tensor of one")
+    if not seen > 0:
+        raise checks.not_positive(name, seen)
+    return seen
+
+
+def _tensor(name: str, seen: Any, like: Tensor) -> Tensor:
+    if not isinstance(seen, Tensor):
+        raise checks.not_an_array(name, seen, "a torch tensor")
+    checks.same_device(name, seen.device, like.device)
+    return seen
 
 
 def _normalized(scores: Tensor, kept: Tensor | None, how: str) -> Tensor:
