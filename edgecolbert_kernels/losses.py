@@ -230,6 +230,9 @@ def distillation_loss(
     if candidate_mask is not None:
         checks.shape("candidate_mask", _tensor("candidate_mask", candidate_mask, Q).shape, D.shape[:2], "one value for each candidate")
         candidate_mask = candidate_mask != 0
+        # Without its tokens, as a weight of 0 does not silence a NaN.
+        exists = candidate_mask[..., None].expand(D.shape[:3])
+        d_mask = exists if d_mask is None else d_mask & exists
 
     dtype = getattr(torch, arguments.arithmetic(Q, D))
     student = scoring.maxsim(Q, D, q_mask, d_mask, normalize=normalize, mask_mode=mask_mode, out_dtype=dtype)
