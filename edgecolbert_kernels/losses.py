@@ -256,7 +256,7 @@ def distillation_loss(
         return losses
     if reduction == "sum":
         return losses.sum()
-    total = losses.shape[0] if weight is None else weight.to(dtype).sum().clamp_min(torch.finfo(dtype).tiny)
+    total = max(1, losses.shape[0]) if weight is None else weight.to(dtype).sum().clamp_min(torch.finfo(dtype).tiny)
     return losses.sum() / total
 
 
