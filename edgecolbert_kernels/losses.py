@@ -228,7 +228,12 @@ def distillation_loss(
     _tensor("teacher_scores", teacher_scores, Q)
     checks.shape("teacher_scores", teacher_scores.shape, D.shape[:2], "one score for each candidate")
     if candidate_mask is not None:
-        checks.shape("candidate_mask", _tensor("candidate_mask", candidate_mask, Q).shape, D.shape[:2], "one value for each candidate")
+        checks.shape(
+            "candidate_mask",
+            _tensor("candidate_mask", candidate_mask, Q).shape,
+            D.shape[:2],
+            "one value for each candidate",
+        )
         candidate_mask = candidate_mask != 0
         # Without its tokens, as a weight of 0 does not silence a NaN.
         exists = candidate_mask[..., None].expand(D.shape[:3])

@@ -259,7 +259,7 @@ def distillation_loss(
 
 def _cross_entropy(logits: Tensor, candidate: Tensor, positive: Tensor, label_smoothing: float) -> Tensor:
     """Of one row against equal shares of the positives, smoothed over the candidates."""
-    logits, positive = logits[candidate], positive[candidate]
+    logits, positive = logits[candidate], positive[candidate].to(logits.dtype)
     wanted = (1 - label_smoothing) * positive / positive.sum() + label_smoothing / len(logits)
     # Chosen, not multiplied by 0: what has no share may have a log-probability of -inf.
     return -(wanted[wanted != 0] * logits.log_softmax(0)[wanted != 0]).sum()

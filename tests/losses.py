@@ -29,7 +29,7 @@ def assert_as_near(found, exact, plain, *, roundings=32, of=0.0):
 
     These are relative to the largest number, at least `of`. Infinities and NaN have to be where `exact` has them.
     """
-    for name, mine, truth, theirs in zip(NAMES, found, exact, plain, strict=True):
+    for name, (mine, truth, theirs) in zip(NAMES, zip(found, exact, plain, strict=True), strict=False):
         storage = UNIT_ROUNDOFF[storage_name(mine.dtype)]
         finite = truth.isfinite()
         assert torch.equal(mine.isfinite(), finite), name
