@@ -130,7 +130,7 @@ def test_float64(regime, small_tiles, other):
             assert found[0].dtype == torch.float64
             for mine, truth in zip(found, exact, strict=True):
                 rounding = torch.finfo(mine.dtype).eps
-                smallest = 2.0**-25 if mine.dtype == torch.float16 else 1e-11 * truth.abs().max().item()
+                smallest = 2.0**-25 if mine.dtype == torch.float16 else 1e-14 + 1e-11 * truth.abs().max().item()
                 torch.testing.assert_close(mine.double(), truth, rtol=rounding, atol=smallest, msg=name)
 
 
@@ -165,7 +165,7 @@ def test_combinations(backend, small_tiles, masked):
         for regime in REGIMES.values():
             found = value_and_gradients(ek.contrastive_loss, *inputs, grad=grad, **options, **regime)
             # A margin may leave the positive alone, and then nothing but roundings of the softmax.
-            assert_as_near(found, exact, plain, of=0.1 / options["temperature"])
+            assert_as_near(found, exact, plain, of=0.5 / options["temperature"])
 
 
 @pytest.mark.parametrize("name", ["plain", "cold", "symmetric and smoothed", "normalize", "zero"])

@@ -134,13 +134,13 @@ def test_equal_scores(engine):
     D = embeddings(NQ, 1, LD, DIM, seed=2).expand(NQ, K, LD, DIM)
     teacher = embeddings(NQ, K, seed=5, norm=None)
     for name in ("plain", "z-scores", "raw", "margins, z-scores", "both min-max"):
-        for given in (teacher, torch.ones(NQ, K)):
+        for taught in (teacher, torch.ones(NQ, K)):
             options = {key: value for key, value in OPTIONS[name].items() if key != "candidate_mask"}
             exact, plain = (
-                value_and_gradients(reference.distillation_loss, Q, D, given, dtype=dtype, **options)
+                value_and_gradients(reference.distillation_loss, Q, D, taught, dtype=dtype, **options)
                 for dtype in (torch.float64, torch.float32)
             )
-            found = value_and_gradients(ek.distillation_loss, Q, D, given, **options)
+            found = value_and_gradients(ek.distillation_loss, Q, D, taught, **options)
             assert all(each.isfinite().all() for each in found)
             assert_as_near(found[:1], exact[:1], plain[:1], of=1.0)
 
