@@ -6,6 +6,7 @@ ends with one batch of 4096 on all cores, wall-clock.
 """
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import resource
@@ -38,7 +39,7 @@ EAGER, TRACKED, LARGE = 128, 1024, 4096
 
 
 @lru_cache(maxsize=1)
-def batch(size: int, candidates: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def batch(size: int, candidates: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, documents and a teacher's scores; a query's document holds its tokens with noise, so that it is found."""
     queries = embeddings(size, 32, DIM, seed=0)
     documents = (
@@ -131,6 +132,10 @@ def growth(call: Callable[[], Sequence[torch.Tensor]]) -> tuple[int, float]:
         while not done.wait(0.001):
             highest = max(highest, resident_bytes())
 
+    # Memory that was freed and not given back would be used again unseen.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
     before = resident_bytes()
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -152,7 +157,7 @@ def measure(size: int, temperature: float, eager: bool, cores: set[int], answer:
     loss = eager_contrastive if eager else contrastive_loss
     # Libraries load and pools grow with the first call.
     step(loss, 32, **options)(0)
-    batch(size)
+    batch(size, 0)
     with show(size) if size == LARGE else contextlib.nullcontext():
         answer.put(growth(lambda: step(loss, size, **options)(0)))
 

@@ -81,9 +81,9 @@ def contrastive_loss(
     The gradient of a score is the softmax weight minus the wanted one. It is taken as 0 where it is at most 2^-25 / Nd of
     the softmax weight of its query's hardest negative and 2^-25 / Nq of the largest gradient in its document's column. All
     such pairs of a query together then move the gradient of any of its tokens by less than 2^-25 of its largest weight
-    times the longest document token, and likewise for a document: less than one float32 rounding of the sum. At small
-    temperatures these are nearly all pairs, and the backward costs next to nothing. Gradients are the same bits in every
-    run and for any number of threads.
+    times the longest document token, and likewise for a document, as often as tokens of a query choose its token: less
+    than one float32 rounding of the sum. At small temperatures these are nearly all pairs, and the backward costs next to
+    nothing. Gradients are the same bits in every run and for any number of threads.
 
     Memory besides inputs and gradients: with nothing saved, some tens of bytes a query and document, a tile, and (for
     half-precision Q) its gradient in float32.
