@@ -102,6 +102,36 @@ TARGETS = [
         itself,
         at_most=True,
     ),
+    *(
+        Target(
+            f"contrastive loss, {size}x{size}, T={temperature}: eager / {regime}",
+            "x",
+            limit,
+            ("losses", f"{size}x{size}, T={temperature}", "torch eager"),
+            over(regime),
+        )
+        for size, kept, recomputed in ((32, 8, 6), (128, 12, 6))
+        for temperature in ("1", "0.02")
+        for regime, limit in (("kept", kept), ("recomputed", recomputed))
+    ),
+    *(
+        Target(
+            f"contrastive loss, 1024x1024, T={temperature}, recomputed: memory",
+            " MB",
+            32,
+            ("losses", "128x128, T=1", f"recomputed, memory at 1024x1024, T={temperature}"),
+            itself,
+            at_most=True,
+        )
+        for temperature in ("1", "0.02")
+    ),
+    Target(
+        "distillation loss, 32x16: eager / fused",
+        "x",
+        8,
+        ("losses", "distillation, 32x16", "torch eager"),
+        over("fused"),
+    ),
     Target(
         "1 query, 10 documents: call beyond its kernel",
         " us",

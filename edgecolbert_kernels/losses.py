@@ -64,7 +64,8 @@ def contrastive_loss(
         weight: `[Nq]`, factors of the losses; a "mean" divides by their sum.
         exclude: bool `[Nq, Nd]`, documents that are not candidates of a query, as known false negatives. A positive stays.
         margin: drop a query's negatives that score at least this fraction of its (lowest) positive, as likely false
-            negatives; 0.95 is usual. What is dropped counts as a constant.
+            negatives; 0.95 is usual. Of a positive below 0 the fraction is 2 - margin. What is dropped counts as a
+            constant.
         reduction: "mean" over the queries that have a positive, "sum", or "none" for `[Nq]`.
         normalize: divide every token by its Euclidean norm first (at least 1e-12).
         mask_mode: as in `maxsim`.
@@ -77,12 +78,12 @@ def contrastive_loss(
     Returns:
         float32 (float64 where an input is): `[]`, or `[Nq]` for "none".
 
-    The gradient of a score is the softmax weight minus the wanted one. It is taken as 0 where it is at most
-    2^-25 / Nd of the largest in its query's row and 2^-25 / Nq of the largest in its document's column. All such pairs of
-    a query together then move the gradient of any of its tokens by less than 2^-25 of its largest weight times the longest
-    document token, and likewise for a document: less than one float32 rounding of the sum. At small temperatures these are
-    nearly all pairs, and the backward costs next to nothing. Gradients are the same bits in every run and for any number of
-    threads.
+    The gradient of a score is the softmax weight minus the wanted one. It is taken as 0 where it is at most 2^-25 / Nd of
+    the softmax weight of its query's hardest negative and 2^-25 / Nq of the largest gradient in its document's column. All
+    such pairs of a query together then move the gradient of any of its tokens by less than 2^-25 of its largest weight
+    times the longest document token, and likewise for a document, as often as tokens of a query choose its token: less
+    than one float32 rounding of the sum. At small temperatures these are nearly all pairs, and the backward costs next to
+    nothing. Gradients are the same bits in every run and for any number of threads.
 
     Memory besides inputs and gradients: with nothing saved, some tens of bytes a query and document, a tile, and (for
     half-precision Q) its gradient in float32.
@@ -95,8 +96,8 @@ def contrastive_loss(
     """
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.between("label_smoothing", label_smoothing, 0, 1)
-    Q, q_mask = _tokens("Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
-    D, d_mask = _tokens("D", D, d_mask, (3, 4), "[Nd, Ld, d], [Nq, K, Ld, d] or a list of [Ld, d]")
+    Q, q_mask = _tokens("Q", Q, q_mask, D, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
+    D, d_mask = _tokens("D", D, d_mask, Q, (3, 4), "[Nd, Ld, d], [Nq, K, Ld, d] or a list of [Ld, d]")
     group = 1
     if D.ndim == 4:
         checks.same_batch(Q.shape, D.shape)
@@ -106,13 +107,17 @@ def contrastive_loss(
         target = torch.arange(Q.shape[0], device=Q.device) * group
         if D.shape[0] < Q.shape[0] * group or not group:
             raise checks.wrong_shape("D", D.shape, f"at least {Q.shape[0]} documents, the first query's positive first")
+    _tensor("target", target, Q)
+    if exclude is not None:
+        _tensor("exclude", exclude, Q)
+    if margin is not None:
+        checks.between("margin", margin, 0, torch.inf)
+    temperature = _temperature("temperature", temperature, Q)
     if not isinstance(temperature, Tensor):
-        if not temperature > 0:
-            raise checks.not_positive("temperature", temperature)
         temperature = torch.full((), temperature, dtype=torch.float64, device=Q.device)
     if in_derivative():
         raise no_derivative("functorch")
-    refuse_tangents(Q, D)
+    refuse_tangents(Q, D, temperature)
     if not (torch.is_grad_enabled() and any(X.requires_grad for X in (Q, D, temperature))):
         save_scores, max_saved_bytes = False, 0
     losses = forward_op(
@@ -122,7 +127,7 @@ def contrastive_loss(
         d_mask,
         target,
         exclude,
-        temperature.reshape(()),
+        temperature,
         float(label_smoothing),
         margin,
         symmetric,
@@ -132,7 +137,7 @@ def contrastive_loss(
         max_saved_bytes,
     )[0]
     if weight is not None:
-        checks.shape("weight", weight.shape, losses.shape, "one factor for each query")
+        checks.shape("weight", _tensor("weight", weight, Q).shape, losses.shape, "one factor for each query")
         losses = losses * weight.to(losses.dtype)
     if reduction == "none":
         return losses
@@ -208,29 +213,41 @@ def distillation_loss(
     checks.one_of("student_normalization", student_normalization, NORMALIZATIONS)
     checks.one_of("teacher_normalization", teacher_normalization, NORMALIZATIONS)
     if isinstance(D, (list, tuple)):
-        count = teacher_scores.shape[0] * teacher_scores.shape[-1]
+        if not isinstance(teacher_scores, Tensor):
+            raise checks.not_an_array("teacher_scores", teacher_scores, "a torch tensor")
+        checks.rank("teacher_scores", teacher_scores.shape, (2,), "[Nq, K]")
+        count = teacher_scores.shape[0] * teacher_scores.shape[1]
         checks.same_count("D", len(D), "teacher_scores", count)
-    Q, q_mask = _tokens("Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
-    D, d_mask = _tokens("D", D, d_mask, (3, 4), "[Nq, K, Ld, d] or a list of Nq * K [Ld, d]")
-    if D.ndim == 3:
+    Q, q_mask = _tokens("Q", Q, q_mask, D, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
+    of_list = isinstance(D, (list, tuple))
+    D, d_mask = _tokens("D", D, d_mask, Q, (4,), "[Nq, K, Ld, d] or a list of Nq * K [Ld, d]")
+    if of_list:
         D = D.view(*teacher_scores.shape, *D.shape[1:])
         d_mask = None if d_mask is None else d_mask.view(D.shape[:3])
     checks.same_batch(Q.shape, D.shape)
+    _tensor("teacher_scores", teacher_scores, Q)
     checks.shape("teacher_scores", teacher_scores.shape, D.shape[:2], "one score for each candidate")
     if candidate_mask is not None:
-        checks.shape("candidate_mask", candidate_mask.shape, D.shape[:2], "one value for each candidate")
+        checks.shape(
+            "candidate_mask",
+            _tensor("candidate_mask", candidate_mask, Q).shape,
+            D.shape[:2],
+            "one value for each candidate",
+        )
         candidate_mask = candidate_mask != 0
+        # Without its tokens, as a weight of 0 does not silence a NaN.
+        exists = candidate_mask[..., None].expand(D.shape[:3])
+        d_mask = exists if d_mask is None else d_mask & exists
 
     dtype = getattr(torch, arguments.arithmetic(Q, D))
     student = scoring.maxsim(Q, D, q_mask, d_mask, normalize=normalize, mask_mode=mask_mode, out_dtype=dtype)
     student = _normalized(student, candidate_mask, student_normalization)
     teacher = _normalized(teacher_scores.detach().to(dtype), candidate_mask, teacher_normalization)
     if objective == "kl":
-        for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
-            if not isinstance(value, Tensor) and value is not None and not value > 0:
-                raise checks.not_positive(name, value)
+        temperature = _temperature("temperature", temperature, Q)
         if teacher_temperature is None:
             teacher_temperature = temperature.detach() if isinstance(temperature, Tensor) else temperature
+        teacher_temperature = _temperature("teacher_temperature", teacher_temperature, Q)
         losses = _divergence(student / temperature, teacher / teacher_temperature, candidate_mask)
         if scale_by_temperature:
             losses = losses * temperature**2
@@ -238,28 +255,53 @@ def distillation_loss(
         losses = _margin_error(student, teacher, candidate_mask)
 
     if weight is not None:
-        checks.shape("weight", weight.shape, losses.shape, "one factor for each query")
+        checks.shape("weight", _tensor("weight", weight, Q).shape, losses.shape, "one factor for each query")
         losses = losses * weight.to(dtype)
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
-    total = losses.shape[0] if weight is None else weight.to(dtype).sum().clamp_min(torch.finfo(dtype).tiny)
+    total = max(1, losses.shape[0]) if weight is None else weight.to(dtype).sum().clamp_min(torch.finfo(dtype).tiny)
     return losses.sum() / total
 
 
-def _tokens(name: str, X: Any, mask: Any, ranks: tuple[int, ...], wanted: str) -> tuple[Tensor, Tensor | None]:
-    """A tensor with its mask; a list padded, with the mask of what is not padding."""
+def _tokens(
+    name: str, X: Any, mask: Any, other: Any, ranks: tuple[int, ...], wanted: str
+) -> tuple[Tensor, Tensor | None]:
+    """A tensor with its mask; a list padded, with the mask of what is not padding. An empty one takes d from `other`."""
     if isinstance(X, (list, tuple)):
         X = tensors.token_list(name, X)
         if mask is not None:
             checks.mask_list(scoring.MASKS[name], mask, name, len(X))
             of = list(enumerate(zip(X, mask, strict=True)))
             mask = [None if m is None else tensors.mask(f"{scoring.MASKS[name]}[{n}]", m, name, x) for n, (x, m) in of]
-        return tensors.pad(X, mask, tensors.nothing())
+        if isinstance(other, (list, tuple)):
+            other = other[0] if other else None
+        return tensors.pad(X, mask, other if isinstance(other, Tensor) else tensors.nothing())
     X = tensors.tokens(name, X)
     checks.rank(name, X.shape, ranks, wanted)
     return X, None if mask is None else tensors.mask(scoring.MASKS[name], mask, name, X)
+
+
+def _temperature(name: str, seen: Any, like: Tensor) -> Any:
+    """A number above 0, or a tensor of one as `[]`, whose value the arithmetic looks at."""
+    if isinstance(seen, Tensor):
+        _tensor(name, seen, like)
+        if seen.numel() != 1:
+            raise checks.wrong_shape(name, seen.shape, "a single number")
+        return seen.reshape(())
+    if not hasattr(seen, "__float__"):
+        raise checks.not_an_array(name, seen, "a number or a tensor of one")
+    if not seen > 0:
+        raise checks.not_positive(name, seen)
+    return seen
+
+
+def _tensor(name: str, seen: Any, like: Tensor) -> Tensor:
+    if not isinstance(seen, Tensor):
+        raise checks.not_an_array(name, seen, "a torch tensor")
+    checks.same_device(name, seen.device, like.device)
+    return seen
 
 
 def _normalized(scores: Tensor, kept: Tensor | None, how: str) -> Tensor:

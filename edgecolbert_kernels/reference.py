@@ -141,3 +141,147 @@ def maxsim_varlen(
     shape = len(cu_seqlens_q) - 1, len(cu_seqlens_d) - 1
     scores = torch.stack(flat).reshape(shape) if flat else Q.new_zeros(shape)
     return scores, [[argmax for _, argmax in row] for row in pairs]
+
+
+def contrastive_loss(
+    Q: Tensor,
+    D: Tensor,
+    q_mask: Tensor | None = None,
+    d_mask: Tensor | None = None,
+    *,
+    target: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    label_smoothing: float = 0.0,
+    symmetric: bool = False,
+    weight: Tensor | None = None,
+    exclude: Tensor | None = None,
+    margin: float | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    mask_mode: str = "exclude",
+) -> Tensor:
+    r"""The cross-entropy of each query's scores $s$ over its candidates $A_i$, with positives $P_i \subseteq A_i$.
+
+    $$L_i = -\sum_{j \in A_i} t_{ij} \log \frac{e^{s_{ij} / T}}{\sum_{k \in A_i} e^{s_{ik} / T}}, \qquad
+      t_{ij} = (1 - \epsilon) \frac{[j \in P_i]}{|P_i|} + \frac{\epsilon}{|A_i|}$$
+
+    - `symmetric`: $(L_i + \frac{1}{|P_i|} \sum_{j \in P_i} C_{ij}) / 2$, where $C_{ij}$ is the same loss over the column
+      of document j, $\{k : j \in A_k\}$, with query i as its one positive.
+    - `exclude` and `margin` m take negatives out of $A_i$; the latter those with $s_{ij} \ge p_i - (1 - m) |p_i|$, where
+      $p_i = \min_{j \in P_i} s_{ij}$.
+    - A query without a positive has $L_i = 0$. "mean": $\sum w_i L_i / \sum w_i$ over the others.
+    """
+    if D.ndim == 4:
+        group, D = D.shape[1], D.flatten(0, 1)
+        d_mask = None if d_mask is None else d_mask.flatten(0, 1)
+    else:
+        group = 1
+    scores = maxsim(Q, D, q_mask, d_mask, normalize=normalize, mask_mode=mask_mode)[0]
+    if target is None:
+        target = torch.arange(len(Q), device=Q.device) * group
+    positive = target
+    if target.dtype != torch.bool:
+        positive = target[:, None] == torch.arange(len(D), device=D.device)
+
+    candidate = torch.ones_like(positive) if exclude is None else ~exclude
+    if margin is not None:
+        lowest = scores.detach().masked_fill(~positive, torch.inf).amin(1, keepdim=True)
+        candidate = candidate & ~(scores >= lowest - (1 - margin) * lowest.abs())
+    candidate = candidate | positive
+
+    losses: list[Tensor] = []
+    for i, positives in enumerate(positive):
+        if not positives.any():
+            losses.append(scores.new_zeros(()))
+            continue
+        loss = _cross_entropy(scores[i] / temperature, candidate[i], positives, label_smoothing)
+        if symmetric:
+            queries = torch.arange(len(Q), device=Q.device) == i
+            columns = [
+                _cross_entropy(scores[:, j] / temperature, candidate[:, j], queries, label_smoothing)
+                for j in positives.nonzero()[:, 0]
+            ]
+            loss = (loss + torch.stack(columns).mean()) / 2
+        losses.append(loss)
+    return _reduced(torch.stack(losses) if losses else scores.new_zeros(0), positive.any(1), weight, reduction)
+
+
+def distillation_loss(
+    Q: Tensor,
+    D: Tensor,
+    teacher_scores: Tensor,
+    q_mask: Tensor | None = None,
+    d_mask: Tensor | None = None,
+    *,
+    candidate_mask: Tensor | None = None,
+    objective: str = "kl",
+    student_normalization: str | None = None,
+    teacher_normalization: str = "none",
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    scale_by_temperature: bool = False,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    mask_mode: str = "exclude",
+) -> Tensor:
+    r"""Student scores $s$ of `maxsim` against teacher scores $t$, over each query's own candidates that there are.
+
+    Both are normalised over a query's candidates: "minmax" $(x - \min x) / (\max x - \min x + 10^{-8})$, "zscore"
+    $(x - \bar x) / (\sigma_x + 10^{-8})$ with $\sigma_x$ a constant where it is 0, or "none".
+
+    $$\text{kl} = \sum_k p_k (\log p_k - \log q_k), \quad p = \text{softmax}(t / T_t), \; q = \text{softmax}(s / T)$$
+    $$\text{margin\_mse} = \frac{1}{K - 1} \sum_{k > 0} ((s_0 - s_k) - (t_0 - t_k))^2$$
+
+    A query without a candidate, or for "margin_mse" without the positive or a negative, has loss 0.
+    """
+    scores = maxsim(Q, D, q_mask, d_mask, normalize=normalize, mask_mode=mask_mode)[0]
+    if student_normalization is None:
+        student_normalization = "minmax" if objective == "kl" else "none"
+    if teacher_temperature is None:
+        teacher_temperature = temperature.detach() if isinstance(temperature, Tensor) else temperature
+    losses: list[Tensor] = []
+    for n in range(len(Q)):
+        exists = torch.ones_like(scores[n], dtype=torch.bool) if candidate_mask is None else candidate_mask[n] != 0
+        s = _normalized(scores[n][exists], student_normalization)
+        t = _normalized(teacher_scores[n][exists].to(scores.dtype), teacher_normalization)
+        if objective == "kl":
+            log_q, log_p = (s / temperature).log_softmax(0), (t / teacher_temperature).log_softmax(0)
+            loss = (log_p.exp() * (log_p - log_q)).sum()
+            losses.append(loss * temperature**2 if scale_by_temperature else loss)
+        elif exists.sum() > 1 and exists[0]:
+            losses.append(((s[0] - s[1:]) - (t[0] - t[1:])).square().mean())
+        else:
+            losses.append(scores.new_zeros(()))
+    counted = torch.ones(len(Q), dtype=torch.bool, device=Q.device)
+    return _reduced(torch.stack(losses) if losses else scores.new_zeros(0), counted, weight, reduction)
+
+
+def _cross_entropy(logits: Tensor, candidate: Tensor, positive: Tensor, label_smoothing: float) -> Tensor:
+    """Of one row against equal shares of the positives, smoothed over the candidates."""
+    logits, positive = logits[candidate], positive[candidate].to(logits.dtype)
+    wanted = (1 - label_smoothing) * positive / positive.sum() + label_smoothing / len(logits)
+    # Chosen, not multiplied by 0: what has no share may have a log-probability of -inf.
+    return -(wanted[wanted != 0] * logits.log_softmax(0)[wanted != 0]).sum()
+
+
+def _normalized(scores: Tensor, how: str) -> Tensor:
+    if how == "none" or not len(scores):
+        return scores
+    if how == "minmax":
+        # max, not amax: where several are largest, the gradient goes to the first.
+        lowest = scores.min(0)[0]
+        return (scores - lowest) / (scores.max(0)[0] - lowest + 1e-8)
+    deviation = scores - scores.mean()
+    variance = deviation.square().mean()
+    return deviation / ((variance.sqrt() if variance > 0 else 0) + 1e-8)
+
+
+def _reduced(losses: Tensor, counted: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """ "none", the "sum", or the "mean" over what counts; of nothing it is 0."""
+    weight = torch.ones_like(losses) if weight is None else weight.to(losses.dtype)
+    losses = losses * weight
+    if reduction == "none":
+        return losses
+    total = (weight * counted).sum() if reduction == "mean" else 1
+    return losses.sum() / (total or 1)

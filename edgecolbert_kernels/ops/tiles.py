@@ -32,6 +32,9 @@ FEWEST_DOCUMENTS = 16
 # Chosen pairs are a little slower each than all pairs.
 DENSE = 0.7
 
+# Fewer numbers than PyTorch's threads share, which would make a sum's bits depend on how many they are.
+UNSPLIT = 1 << 14
+
 _progress: ContextVar[Callable[[int, int], None] | None] = ContextVar("edgecolbert_progress", default=None)
 
 
@@ -153,7 +156,9 @@ def backward(
         )
     elif sums is not None:
         grad_queries = (through_normalization(sums, problem.Q) if problem.normalize else sums).to(problem.Q.dtype)
-    return grad_queries, grad_documents, weights.grad_temperature if need_temperature else None
+    if not need_temperature:
+        return grad_queries, grad_documents, None
+    return grad_queries, grad_documents, weights.grad_temperature.to(problem.temperature.dtype)
 
 
 class _Source:
@@ -330,7 +335,8 @@ class _Weights:
             return torch.zeros_like(entries.scores)
         smoothing = self.problem.label_smoothing
         scores = entries.among_candidates(-torch.inf)
-        positive = entries.positive * self._column_vector(self.each_positive * (1 - smoothing))
+        # Chosen, not multiplied by 0: a gradient that is not finite stays with its query.
+        positive = self._column_vector(self.each_positive * (1 - smoothing)).where(entries.positive, 0)
         offset = scores - self._column_vector(_finite(self.rows.largest))
         softmax = (offset / self.temperature).sub_(self._column_vector(self.rows.log_sum)).exp_()
         gradient = softmax.mul_(self._column_vector(self.grad)).sub_(positive)
@@ -339,10 +345,10 @@ class _Weights:
         # Such a row may have no candidate either, and so no sum.
         gradient.masked_fill_(self.without_loss, 0)
         if need_temperature:
-            self._add_temperature(gradient, offset, entries)
+            self._add_temperature(gradient, offset)
         if self.columns is not None:
             largest, log_sum, queries = (each[some] for each in self.columns)
-            weight = (entries.positive * self.each_positive[:, None]).sum(0)
+            weight = self.each_positive[:, None].where(entries.positive, 0).sum(0)
             offset = scores - _finite(largest).to(self.dtype)
             softmax = (offset / self.temperature).sub_(log_sum.to(self.dtype)).exp_()
             column = softmax.mul_(weight.to(self.dtype)).sub_(positive)
@@ -351,7 +357,7 @@ class _Weights:
             # A document that is nobody's positive has no column loss, nor one without a candidate a sum.
             column.masked_fill_(weight == 0, 0)
             if need_temperature:
-                self._add_temperature(column, offset, entries)
+                self._add_temperature(column, offset)
             gradient += column
         if entries.candidate is not None:
             gradient.masked_fill_(~entries.candidate, 0)
@@ -366,12 +372,12 @@ class _Weights:
     def _smoothed(self, entries: _Entries, share: Tensor) -> Tensor:
         return share if entries.candidate is None else entries.candidate * share
 
-    def _add_temperature(self, gradient: Tensor, offset: Tensor, entries: _Entries) -> None:
+    def _add_temperature(self, gradient: Tensor, offset: Tensor) -> None:
         # The gradients of a row, or a column, add up to 0, so that a score may be counted from any base.
-        product = gradient * offset
-        if entries.candidate is not None:
-            product.masked_fill_(~entries.candidate, 0)
-        self.grad_temperature -= product.sum(dtype=torch.float64) / self.temperature.square()
+        # What has no gradient may be anything, NaN included.
+        product = (gradient * offset).masked_fill_(gradient == 0, 0)
+        total = sum(part.sum() for part in product.sum(1, dtype=torch.float64).split(UNSPLIT))
+        self.grad_temperature -= total / self.temperature.square()
 
 
 def _positives(problem: Problem) -> Tensor:
