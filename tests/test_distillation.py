@@ -16,7 +16,7 @@ from edgecolbert_kernels import reference
 from losses import assert_as_near, leaf, value_and_gradients
 
 NQ, K, LQ, LD, DIM = 4, 5, 6, 9, 16
-CANDIDATES = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()
+CANDIDATES = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 0, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()
 
 OPTIONS = {
     "plain": {},
