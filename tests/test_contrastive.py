@@ -500,14 +500,17 @@ def test_saved_memory(regime):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(backend, regime, mode):
-    """Nothing is kept; the value is the same."""
+def test_without_gradients(backend, regime, mode, monkeypatch):
+    """Nothing is kept, whatever was asked for; the value is the same."""
     Q, D = (leaf(embeddings(NQ, n, DIM, seed=n)) for n in (4, 5))
     wanted = ek.contrastive_loss(Q, D, **regime)
+    plans, forward = [], tiles.forward
+    monkeypatch.setattr(tiles, "forward", lambda problem, plan: plans.append(plan) or forward(problem, plan))
     with mode():
         found = ek.contrastive_loss(Q, D, **regime)
     assert not found.requires_grad
-    assert not ek.contrastive_loss(Q.detach(), D.detach()).requires_grad
+    assert not ek.contrastive_loss(Q.detach(), D.detach(), **regime).requires_grad
+    assert plans == [tiles.Plan(False, False)] * 2
     torch.testing.assert_close(found, wanted.detach(), rtol=1e-6, atol=0)
 
 

@@ -16,7 +16,7 @@ from edgecolbert_kernels import reference
 from losses import assert_as_near, leaf, value_and_gradients
 
 NQ, K, LQ, LD, DIM = 4, 5, 6, 9, 16
-CANDIDATES = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()
+CANDIDATES = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 0, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()
 
 OPTIONS = {
     "plain": {},
@@ -143,6 +143,21 @@ def test_equal_scores(engine):
             found = value_and_gradients(ek.distillation_loss, Q, D, taught, **options)
             assert all(each.isfinite().all() for each in found)
             assert_as_near(found[:1], exact[:1], plain[:1], of=1.0)
+
+
+def test_tied_extremes(engine):
+    """Of several largest or smallest scores the first gets the gradient of the range, as in PyLate."""
+    Q, D, teacher = problem()[:3]
+    D = torch.stack([D[:, 0], Q.repeat(1, 2, 1)[:, :LD], D[:, 2], Q.repeat(1, 2, 1)[:, :LD], D[:, 0]], 1)
+    D[:, 2] = 0.5 * D[:, 2] + 0.5 * D[:, 1]
+    leaves = leaf(Q, torch.float64), leaf(D, torch.float64)
+    scores = reference.maxsim(*leaves)[0]
+    assert (scores.argmax(1) == 1).all()
+    assert (scores.argmin(1) == 0).all()
+    exact = torch.autograd.grad(pylate(scores, teacher.double()), leaves)
+    found = value_and_gradients(ek.distillation_loss, Q, D, teacher, candidate_mask=torch.ones(NQ, K))
+    for mine, right in zip(found[1:3], exact, strict=True):
+        torch.testing.assert_close(mine.double(), right, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30], ids=str)
