@@ -62,6 +62,26 @@ def integers(name: str, seen: Any, like: Array | None = None) -> Array:
     return np.ascontiguousarray(seen, dtype=np.int64)
 
 
+def stored(X: Array) -> Array:
+    return X
+
+
+def join(scores: list[Array]) -> Array:
+    return np.concatenate(scores, axis=-1)
+
+
+def to_numpy(seen: Any) -> Any:
+    return seen
+
+
+def inverse(places: list[Array]) -> Array:
+    """Where each entry of a permutation went."""
+    joined = np.concatenate(places) if places else np.empty(0, np.int64)
+    found = np.empty_like(joined)
+    found[joined] = np.arange(len(joined))
+    return found
+
+
 def nothing() -> Array:
     """What tells d and dtype where there is no array at all."""
     return np.empty((0, 1), np.float32)

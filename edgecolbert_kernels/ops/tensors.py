@@ -55,6 +55,30 @@ def integers(name: str, seen: Any, like: Tensor) -> Tensor:
     return seen.to(torch.int64).contiguous()
 
 
+class _Lifted:
+    """The memory of an array without its read-only flag."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+        self.__array_interface__ = {
+            **array.__array_interface__,
+            "data": (array.__array_interface__["data"][0], False),
+        }
+
+
+def stored(X: np.ndarray) -> Tensor:
+    """Stored token vectors where they lie: scoring only reads them, so a read-only mapping of a file will do."""
+    return from_numpy(np.asarray(_Lifted(X)))
+
+
+def join(scores: list[Tensor]) -> Tensor:
+    return torch.cat(scores, dim=-1)
+
+
+def to_numpy(seen: Any) -> Any:
+    return seen.cpu().numpy() if isinstance(seen, Tensor) else seen
+
+
 def nothing() -> Tensor:
     return torch.empty(0, 1, dtype=torch.float32, device="cpu")
 
