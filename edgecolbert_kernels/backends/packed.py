@@ -19,6 +19,7 @@ _CODES = {
     np.dtype(np.float32): native.FLOAT32,
     np.dtype(np.float16): native.FLOAT16,
     np.dtype(np.uint16): native.BFLOAT16,
+    np.dtype(np.int8): native.INT8,
 }
 _STORAGE = "float32, float16, uint16 (the bits of bfloat16) or int8"
 
@@ -134,7 +135,7 @@ def _queries(queries: Array, query_offsets: Array) -> tuple[Array, native.Operan
     if reason:
         raise BackendUnsupported(reason)
     queries = _rows("queries", queries)
-    if _code(queries) is None:
+    if _code(queries) in (None, native.INT8):
         if queries.dtype.kind != "f":
             raise checks.wrong_dtype("queries", queries.dtype, checks.FLOATS)
         queries = queries.astype(np.float16 if queries.itemsize == 2 else np.float32)
@@ -203,7 +204,8 @@ def _check_offsets(name: str, offsets: Array, of: str, rows: int) -> None:
 
 def _operand(X: Array, offsets: Array, count: int, scales: Array | None) -> native.Operand:
     strides = [stride // X.itemsize for stride in X.strides]
-    return native.packed(_address(X), _code(X), X.shape, strides, _address(offsets), count, 0)
+    scales_address = 0 if scales is None else _address(scales)
+    return native.packed(_address(X), _code(X), X.shape, strides, _address(offsets), count, 0, scales_address)
 
 
 def _code(X: Array) -> Any:

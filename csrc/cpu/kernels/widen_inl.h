@@ -8,7 +8,7 @@ namespace {
 // k-words from one widened token to the next.
 template <class Dot>
 inline int64_t widened_stride(int dim) {
-  return Dot::fixed_point ? round_up(dim, 2 * Simd::width) / 2 : round_up(dim, Simd::width);
+  return round_up(dim, Dot::dims_of_word * Simd::width) / Dot::dims_of_word;
 }
 
 template <class Dot, class Element>
