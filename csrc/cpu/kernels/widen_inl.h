@@ -101,6 +101,8 @@ template <class Row, class Element>
 template <class Dot, class Element>
 class Feed {
  public:
+  static constexpr int kTokensOfStep = 1;
+
   // Kept tokens [begin, end), whose dimensions lie side by side.
   Feed(const Tokens& tokens, int dim, int64_t begin, int64_t end, uint32_t* out, Seen<Dot, Element>* seen)
       : tokens_(tokens),
