@@ -7,6 +7,8 @@
 
 namespace edgecolbert {
 
+inline int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2; }
+
 // Token vectors of many sequences. Strides in bytes, any sign.
 struct Sequences {
   DType dtype = DType::f32;
@@ -30,6 +32,8 @@ struct Sequences {
   const int64_t* pointers = nullptr;
   const int64_t* lengths = nullptr;
   const int64_t* token_strides = nullptr;
+
+  const float* scales = nullptr;  // [count] of int8: 0 or more
 
   const uint8_t* mask = nullptr;  // one byte a token, padded [count, length] or packed [tokens]; not for lists
 
