@@ -48,7 +48,7 @@ class PackedEmbeddings(Stored):
         nbytes: bytes of the tokens, offsets and scales of these N documents, wherever they lie.
     """
 
-    __slots__ = ("_dtype", "_ids", "_offsets", "_positions", "_room", "_rows", "_scales", "_tokens")
+    __slots__ = ("_dtype", "_ids", "_norms", "_offsets", "_positions", "_room", "_rows", "_scales", "_tokens")
 
     def __init__(
         self,
@@ -64,6 +64,7 @@ class PackedEmbeddings(Stored):
         self._dtype, self._tokens, self._offsets, self._scales = dtype, tokens, offsets, scales
         self._ids, self._rows, self._room = ids, rows, room
         self._positions: dict[Id, int] | None = None
+        self._norms: Array | None = None
 
     # Making
 
@@ -357,10 +358,21 @@ class PackedEmbeddings(Stored):
     def blocks(self) -> Iterator[tuple[Array, Array]]:
         if self._dtype == "int8":
             yield from (self._floats(begin, end) for begin, end in self._cuts())
-        elif self._rows is None or not len(self._rows):
-            yield self._span(0, len(self)) if self._rows is None else (self.nothing(), np.zeros(1, np.int64))
         else:
             yield from (self._span(*run) if in_place else self._gathered(*run) for run, in_place in self._runs())
+
+    def integers(self) -> Iterator[tuple[Array, Array, Array]] | None:
+        if self._scales is None:
+            return None
+        return (
+            (*(self._span(*run) if in_place else self._gathered(*run)), self._scales_of(*run))
+            for run, in_place in self._runs()
+        )
+
+    def chosen_integers(self, document_index: Array) -> tuple[Array, Array, Array, Array]:
+        assert self._scales is not None
+        slots = document_index if self._rows is None else self._rows[document_index]
+        return self._tokens, self._offsets, self._scales, slots
 
     def chosen(self, document_index: Array) -> Iterator[tuple[Array, Array, Array, Array]]:
         slots = document_index if self._rows is None else self._rows[document_index]
@@ -436,9 +448,26 @@ class PackedEmbeddings(Stored):
         tokens, offsets = self._span(begin, end) if self._rows is None else self._gathered(begin, end)
         rows = dtypes.widen(tokens, self._dtype)
         if self._scales is not None:
-            scales = self._scales[begin:end] if self._rows is None else self._scales[self._rows[begin:end]]
-            rows = rows * np.repeat(scales, np.diff(offsets))[:, None]
+            rows = rows * np.repeat(self._scales_of(begin, end), np.diff(offsets))[:, None]
         return rows, offsets
+
+    def _scales_of(self, begin: int, end: int) -> Array:
+        assert self._scales is not None
+        return self._scales[begin:end] if self._rows is None else self._scales[self._rows[begin:end]]
+
+    def token_norms(self) -> Array:
+        """float32 `[N]`: at least the largest Euclidean norm of a token of each document. Kept once it is known."""
+        if self._norms is None:
+            norms = np.zeros(len(self), np.float32)
+            for begin, end in self._cuts():
+                rows, offsets = self._floats(begin, end)
+                squares = np.einsum("td,td->t", rows, rows)
+                filled = np.flatnonzero(np.diff(offsets))
+                if len(filled):
+                    norms[begin + filled] = np.sqrt(np.maximum.reduceat(squares, offsets[filled]))
+            # Above the rounding of `dim` additions in float32.
+            self._norms = norms * np.float32(1 + (self.dim + 4) * 2.0**-23)
+        return self._norms
 
     def _contiguous(self) -> tuple[Array, Array, Array | None]:
         tokens, offsets = self._span(0, len(self)) if self._rows is None else self._gathered(0, len(self))
@@ -458,7 +487,10 @@ class PackedEmbeddings(Stored):
 
     def _runs(self) -> Iterator[tuple[tuple[int, int], bool]]:
         """Ranges of documents, each with whether it is long and can be read where it lies; short ones are put together."""
-        rows = self._rows if self._rows is not None else np.arange(len(self))
+        if self._rows is None or not len(self._rows):
+            yield (0, len(self)), self._rows is None
+            return
+        rows = self._rows
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
         starts, ends = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(rows)]])
         long = np.flatnonzero(ends - starts >= RUN_DOCUMENTS)

@@ -24,6 +24,7 @@ SCORES = 1 << 20
 QUERIES = 1024
 # (query, document) pairs that wait for their exact score, and pairs scored in one call.
 PENDING = 1 << 20
+FEW_QUERIES = 4
 
 # What int16 fixed point takes (docs/design.md): steps of 2^-15, so values are off by half of that; documents have
 # |d|^2 <= 3.5 after rounding. Queries and documents beyond its range are scored exactly, and have no error at all.
@@ -120,27 +121,72 @@ class _Queries:
             scores[some] = maxsim_indexed(_constant(self.Q), documents, query[some], document[some], self.q_mask)
         return scores
 
-    def fast_error(self, dim: int) -> Array:
-        """How far at most a fast score is from the exact one, `[n]`."""
-        errors = np.empty(len(self), np.float32)
-        for n, query in enumerate(self.Q):
-            rows = dtypes.widen(*dtypes.matrix("Q", query)).astype(np.float64)
-            errors[n] = _fast_error(rows, dim)
-        # One step up, as the bound is rounded to float32.
-        return np.nextafter(np.nan_to_num(errors, nan=np.inf), np.float32(np.inf))
+    def fast_errors(self, documents: PackedEmbeddings) -> _Errors:
+        """How far at most a fast score is from the exact one."""
+        each = [dtypes.widen(*dtypes.matrix("Q", query)).astype(np.float64) for query in self.Q]
+        if documents.dtype == "int8":
+            slopes = [_int8_error(query, documents.dim) for query in each]
+            return _Errors(np.zeros(len(each)), np.array(slopes), documents.token_norms())
+        return _Errors(np.array([_fixed_point_error(query, documents.dim) for query in each]))
 
 
-def _fast_error(query: Array, dim: int) -> float:
-    """For one query `[Lq, d]`, whatever the document, masked tokens included.
+class _Errors:
+    """Bounds `constant[n] + slope[n] * norms[j]` of the error of query n on document j."""
+
+    def __init__(self, constant: Array, slope: Array | None = None, norms: Array | None = None) -> None:
+        # A step up, as float64 is rounded to float32. A NaN in a query is a NaN in its scores, which nobody compares.
+        self.constant = _up(constant)
+        self.slope = None if slope is None else _up(slope)
+        self.norms = norms
+
+    def block(self, documents: slice) -> Array:
+        """`[n, documents]`, or `[n, 1]` where it is the same for all."""
+        if self.slope is None or self.norms is None:
+            return self.constant[:, None]
+        return self.slope[:, None] * self.norms[documents]
+
+    def pairs(self, query: Array, document: Array) -> Array:
+        if self.slope is None or self.norms is None:
+            return self.constant[query]
+        return self.slope[query] * self.norms[document]
+
+
+def _up(bounds: Array) -> Array:
+    with np.errstate(over="ignore"):
+        return np.nextafter(np.nan_to_num(bounds, nan=np.inf).astype(np.float32), np.float32(np.inf))
+
+
+def _fixed_point_error(query: Array, dim: int) -> float:
+    """For one query `[Lq, d]` in int16, whatever the document.
 
     A similarity <q, d> in fixed point is off by at most 2^-16 (|q|_1 + |d|_1) + dim 2^-32, and |d|_1 <= sqrt(dim) |d|. A
-    maximum is off by no more than its similarities, a sum by the sum. Both scores are rounded to float32 on the way: dim
-    additions in the exact similarity, one conversion in the fast one, Lq additions in each sum.
+    maximum is off by no more than its similarities, a sum by the sum.
     """
     fixed_point = HALF_STEP * (np.abs(query).sum() + len(query) * math.sqrt(dim) * LARGEST_NORM)
     fixed_point += len(query) * dim * HALF_STEP**2
-    largest = np.linalg.norm(query, axis=1).sum() * LARGEST_NORM
-    return float(fixed_point + 1.05 * FLOAT32_ROUNDING * (dim + 2 * len(query) + 8) * largest)
+    return float(fixed_point + _float32_error(query, dim) * LARGEST_NORM)
+
+
+def _int8_error(query: Array, dim: int) -> float:
+    """For one query in int8, and a document of norm 1; the error grows with the document's norm.
+
+    The document is int8 already. A query token is v * scale with scale = max|q| / 127, rounded as here, so that it is
+    off by e = q - v * scale, with |e_i| <= scale / 2; and a similarity by <e, d>, at most |e| |d|.
+    """
+    rows = query.astype(np.float32)
+    largest = np.abs(rows).max(axis=1, initial=0, keepdims=True)
+    with np.errstate(all="ignore"):
+        inverse = np.where(largest > 0, np.float32(127) / largest, np.float32(0))
+        rounded = np.rint(rows * inverse).astype(np.float64) * (largest / np.float32(127))
+        errors = np.linalg.norm(rows - rounded, axis=1)
+    return float(errors.sum() * (1 + 1e-6) + _float32_error(query, dim))
+
+
+def _float32_error(query: Array, dim: int) -> float:
+    """Of both scores, for a document of norm 1: dim additions in an exact similarity, a few roundings in a fast one, Lq
+    additions in each sum.
+    """
+    return 1.05 * FLOAT32_ROUNDING * (dim + 2 * len(query) + 8) * float(np.linalg.norm(query, axis=1).sum())
 
 
 def _scan(
@@ -148,9 +194,11 @@ def _scan(
 ) -> None:
     """Every document that is allowed."""
     packed = documents if allowed is None else documents[allowed]
-    # With this few documents all of them would be scored twice.
+    # With this few documents all of them would be scored twice. int8 wants the norm of every document's tokens, which
+    # costs as much as scoring a few queries, once.
     fast = precision == "fast" and len(packed) > 4 * found.k
-    error = queries.fast_error(packed.dim)[:, None] if fast else np.zeros((len(queries), 1), np.float32)
+    fast = fast and (packed.dtype != "int8" or len(queries) >= FEW_QUERIES or packed._norms is not None)
+    errors = queries.fast_errors(packed) if fast else _Errors(np.zeros(len(queries)))
     best = found.of(queries)
     # The k highest scores that documents so far have for certain; the k-th is what a newcomer must be able to reach.
     certain = np.full((len(queries), found.k), -np.inf, np.float32)
@@ -160,7 +208,7 @@ def _scan(
     def settle() -> None:
         query, document, score = (np.concatenate(each) for each in zip(*waiting, strict=True))
         if fast:
-            reach = ~(score + error[query, 0] < certain[query, 0])
+            reach = ~(score + errors.pairs(query, document) < certain[query, 0])
             query, document = query[reach], document[reach]
             score = queries.exact(packed, query, document)
         best.add(query, document if allowed is None else allowed[document], score)
@@ -168,6 +216,7 @@ def _scan(
 
     for start in range(0, len(packed) if found.k else 0, size):
         scores = queries.scores(packed[start : start + size], "fast" if fast else "exact")
+        error = errors.block(slice(start, start + size)) if fast else np.float32(0)
         lower = scores - error
         lower[np.isnan(lower)] = -np.inf
         certain = np.partition(np.concatenate([certain, lower], axis=1), -found.k, axis=1)[:, -found.k :]

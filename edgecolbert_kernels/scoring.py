@@ -44,6 +44,14 @@ class Stored:
         """All documents in their order: tokens [T, d] and boundaries int64 [n + 1], once or more."""
         raise NotImplementedError
 
+    def integers(self) -> Iterator[tuple[Array, Array, Array]] | None:
+        """The same for int8: tokens, boundaries that may start anywhere, and scales. None for other storages."""
+        raise NotImplementedError
+
+    def chosen_integers(self, document_index: Array) -> tuple[Array, Array, Array, Array]:
+        """For int8: tokens, boundaries, scales, and the index into these."""
+        raise NotImplementedError
+
     def chosen(self, document_index: Array) -> Iterator[tuple[Array, Array, Array, Array]]:
         """The pairs of `document_index`, in groups: their places in it, tokens, boundaries, and the index into these."""
         raise NotImplementedError
@@ -258,8 +266,15 @@ def _score_stored(Q: Any, D: Stored, q_mask: Any, d_mask: Any, options: Options,
         raise checks.stored_mask()
     xp = _side(Q)
     Q, q_mask = _read(xp, "Q", Q, q_mask, (2, 3), QUERIES)
+    if type(Q) is list and D.integers() is not None:
+        Q, q_mask = _padded(xp, Q, q_mask, xp.stored(D.nothing()))
     Q, q_mask, cu_q = _packed(xp, Q, q_mask, xp.stored(D.nothing())) if type(Q) is list else (Q, q_mask, None)
     checks.same_dim(Q.shape, (len(D), D.dim))
+    integers = D.integers() if cu_q is None and options[:2] == (False, "exclude") else None
+    if integers is not None and xp.reads_integers(Q):
+        rows, boundaries = xp.query_rows(Q, q_mask)
+        found = [xp.score_packed(rows, boundaries, *block, precision=options[2]) for block in integers]
+        return xp.answer(found[0] if len(found) == 1 else _arrays.join(found), Q.ndim == 2, out_dtype)
     scores = [
         xp.score(
             Q, xp.stored(tokens), q_mask, None, cu_q, xp.integers("D", boundaries, Q), None, None, *options, out_dtype
@@ -289,6 +304,13 @@ def _score_stored_pairs(
     documents = arrays.integers("document_index", xp.to_numpy(document_index))
     checks.same_shape("query_index", queries.shape, "document_index", documents.shape)
     checks.index("document_index", documents, len(D))
+    if D.integers() is not None and options[:2] == (False, "exclude") and xp.reads_integers(Q):
+        rows, boundaries = xp.query_rows(Q, q_mask)
+        tokens, offsets, scales, index = D.chosen_integers(documents)
+        found = xp.score_packed_pairs(
+            rows, boundaries, tokens, offsets, scales, queries, index, precision=options[2]
+        )
+        return xp.answer(found, False, out_dtype)
     places, scores = [], []
     for where, tokens, boundaries, index in D.chosen(documents):
         integers = (xp.integers("D", each, Q) for each in (boundaries, queries[where], index))

@@ -301,7 +301,8 @@ def test_scores(engine, precision, dtype):
     queries = [rows.numpy() for rows in ragged((5, 32, 1), 48, seed=7)]
     packed = PackedEmbeddings.from_list(documents(), dtype=dtype)
     wanted = brute_force(queries, values(packed))
-    tolerance = 2e-5 if precision == "exact" else 5e-3
+    # "fast" on int8 rounds the query to 7 bits.
+    tolerance = 2e-5 if precision == "exact" else 0.15 if dtype == "int8" else 5e-3
     np.testing.assert_allclose(ek.maxsim(queries, packed, precision=precision), wanted, atol=tolerance)
     np.testing.assert_allclose(ek.maxsim(queries[1], packed, precision=precision), wanted[1], atol=tolerance)
     pairs = [0, 2, 1, 1], [6, 3, 3, 1]

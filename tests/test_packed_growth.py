@@ -300,7 +300,7 @@ def test_readers_while_a_writer_appends(tmp_path):
         for reader in readers:
             reader.start()
         for n in range(1, 200):
-            writer.append([np.full((1 + n % 5, 4), n % 1000)], [n])
+            writer.append([np.full((1 + n % 5, 4), n % 1000, np.float32)], [n])
             if n % 50 == 0:
                 writer.compact()
         stop.set()
@@ -317,7 +317,8 @@ class Crash(BaseException):
 def test_a_crash_at_every_byte(tmp_path, monkeypatch):
     """Writing stops after each number of bytes, and before and after each system call, in append, remove and compact."""
     budget = [0]
-    write, replace, fsync = os.write, os.replace, os.fsync
+    write, replace = os.write, os.replace
+    monkeypatch.setattr(storage_writer.os, "fsync", lambda file: None)  # nothing here cuts the power
 
     def spend(amount):
         budget[0] -= amount
@@ -354,7 +355,7 @@ def test_a_crash_at_every_byte(tmp_path, monkeypatch):
                 with monkeypatch.context() as patch:
                     patch.setattr(storage_writer.os, "write", partial_write)
                     patch.setattr(storage_writer.os, "replace", counted(replace))
-                    patch.setattr(storage_writer.os, "fsync", counted(fsync))
+                    patch.setattr(storage_writer.os, "fsync", counted(lambda file: None))
                     budget[0] = stop
                     try:
                         change(writer)
