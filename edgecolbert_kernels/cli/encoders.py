@@ -68,7 +68,11 @@ class SentenceEncoder:
 
     def __init__(self, folder: str, name: str, max_tokens: int, dimension: int = DIMENSION) -> None:
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
+        # Of a pooler that is not in the checkpoint and not used.
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         self.max_tokens = max_tokens
         self.dimension = dimension
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -210,7 +214,9 @@ def load_encoder(choice: str, max_tokens: int, dimension: int = DIMENSION) -> En
 def _weights(model: torch.nn.Module) -> str:
     """A name for what a model computes: a folder may hold another one tomorrow."""
     weights = hashlib.sha256()
-    for tensor in model.state_dict().values():
+    for name, tensor in model.state_dict().items():
+        if "pooler" in name:  # not used, and random where the checkpoint has none
+            continue
         weights.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return weights.hexdigest()[:32]
 
