@@ -83,7 +83,10 @@ def main() -> None:
                  "max_tokens": options.tokens, "mebibytes": round(stored.nbytes / 2**20, 1),
                  **{key: round(value, 4) for key, value in found.items()}, **suite.machine.facts()}
             )  # fmt: skip
-            print(f"  {name:<20}{rows[-1]['mebibytes']:>8.1f} MiB  " + json.dumps({k: round(v, 4) for k, v in found.items()}))
+            print(
+                f"  {name:<20}{rows[-1]['mebibytes']:>8.1f} MiB  "
+                + json.dumps({k: round(v, 4) for k, v in found.items()})
+            )
     suite.save("quality", rows)
 
 

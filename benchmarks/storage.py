@@ -36,7 +36,14 @@ def run(quick: bool) -> list[dict]:
             start = time.perf_counter()
             call()
             seconds.append(time.perf_counter() - start)
-        row = {"case": case, **shared, "contender": name, "unit": "ms", **suite.quantiles(1e3 * np.array(seconds)), **facts}
+        row = {
+            "case": case,
+            **shared,
+            "contender": name,
+            "unit": "ms",
+            **suite.quantiles(1e3 * np.array(seconds)),
+            **facts,
+        }
         if gigabytes:
             row["gigabytes_a_second"] = round(gigabytes / float(np.median(seconds)), 2)
         rows.append(row)
@@ -48,7 +55,6 @@ def run(quick: bool) -> list[dict]:
     measure("pack", "memcpy", lambda: np.copyto(target, hidden), gigabytes=size)
     for dtype in ("float16", "bfloat16", "float32", "int8"):
         measure("pack", dtype, lambda dtype=dtype: pack(hidden, mask, dtype=dtype), gigabytes=size)
-    del target
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "packed"
         for dtype in ("float16", "int8"):

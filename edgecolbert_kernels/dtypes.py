@@ -15,7 +15,7 @@ from edgecolbert_kernels import checks
 Array = np.ndarray
 
 # Little-endian: the bytes of a file are those of the memory.
-STORAGE = {
+STORAGE: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
     "float32": np.dtype("<f4"),

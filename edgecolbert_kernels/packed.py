@@ -6,6 +6,7 @@ memory. `PackedWriter` is the way to change a folder.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +35,7 @@ class PackedEmbeddings(Stored):
     """Token vectors of N documents, `[T, d]` without padding: `maxsim`, `maxsim_indexed` and `search` take it as D.
 
     Made by `from_list`, `from_padded`, `from_arrays`, `empty`, `load`, `concatenate` and `edgecolbert_kernels.pack`.
-    Storage is "float16" (the default: 2^-11 relative error), "bfloat16", "float32", or "int8" with one scale a document:
+    Storage is "float16" (the default: off by at most 2^-11 of a value), "bfloat16", "float32", or "int8" with one scale a document:
     scale = max|x| / 127, so a value is off by at most scale / 2.
 
     A view is frozen. `packed[i]` is document i; `packed[a:b]`, `packed[[3, 1]]` and `packed[mask]` are views of the chosen
@@ -70,7 +71,12 @@ class PackedEmbeddings(Stored):
 
     @classmethod
     def from_list(
-        cls, documents: Sequence[Any], ids: Iterable[Id] | None = None, *, dtype: Any = "float16", dim: int | None = None
+        cls,
+        documents: Sequence[Any],
+        ids: Iterable[Id] | None = None,
+        *,
+        dtype: Any = "float16",
+        dim: int | None = None,
     ) -> PackedEmbeddings:
         """Pack documents of any lengths.
 
@@ -423,9 +429,7 @@ class PackedEmbeddings(Stored):
 
     def _picked(self, index: Array) -> PackedEmbeddings:
         rows = index.astype(np.int64) if self._rows is None else self._rows[index]
-        return PackedEmbeddings(
-            self._dtype, self._tokens, self._offsets, self._scales, self._ids, rows, self._room
-        )
+        return PackedEmbeddings(self._dtype, self._tokens, self._offsets, self._scales, self._ids, rows, self._room)
 
     def _tokens_from_first(self) -> Array:
         return self._tokens[self._offsets[0] : self._offsets[-1]]
@@ -615,10 +619,9 @@ class PackedWriter:
     def __init__(self, folder: str | os.PathLike[str], *, dim: int | None = None, dtype: Any = None) -> None:
         self.folder = Path(folder).absolute()
         if dim is not None and not self.folder.exists():
-            try:
+            # Where another process has just made it, it is opened.
+            with contextlib.suppress(FileExistsError):
                 PackedEmbeddings.empty(dim, "float16" if dtype is None else dtype).save(self.folder)
-            except FileExistsError:
-                pass  # by another process, just now: then it is opened
         self._folder = writer.FolderWriter(self.folder)
         try:
             header = self._folder.header

@@ -56,7 +56,9 @@ def pack(
         width = int(weight.shape[0])
     if bias is not None and (weight is None or tuple(bias.shape) != (width,)):
         raise checks.wrong_shape("bias", bias.shape, "[d], with a weight [d, h]")
-    lengths = [len(document) if keep is None else int(keep.sum()) for document, keep in zip(documents, kept, strict=True)]
+    lengths = [
+        len(document) if keep is None else int(keep.sum()) for document, keep in zip(documents, kept, strict=True)
+    ]
     tokens = np.empty((sum(lengths), width), dtypes.STORAGE["float32" if dtype == "int8" else dtype])
     project = _tensor_projection if documents and hasattr(documents[0], "detach") else _array_projection
     written = 0

@@ -189,9 +189,7 @@ def _float32_error(query: Array, dim: int) -> float:
     return 1.05 * FLOAT32_ROUNDING * (dim + 2 * len(query) + 8) * float(np.linalg.norm(query, axis=1).sum())
 
 
-def _scan(
-    queries: _Queries, documents: PackedEmbeddings, allowed: Array | None, precision: str, found: _Best
-) -> None:
+def _scan(queries: _Queries, documents: PackedEmbeddings, allowed: Array | None, precision: str, found: _Best) -> None:
     """Every document that is allowed."""
     packed = documents if allowed is None else documents[allowed]
     # With this few documents all of them would be scored twice. int8 wants the norm of every document's tokens, which

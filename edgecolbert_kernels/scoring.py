@@ -307,9 +307,7 @@ def _score_stored_pairs(
     if D.integers() is not None and options[:2] == (False, "exclude") and xp.reads_integers(Q):
         rows, boundaries = xp.query_rows(Q, q_mask)
         tokens, offsets, scales, index = D.chosen_integers(documents)
-        found = xp.score_packed_pairs(
-            rows, boundaries, tokens, offsets, scales, queries, index, precision=options[2]
-        )
+        found = xp.score_packed_pairs(rows, boundaries, tokens, offsets, scales, queries, index, precision=options[2])
         return xp.answer(found, False, out_dtype)
     places, scores = [], []
     for where, tokens, boundaries, index in D.chosen(documents):

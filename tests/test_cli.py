@@ -117,7 +117,7 @@ def test_qrels(tmp_path):
 def test_search(folder, capsys):
     found = run(capsys, "search", folder, "cat mat", "fish deep", "-k", 2, "--json")
     assert found["documents"] == 4
-    assert [[hit["id"] for hit in each["hits"]][0] for each in found["results"]] == ["d1", "d3"]
+    assert [each["hits"][0]["id"] for each in found["results"]] == ["d1", "d3"]
     assert found["results"][0]["hits"][0]["score"] == pytest.approx(2, abs=1e-2)
     assert main(["search", str(folder), "cat"]) == 0
     text = capsys.readouterr().out
@@ -153,7 +153,9 @@ def test_eval(folder, tmp_path, capsys):
     pytest.importorskip("ir_measures")
     write_jsonl(tmp_path / "queries.jsonl", {"q1": "cat mat", "q2": "dogs", "q3": "not judged"})
     (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td4\t1\nq2\td2\t1\nq2\td3\t0\n")
-    found = run(capsys, "eval", folder, "--queries", tmp_path / "queries.jsonl", "--qrels", tmp_path / "qrels.tsv", "--json")
+    found = run(
+        capsys, "eval", folder, "--queries", tmp_path / "queries.jsonl", "--qrels", tmp_path / "qrels.tsv", "--json"
+    )
     assert found["queries"] == 2
     assert found["nDCG@10"] == found["Recall@100"] == found["MRR@10"] == 1
 
@@ -220,7 +222,9 @@ sys.exit(main.main(["index", sys.argv[2], "--out", sys.argv[3]]))
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     arguments = [sys.executable, "-c", source, os.path.dirname(__file__), tmp_path / "c.jsonl", tmp_path / "index"]
-    with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
         for _ in range(5):
             assert child.stdout.readline() == "batch\n"
         child.send_signal(signal.SIGINT)

@@ -273,7 +273,10 @@ def test_conversion_goes_by_blocks(monkeypatch):
 
 def test_concatenate():
     rows = documents()
-    parts = [PackedEmbeddings.from_list(rows[:3], dtype="float32"), PackedEmbeddings.from_list(rows[3:], dtype="float32")]
+    parts = [
+        PackedEmbeddings.from_list(rows[:3], dtype="float32"),
+        PackedEmbeddings.from_list(rows[3:], dtype="float32"),
+    ]
     joined = PackedEmbeddings.concatenate([*parts, parts[0][:0]])
     for found, wanted in zip(joined, rows, strict=True):
         np.testing.assert_array_equal(found, wanted)
@@ -308,7 +311,11 @@ def test_scores(engine, precision, dtype):
     pairs = [0, 2, 1, 1], [6, 3, 3, 1]
     found = ek.maxsim_indexed(queries, packed, *pairs, precision=precision)
     np.testing.assert_allclose(found, wanted[pairs], atol=tolerance)
-    for view, numbers in ((packed[2:5], slice(2, 5)), (packed[[4, 3, 3]], [4, 3, 3]), (packed.remove([0]), slice(1, 7))):
+    for view, numbers in (
+        (packed[2:5], slice(2, 5)),
+        (packed[[4, 3, 3]], [4, 3, 3]),
+        (packed.remove([0]), slice(1, 7)),
+    ):
         np.testing.assert_allclose(ek.maxsim(queries, view, precision=precision), wanted[:, numbers], atol=tolerance)
         found = ek.maxsim_indexed(queries, view, [0, 1], [2, 0], precision=precision)
         np.testing.assert_allclose(found, wanted[:, numbers][[0, 1], [2, 0]], atol=tolerance)

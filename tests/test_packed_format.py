@@ -288,7 +288,7 @@ def test_header_fields(folder, name, value, match):
 
 @pytest.mark.parametrize("name", ["format", "version", "byteorder", "dtype", "dim", "ids", "documents", "parts"])
 def test_missing_header_fields(folder, name):
-    edit(folder, lambda record: record.pop(name) and None)
+    edit(folder, lambda record: {key: value for key, value in record.items() if key != name})
     refused(folder, name)
 
 
@@ -381,7 +381,12 @@ def test_removed(folder, removed):
 
 def test_removed_twice(folder):
     (folder / "removed.0.bin").write_bytes(np.array([1, 1], "<i8").tobytes())
-    edit(folder, lambda record: (record.update(removed=2), record["parts"]["removed"].update(bytes=16)) and None)
+
+    def change(record):
+        record["removed"] = 2
+        record["parts"]["removed"]["bytes"] = 16
+
+    edit(folder, change)
     refused(folder, "removed twice")
 
 

@@ -66,7 +66,12 @@ def test_two_views_append_to_one():
     base = PackedEmbeddings.empty(8).append(rows(2, 3), ["a", "b"])
     first, second = base.append(rows(1), ["c"]), base.append(rows(4), ["d"])
     third = base.remove([0]).append(rows(5), ["e"])
-    assert [view.ids for view in (base, first, second, third)] == [["a", "b"], ["a", "b", "c"], ["a", "b", "d"], ["b", "e"]]
+    assert [view.ids for view in (base, first, second, third)] == [
+        ["a", "b"],
+        ["a", "b", "c"],
+        ["a", "b", "d"],
+        ["b", "e"],
+    ]
     assert [view.lengths.tolist() for view in (base, first, second, third)] == [[2, 3], [2, 3, 1], [2, 3, 4], [3, 5]]
     assert [base.position("b"), first.position("c"), second.position("d"), third.position("e")] == [1, 2, 2, 1]
     with pytest.raises(KeyError):
@@ -158,7 +163,9 @@ class Growing(RuleBasedStateMachine):
         ids = [f"{self.counter}.{n}" for n in range(len(lengths))]
         self.writer.append(documents, ids)
         self.memory = self.memory.append(documents, ids)
-        self.model += zip(ids, PackedEmbeddings.from_list(documents, dtype=self.dtype, dim=3).to("float32"), strict=True)
+        self.model += zip(
+            ids, PackedEmbeddings.from_list(documents, dtype=self.dtype, dim=3).to("float32"), strict=True
+        )
 
     @rule(data=st.data())
     def remove(self, data):

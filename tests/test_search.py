@@ -33,7 +33,11 @@ def ranked(scores: np.ndarray, k: int, allowed=None) -> tuple[np.ndarray, np.nda
     for row, each in enumerate(scores):
         order = [j for j in np.argsort(-each, kind="stable") if not np.isnan(each[j])]
         if allowed is not None:
-            order = [j for j in order if j in set(np.asarray(allowed[row] if isinstance(allowed, list) else allowed).tolist())]
+            order = [
+                j
+                for j in order
+                if j in set(np.asarray(allowed[row] if isinstance(allowed, list) else allowed).tolist())
+            ]
         order = order[:k]
         found[0][row, : len(order)], found[1][row, : len(order)] = each[order], order
     return found
@@ -154,7 +158,8 @@ def test_views_filters_and_candidates(blocks, precision, dtype):
         index = np.flatnonzero(mask)
         same(ek.search(Q, view, 9, filter=index[::-1], precision=precision), ranked(scores, 9, index))
         if view.ids and len(set(view.ids)) == count:
-            same(ek.search(Q, view, 9, ids=[view.ids[2], view.ids[0]], precision=precision), ranked(scores, 9, np.array([0, 2])))
+            named = ek.search(Q, view, 9, ids=[view.ids[2], view.ids[0]], precision=precision)
+            same(named, ranked(scores, 9, np.array([0, 2])))
         own = [random.integers(0, count, random.integers(0, 25)) for _ in Q]
         own[2] = np.array([], np.int64)
         same(ek.search(Q, view, 9, candidates=own, precision=precision), ranked(scores, 9, own))
@@ -212,7 +217,7 @@ def test_not_finite(blocks, precision):
 
 def test_nothing_to_search():
     Q = np.ones((2, 3, 4), np.float32)
-    scores, indices = ek.search(Q, PackedEmbeddings.empty(4), 3)
+    _, indices = ek.search(Q, PackedEmbeddings.empty(4), 3)
     assert indices.tolist() == [[-1] * 3] * 2
     assert ek.search(Q[:0], collection(dim=4), 3)[0].shape == (0, 3)
     assert ek.search(Q[:, :0], collection(dim=4), 3)[1].tolist() == [[0, 1, 2]] * 2

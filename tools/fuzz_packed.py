@@ -32,8 +32,40 @@ with atheris.instrument_imports(include=["edgecolbert_kernels"]) if atheris else
     from edgecolbert_kernels import PackedEmbeddings, PackedFormatError, PackedWriter
 
 KEPT = Path("build/fuzz")
-INTEGERS = (0, 1, -1, 2, 7, 8, 1 << 16, (1 << 31) - 1, 1 << 32, (1 << 63) - 1, 1 << 63, 1 << 64, 10**30, 0.5, True, None)
-WORDS = ("float16", "bfloat16", "float32", "int8", "utf8", "int64", "none", "little", "big", "", "../x", "00000000", [], {})
+INTEGERS = (
+    0,
+    1,
+    -1,
+    2,
+    7,
+    8,
+    1 << 16,
+    (1 << 31) - 1,
+    1 << 32,
+    (1 << 63) - 1,
+    1 << 63,
+    1 << 64,
+    10**30,
+    0.5,
+    True,
+    None,
+)
+WORDS = (
+    "float16",
+    "bfloat16",
+    "float32",
+    "int8",
+    "utf8",
+    "int64",
+    "none",
+    "little",
+    "big",
+    "",
+    "../x",
+    "00000000",
+    [],
+    {},
+)
 JSON = ("NaN", "Infinity", "-0", "1e400", '"', "{", "[" * 2000, "9" * 5000, '{"a":1,"a":2}', "\x00", "\\ud800")
 
 
@@ -94,7 +126,9 @@ def mutate(files: dict[str, bytes], choose: Choices) -> tuple[dict[str, bytes], 
             content[at:at] = files[choose.of(sorted(files))][: choose.below(64)]
         elif kind == 6 and len(content) >= 8:
             at = at % (len(content) - 7) // 8 * 8
-            content[at : at + 8] = (choose.of([x for x in INTEGERS if type(x) is int]) % (1 << 64)).to_bytes(8, "little")
+            content[at : at + 8] = (choose.of([x for x in INTEGERS if type(x) is int]) % (1 << 64)).to_bytes(
+                8, "little"
+            )
         elif kind == 7 and "header.json" in files:
             name, content, forged = "header.json", bytearray(edited(files["header.json"], choose)), True
         elif kind == 8:

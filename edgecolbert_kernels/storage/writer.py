@@ -120,7 +120,7 @@ def remove_strays(folder: Path, current: Header) -> None:
 def _write_parts(folder: Path, new: Header, data: Data) -> Header:
     parts = {}
     for name in new.sizes():
-        added = data[name] if name in data else b""
+        added = data.get(name, b"")
         path = folder / new.file(name)
         path.unlink(missing_ok=True)
         _append(path, added, 0)
