@@ -128,7 +128,8 @@ struct NormsJob {
 // Kept tokens of one document, rounded to the packed storage: rows of `dim` elements back to back.
 struct StoreJob {
   Tokens source;
-  DType source_dtype;  // not i8
+  int64_t source_tokens;  // kept or not
+  DType source_dtype;     // not i8
   DType dtype;
   int32_t dim;
   bool normalize;

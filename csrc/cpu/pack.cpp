@@ -43,13 +43,17 @@ int64_t pack(const Kernels& kernels, const PackCall& call) {
   Buffer<char> buffers(scratch * threads);
   Buffer<int32_t> kept(row_numbers * threads);
   Buffer<float> norms(row_numbers * threads);
+  const bool dense = source.count > 0 && source.token_stride > 0 && source.dim_stride == bytes_of(source.dtype);
+  const int64_t last = source.count - 1;
+  const char* const prefetch_end = dense ? source.start(last) + source.tokens(last) * source.token_stride : nullptr;
   std::atomic<int64_t> not_finite{source.count};
   parallel_for(source.count, threads, [&](int64_t j, int thread) {
     StoreJob job{};
     job.source.data = source.start(j);
     job.source.token_stride = source.token_stride;
     job.source.dim_stride = source.dim_stride;
-    job.source.length = source.tokens(j);
+    job.source.length = job.source_tokens = source.tokens(j);
+    job.source.prefetch_end = prefetch_end;
     if (const uint8_t* const mask = source.mask_of(j)) {
       int32_t* const numbers = kept.data() + row_numbers * thread;
       const int64_t count = list_kept(mask, job.source.length, numbers);

@@ -68,40 +68,50 @@ template <class From, class To, class Transform>
   if (k < dim) Simd::store_first(out + k, transform(Simd::load_first(row + k, dim - k)), dim - k);
 }
 
-// visit(row) for every kept token of a document, as contiguous elements.
+// visit(row) for every kept token of a document, as contiguous elements. Holes and conversions keep the processor from
+// running ahead on its own, so rows are asked for in time, at a document's end those of the next one.
 template <class From, class Visit>
 [[gnu::always_inline]] inline void for_each_row(const StoreJob& job, Visit visit) {
+  constexpr int64_t kPrefetchBytes = 4096;
   const Tokens& tokens = job.source;
+  const int64_t row_bytes = int64_t(sizeof(From)) * job.dim, ahead = 1 + kPrefetchBytes / row_bytes;
+  const intptr_t prefetch_end = intptr_t(tokens.prefetch_end) - row_bytes;
   for (int64_t i = 0; i < tokens.length; ++i) {
+    const int64_t later = i + ahead, beyond = job.source_tokens + later - tokens.length;
+    const int64_t token = later >= tokens.length ? beyond : tokens.kept ? tokens.kept[later] : later;
+    const char* const coming = tokens.data + token * tokens.token_stride;
+    if (intptr_t(coming) < prefetch_end) {
+      for (int64_t k = 0; k < row_bytes; k += 64) __builtin_prefetch(coming + k);
+    }
     const char* const data = tokens.data + (tokens.kept ? tokens.kept[i] : i) * tokens.token_stride;
     visit(contiguous_row<From>(data, tokens.dim_stride, job.dim, job.buffer + kStageBytes));
   }
 }
 
-// Largest |x| of a document as bits, after normalisation where asked; false when a value is not finite.
+// Largest |x| of a document, after normalisation where asked; false when a value is not finite.
 template <class From>
 inline bool largest_magnitude(const StoreJob& job, float* largest) {
-  bool finite = true;
-  int64_t i = 0;
-  *largest = 0.0f;
+  Simd::I document_bits = Simd::zero_integer(), normalized_bits = Simd::zero_integer();
+  float* inverse_norm = job.inverse_norms;
   for_each_row<From>(job, [&](const From* row) {
     Simd::I bits = Simd::zero_integer();
-    Simd::F squares = Simd::zero();
-    for_each_register(row, job.dim, [&](int, Simd::F x) {
-      bits = Simd::maximum_unsigned(bits, Simd::absolute_bits(x));
-      squares = Simd::multiply_add(x, x, squares);
-    });
-    const uint32_t row_bits = Simd::largest_unsigned(bits);
-    finite = finite && row_bits < 0x7f800000u;
-    float row_largest = bits_to_float(row_bits);
     if (job.normalize) {
-      job.inverse_norms[i] = inverse_of_norm(Simd::sum(squares), kNormEpsilon);
-      row_largest *= job.inverse_norms[i];
+      Simd::F squares = Simd::zero();
+      for_each_register(row, job.dim, [&](int, Simd::F x) {
+        bits = Simd::maximum_unsigned(bits, Simd::absolute_bits(x));
+        squares = Simd::multiply_add(x, x, squares);
+      });
+      *inverse_norm = inverse_of_norm(Simd::sum(squares), kNormEpsilon);
+      const Simd::F lanes = Simd::multiply(Simd::from_bits(bits), Simd::broadcast(*inverse_norm++));
+      normalized_bits = Simd::maximum_unsigned(normalized_bits, Simd::bits(lanes));
+    } else {
+      for_each_register(row, job.dim,
+                        [&](int, Simd::F x) { bits = Simd::maximum_unsigned(bits, Simd::absolute_bits(x)); });
     }
-    *largest = row_largest > *largest ? row_largest : *largest;
-    ++i;
+    document_bits = Simd::maximum_unsigned(document_bits, bits);
   });
-  return finite;
+  *largest = bits_to_float(Simd::largest_unsigned(job.normalize ? normalized_bits : document_bits));
+  return Simd::largest_unsigned(document_bits) < 0x7f800000u;
 }
 
 constexpr float kSmallestPackedPeak = 2e-36f;  // 127 / x and x / 127 are normal numbers; below it a document is zero
