@@ -125,6 +125,39 @@ struct NormsJob {
   char* buffer;  // dim floats
 };
 
+// Kept tokens of one document, rounded to the packed storage: rows of `dim` elements back to back.
+struct StoreJob {
+  Tokens source;
+  int64_t source_tokens;  // kept or not
+  DType source_dtype;     // not i8
+  DType dtype;
+  int32_t dim;
+  bool normalize;
+  bool stream;           // past the caches
+  char* out;             // [source.length, dim]
+  float* inverse_norms;  // [source.length] of scratch, with normalize and i8
+  char* buffer;          // kStageBytes + 2 * (dim rounded up to the width) floats of scratch, aligned to 64 bytes
+  float scale;           // out, of i8
+  bool finite;           // out, of i8: otherwise nothing was stored
+};
+
+// The way back: out = float(row) * scale.
+struct LoadJob {
+  const char* source;
+  DType dtype;
+  int32_t dim;
+  int64_t rows;
+  int64_t token_stride;  // bytes
+  int64_t dim_stride;    // bytes
+  float scale;
+  bool stream;   // past the caches
+  float* out;    // [rows, dim]
+  char* buffer;  // kStageBytes + dim floats of scratch, aligned to 64 bytes
+};
+
+// Written here first when the result is to go past the caches, which wants whole cache lines.
+constexpr int64_t kStageBytes = 8192;
+
 enum class Peak : int32_t { f32 = 0, i16 = 1, i8 = 2 };
 
 // What an instruction set offers. One constant of this type an object file.
@@ -142,6 +175,8 @@ struct Kernels {
   void (*gather_rows)(const RowsJob*);
   void (*finish_rows)(const FinishJob*);
   void (*inverse_norms)(const NormsJob*);
+  void (*store_tokens)(StoreJob*);
+  void (*load_tokens)(const LoadJob*);
   uint64_t (*peak_operations)(Peak);  // runs a fixed stretch of multiply-adds and returns how many operations it was
 };
 

@@ -155,6 +155,36 @@ void py_backward(const py::tuple& queries, const py::tuple& documents, int layou
   backward(isa, call);
 }
 
+int64_t py_pack(const py::tuple& source, bool normalize, int dtype, int64_t offsets, int64_t out, int64_t scales,
+                int threads) {
+  PackCall call;
+  call.source = read_sequences(source);
+  if (call.source.pointers || call.source.dtype == DType::i8)
+    throw py::value_error("packs float rows, not lists or int8");
+  if (dtype < 0 || dtype > 3) throw py::value_error("unknown dtype code " + std::to_string(dtype));
+  check_lengths(call.source, call.source.mask);
+  call.dtype = DType(dtype);
+  call.normalize = normalize;
+  call.offsets = address<const int64_t>(offsets);
+  call.out = address<char>(out);
+  call.scales = address<float>(scales);
+  call.threads = threads;
+  const Kernels& isa = kernels();
+  const py::gil_scoped_release release;
+  return pack(isa, call);
+}
+
+void py_unpack(const py::tuple& source, int64_t out, int threads) {
+  UnpackCall call;
+  call.source = read_sequences(source);
+  if (!call.source.offsets) throw py::value_error("unpacks packed rows");
+  call.out = address<float>(out);
+  call.threads = threads;
+  const Kernels& isa = kernels();
+  const py::gil_scoped_release release;
+  unpack(isa, call);
+}
+
 double measure_peak(const std::string& kind, double seconds) {
   if (kind != "f32" && kind != "i16" && kind != "i8")
     throw py::value_error("kind must be 'f32', 'i16' or 'i8', got '" + kind + "'");
@@ -193,4 +223,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("backward", &py_backward, py::arg("queries"), py::arg("documents"), py::arg("layout"), py::arg("index"),
         py::arg("grad"), py::arg("argmax"), py::arg("argmax_bytes"), py::arg("grad_queries"), py::arg("grad_documents"),
         py::arg("normalize"), py::arg("threads"));
+  m.def("pack", &py_pack, py::arg("source"), py::arg("normalize"), py::arg("dtype"), py::arg("offsets"), py::arg("out"),
+        py::arg("scales"), py::arg("threads"));
+  m.def("unpack", &py_unpack, py::arg("source"), py::arg("out"), py::arg("threads"));
 }

@@ -39,3 +39,16 @@ def backward(
     normalize: bool,
     threads: int,
 ) -> None: ...
+def pack(
+    source: tuple[int, ...],
+    normalize: bool,
+    dtype: int,
+    offsets: int,
+    out: int,
+    scales: int,
+    threads: int,
+) -> int:
+    """Kept tokens to `out`, row `offsets[0]` of the result; the first document that int8 cannot hold, or -1."""
+
+def unpack(source: tuple[int, ...], out: int, threads: int) -> None:
+    """The rows of packed documents in float32, `out` being row `offsets[0]`."""

@@ -1,4 +1,4 @@
-"""Packed token embeddings on numpy arrays: scored where they lie, in memory or in a mapped file.
+"""Packed token embeddings on numpy arrays: made, widened again, and scored where they lie, in memory or in a mapped file.
 
 A packed collection is three arrays: `tokens` [T, d], the kept tokens of all documents back to back; `offsets` int64 [N + 1],
 document n being the rows from `offsets[n]` to `offsets[n + 1]`; and, where tokens are int8, `scales` float32 [N], with
@@ -53,7 +53,8 @@ def score_packed(
     whatever the number of threads.
     """
     queries, query_operand, query_offsets = _queries(queries, query_offsets)
-    tokens, offsets, scales = _collection(queries, tokens, offsets, scales, precision)
+    tokens, offsets, scales = _collection(tokens, offsets, scales)
+    _check_score(queries, tokens, precision)
     count = len(offsets) - 1
     end = count if end is None else end
     if not 0 <= begin <= end <= count:
@@ -96,7 +97,8 @@ def score_packed_pairs(
     offsets of the chosen documents are looked at.
     """
     queries, query_operand, query_offsets = _queries(queries, query_offsets)
-    tokens, offsets, scales = _collection(queries, tokens, offsets, scales, precision)
+    tokens, offsets, scales = _collection(tokens, offsets, scales)
+    _check_score(queries, tokens, precision)
     query_index = _index("query_index", query_index, "queries", len(query_offsets) - 1)
     document_index = _index("document_index", document_index, "documents", len(offsets) - 1)
     checks.same_count("query_index", len(query_index), "document_index", len(document_index))
@@ -116,6 +118,81 @@ def score_packed_pairs(
     return out
 
 
+def pack_rows(
+    X: Array,
+    mask: Array | None = None,
+    offsets: Array | None = None,
+    *,
+    normalize: bool,
+    dtype: Any = np.float16,
+    threads: int | None = None,
+) -> tuple[Array, Array, Array | None]:
+    """Token embeddings to a packed collection: (tokens [T, d], offsets int64 [N + 1], scales float32 [N] or None).
+
+    X          [N, L, d], or [R, d] with `offsets`: float32, float16, bfloat16 as uint16, any strides; other floats are
+               rounded to float32
+    mask       [N, L] or [R], nonzero: the token is kept; None: all are
+    offsets    int64 [N + 1]: document n is the rows from `offsets[n]` to `offsets[n + 1]` of X; rows outside are not read
+    normalize  divide every row by max(|row|, 1e-12) first
+    dtype      of the tokens: float32, float16, uint16 (the bits of bfloat16) or int8; "bfloat16" is understood too
+
+    Values are rounded once, to nearest, ties to even. In int8 a document is `scale * tokens`, the scale being the largest
+    |x| of its kept tokens / 127; below 2e-36 the document counts as zero. NaN and infinities stay what they are in floats;
+    int8 cannot hold them: ValueError, with the document's number. Rows that the mask drops may hold anything.
+    """
+    _need_module()
+    if not isinstance(X, np.ndarray):
+        raise checks.not_an_array("X", X, "a numpy array")
+    if offsets is None:
+        checks.rank("X", X.shape, (3,), "[N, L, d], or [R, d] with offsets")
+    X = _floats("X", _aligned("X", X, 3 if offsets is None else 2))
+    if mask is not None:
+        mask = np.asarray(mask)
+        checks.mask("mask", mask.shape, "X", X.shape)
+        mask = np.ascontiguousarray(mask if mask.dtype == bool else mask != 0)
+    mask_address = 0 if mask is None else _address(mask)
+    strides = [stride // X.itemsize for stride in X.strides]
+    if offsets is None:
+        count, length = X.shape[:2]
+        lengths = np.full(count, length) if mask is None else np.count_nonzero(mask, axis=1)
+        source = native.padded(_address(X), _code(X), X.shape, strides, mask_address)
+    else:
+        offsets = _integers("offsets", offsets)
+        _check_offsets("offsets", offsets, "X", len(X))
+        count = len(offsets) - 1
+        kept_before = np.arange(len(X) + 1) if mask is None else np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
+        lengths = np.diff(kept_before[offsets])
+        source = native.packed(_address(X), _code(X), X.shape, strides, _address(offsets), count, mask_address)
+    packed_offsets = np.zeros(count + 1, np.int64)
+    np.cumsum(lengths, out=packed_offsets[1:])
+    storage = _storage(dtype)
+    tokens = np.empty((int(packed_offsets[-1]), X.shape[-1]), storage)
+    scales = np.empty(count, np.float32) if storage == np.int8 else None
+    not_finite = native.module().pack(
+        source,
+        normalize,
+        _CODES[storage],
+        _address(packed_offsets),
+        _address(tokens),
+        0 if scales is None else _address(scales),
+        native.threads() if threads is None else threads,
+    )
+    if not_finite >= 0:
+        raise ValueError(f"document {not_finite} of X has a NaN or an infinity, which int8 cannot hold")
+    return tokens, packed_offsets, scales
+
+
+def unpack_rows(tokens: Array, offsets: Array, scales: Array | None = None, *, threads: int | None = None) -> Array:
+    """The rows `offsets[0]` to `offsets[-1]` of a packed collection in float32, int8 times the scale of its document."""
+    _need_module()
+    tokens, offsets, scales = _collection(tokens, offsets, scales)
+    _check_offsets("offsets", offsets, "tokens", len(tokens))
+    out = np.empty((int(offsets[-1] - offsets[0]), tokens.shape[1]), np.float32)
+    operand = _operand(tokens, offsets, len(offsets) - 1, scales)
+    native.module().unpack(operand, _address(out), native.threads() if threads is None else threads)
+    return out
+
+
 def _forward(
     queries: native.Operand,
     documents: native.Operand,
@@ -131,28 +208,48 @@ def _forward(
 
 def _queries(queries: Array, query_offsets: Array) -> tuple[Array, native.Operand, Array]:
     """The arrays to keep alive, and what the kernels are told of them."""
-    reason = native.missing()
-    if reason:
-        raise BackendUnsupported(reason)
-    queries = _rows("queries", queries)
-    if _code(queries) in (None, native.INT8):
-        if queries.dtype.kind != "f":
-            raise checks.wrong_dtype("queries", queries.dtype, checks.FLOATS)
-        queries = queries.astype(np.float16 if queries.itemsize == 2 else np.float32)
+    _need_module()
+    queries = _floats("queries", _aligned("queries", queries, 2))
     query_offsets = _integers("query_offsets", query_offsets)
     _check_offsets("query_offsets", query_offsets, "queries", len(queries))
     return queries, _operand(queries, query_offsets, len(query_offsets) - 1, None), query_offsets
 
 
-def _collection(
-    queries: Array, tokens: Array, offsets: Array, scales: Array | None, precision: str
-) -> tuple[Array, Array, Array | None]:
+def _need_module() -> None:
+    reason = native.missing()
+    if reason:
+        raise BackendUnsupported(reason)
+
+
+def _floats(name: str, X: Array) -> Array:
+    if _code(X) not in (None, native.INT8):
+        return X
+    if X.dtype.kind != "f":
+        raise checks.wrong_dtype(name, X.dtype, f"{checks.FLOATS}, or uint16 for the bits of bfloat16")
+    # In the machine's byte order, and in float32 if it is another float.
+    return X.astype(np.float16 if X.itemsize == 2 else np.float32)
+
+
+def _storage(dtype: Any) -> np.dtype[Any]:
+    try:
+        storage = np.dtype(np.uint16 if str(dtype) == "bfloat16" else dtype)
+    except TypeError:
+        raise checks.wrong_dtype("the result", dtype, _STORAGE) from None
+    if storage not in _CODES:
+        raise checks.wrong_dtype("the result", storage, _STORAGE)
+    return storage
+
+
+def _check_score(queries: Array, tokens: Array, precision: str) -> None:
     checks.options("exclude", precision)
-    tokens = _rows("tokens", tokens)
-    if _code(tokens) is None:
-        raise checks.wrong_dtype("tokens", tokens.dtype, _STORAGE)
     if queries.shape[1] != tokens.shape[1]:
         raise ValueError(f"queries have {queries.shape[1]} dimensions and tokens {tokens.shape[1]}; want the same")
+
+
+def _collection(tokens: Array, offsets: Array, scales: Array | None) -> tuple[Array, Array, Array | None]:
+    tokens = _aligned("tokens", tokens, 2)
+    if _code(tokens) is None:
+        raise checks.wrong_dtype("tokens", tokens.dtype, _STORAGE)
     offsets = _integers("offsets", offsets)
     checks.boundaries("offsets", offsets.shape)
     if (scales is not None) != (tokens.dtype == np.int8):
@@ -169,11 +266,11 @@ def _collection(
     return tokens, offsets, scales
 
 
-def _rows(name: str, X: Array) -> Array:
+def _aligned(name: str, X: Array, rank: int) -> Array:
     if not isinstance(X, np.ndarray):
         raise checks.not_an_array(name, X, "a numpy array")
-    checks.rank(name, X.shape, (2,), "[tokens, d]")
-    if X.shape[1] < 1:
+    checks.rank(name, X.shape, (rank,), "[N, L, d]" if rank == 3 else "[tokens, d]")
+    if X.shape[-1] < 1:
         raise checks.wrong_shape(name, X.shape, "a last dimension of at least 1")
     return X if X.flags.aligned else X.copy()
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backward_inl.h"
+#include "pack_inl.h"
 #include "pack_queries_inl.h"
 #include "peak_inl.h"
 #include "score_inl.h"
@@ -42,6 +43,16 @@ void inverse_norms(const NormsJob* job) {
   with_float(job->dtype, [&](auto element) { inverse_norms<decltype(element)>(*job); });
 }
 
+void store_tokens(StoreJob* job) {
+  with_float(job->source_dtype, [&](auto from) {
+    with_element(job->dtype, [&](auto to) { store_tokens<decltype(from), decltype(to)>(*job); });
+  });
+}
+
+void load_tokens(const LoadJob* job) {
+  with_element(job->dtype, [&](auto element) { load_tokens<decltype(element)>(*job); });
+}
+
 #ifdef EDGECOLBERT_NO_FIXED_POINT
 constexpr bool kFixedPoint = false;
 #else
@@ -54,8 +65,9 @@ constexpr int kInt8DimsOfWord = DotI8::dims_of_word;
 #endif
 
 constexpr Kernels kTable = {
-    kName,           Simd::width, kTileTokens,    kPanelRegisters, kFixedPoint, kInt8DimsOfWord, pack_register,
-    admits_integers, score,       add_rows<true>, add_rows<false>, finish_rows, inverse_norms,   peak_operations,
+    kName,         Simd::width,     kTileTokens, kPanelRegisters, kFixedPoint,     kInt8DimsOfWord,
+    pack_register, admits_integers, score,       add_rows<true>,  add_rows<false>, finish_rows,
+    inverse_norms, store_tokens,    load_tokens, peak_operations,
 };
 
 }  // namespace

@@ -55,6 +55,15 @@ struct Simd {
     memcpy(p, copy, sizeof(Element) * size_t(n));
   }
 
+  // 64 aligned bytes, past the caches; visible to other threads after finish_streams().
+  static constexpr bool streams = true;
+  static void stream_line(char* out, const char* line) {
+    const I* const from = reinterpret_cast<const I*>(line);
+    _mm256_stream_si256(reinterpret_cast<I*>(out), _mm256_load_si256(from));
+    _mm256_stream_si256(reinterpret_cast<I*>(out) + 1, _mm256_load_si256(from + 1));
+  }
+  static void finish_streams() { _mm_sfence(); }
+
   // Hides a value from the optimiser while it stays in its register.
   template <class V>
   static void keep(V& x) {

@@ -33,6 +33,13 @@ struct Simd {
   static void store_first(BF16* p, F x, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(x)); }
   static void store_first(I8* p, F x, int n) { _mm_mask_storeu_epi8(p, first(n), narrow_i8(x)); }
 
+  // 64 aligned bytes, past the caches; visible to other threads after finish_streams().
+  static constexpr bool streams = true;
+  static void stream_line(char* out, const char* line) {
+    _mm512_stream_si512(reinterpret_cast<I*>(out), _mm512_load_si512(line));
+  }
+  static void finish_streams() { _mm_sfence(); }
+
   // Hides a value from the optimiser while it stays in its register.
   template <class V>
   static void keep(V& x) {

@@ -47,6 +47,10 @@ struct Simd {
     memcpy(p, copy, sizeof(Element) * size_t(n));
   }
 
+  static constexpr bool streams = false;
+  static void stream_line(char*, const char*) {}
+  static void finish_streams() {}
+
   // Hides a value from the optimiser while it stays in its register.
   template <class V>
   static void keep(V& x) {
