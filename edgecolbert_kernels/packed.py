@@ -35,8 +35,8 @@ class PackedEmbeddings(Stored):
     """Token vectors of N documents, `[T, d]` without padding: `maxsim`, `maxsim_indexed` and `search` take it as D.
 
     Made by `from_list`, `from_padded`, `from_arrays`, `empty`, `load`, `concatenate` and `edgecolbert_kernels.pack`.
-    Storage is "float16" (the default: off by at most 2^-11 of a value), "bfloat16", "float32", or "int8" with one scale a document:
-    scale = max|x| / 127, so a value is off by at most scale / 2.
+    Storage is "float16" (the default: off by at most 2^-11 of a value), "bfloat16", "float32", or "int8" with one scale a
+    document: scale = max|x| / 127, so a value is off by at most scale / 2.
 
     A view is frozen. `packed[i]` is document i; `packed[a:b]`, `packed[[3, 1]]` and `packed[mask]` are views of the chosen
     documents; `append` and `remove` return the changed view. All share memory. Documents are counted from 0 in every view,

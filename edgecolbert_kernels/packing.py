@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from edgecolbert_kernels import checks, dtypes
+from edgecolbert_kernels.backends import choose, native
 from edgecolbert_kernels.packed import PackedEmbeddings
 
 Array = np.ndarray
+Block = tuple[tuple[int, int], list[Any]]
 
 # Rows of a block: its projection stays in the cache, and the matrix product is large enough for BLAS.
 BLOCK_ROWS = 4096
@@ -59,14 +62,45 @@ def pack(
     lengths = [
         len(document) if keep is None else int(keep.sum()) for document, keep in zip(documents, kept, strict=True)
     ]
-    tokens = np.empty((sum(lengths), width), dtypes.STORAGE["float32" if dtype == "int8" else dtype])
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    tokens = np.empty((int(offsets[-1]), width), dtypes.STORAGE[dtype])
+    scales = np.empty(len(documents), np.float32) if dtype == "int8" else None
     project = _tensor_projection if documents and hasattr(documents[0], "detach") else _array_projection
-    written = 0
-    for rows in project(_blocks(documents, kept), weight, bias, normalize):
-        tokens[written : written + len(rows)] = dtypes.narrow("hidden", rows, "float32" if dtype == "int8" else dtype)
-        written += len(rows)
-    packed = PackedEmbeddings.from_arrays(tokens, np.cumsum([0, *lengths], dtype=np.int64))
-    return packed.to(dtype)
+    store = _store_by_kernel if _has_kernel(normalize, dtype) else _store_by_numpy
+    for (begin, end), rows in project(_blocks(documents, kept, lengths), weight, bias):
+        within = offsets[begin : end + 1] - offsets[begin]
+        part = slice(offsets[begin], offsets[end])
+        tokens[part], found = store(rows, within, normalize, dtype)
+        if scales is not None:
+            scales[begin:end] = found
+    return PackedEmbeddings.from_arrays(tokens, offsets, scales)
+
+
+def _has_kernel(normalize: bool, dtype: str) -> bool:
+    """Whether the compiled module stores: it does not look for values that a half cannot hold, and unit rows have none."""
+    if native.missing() or not (normalize or dtype == "float32"):
+        return False
+    return choose("maxsim", "cpu", "float32") == "cpu"
+
+
+def _store_by_kernel(rows: Array, offsets: Array, normalize: bool, dtype: str) -> tuple[Array, Array | None]:
+    from edgecolbert_kernels.backends.packed import pack_rows
+
+    if dtype == "int8" and not np.isfinite(rows).all():
+        raise checks.storage_range("hidden", dtype)
+    tokens, _, scales = pack_rows(rows, None, offsets, normalize=normalize, dtype=dtypes.STORAGE[dtype])
+    return tokens, scales
+
+
+def _store_by_numpy(rows: Array, offsets: Array, normalize: bool, dtype: str) -> tuple[Array, Array | None]:
+    if normalize:
+        norms = np.sqrt(np.einsum("td,td->t", rows, rows))
+        rows = rows / np.maximum(norms, np.float32(SMALLEST_NORM))[:, None]
+    if dtype != "int8":
+        return dtypes.narrow("hidden", rows, dtype), None
+    each = [dtypes.quantize("hidden", rows[first:last]) for first, last in pairwise(offsets.tolist())]
+    tokens = np.concatenate([np.empty((0, rows.shape[1]), np.int8), *(values for values, _ in each)])
+    return tokens, np.array([scale for _, scale in each], np.float32)
 
 
 def _documents(hidden: Any) -> tuple[Sequence[Any], int]:
@@ -104,53 +138,42 @@ def _masks(mask: Any, documents: Sequence[Any]) -> list[Array | None]:
     return kept
 
 
-def _blocks(documents: Sequence[Any], kept: Sequence[Array | None]) -> Iterator[list[Any]]:
-    """Kept rows of neighbouring documents, BLOCK_ROWS of them or little more a time."""
+def _blocks(documents: Sequence[Any], kept: Sequence[Array | None], lengths: Sequence[int]) -> Iterator[Block]:
+    """Ranges of documents with their kept rows: BLOCK_ROWS of them, or one document that has more."""
+    begin = count = 0
     block: list[Any] = []
-    count = 0
-    for document, keep in zip(documents, kept, strict=True):
-        for start in range(0, len(document), BLOCK_ROWS):
-            rows = document[start : start + BLOCK_ROWS]
-            if keep is not None:
-                # Positions rather than a bool mask: numpy's indices serve tensors too.
-                rows = rows[np.flatnonzero(keep[start : start + BLOCK_ROWS])]
-            block.append(rows)
-            count += len(rows)
-            if count >= BLOCK_ROWS:
-                yield block
-                block, count = [], 0
+    for n, (document, keep) in enumerate(zip(documents, kept, strict=True)):
+        if count and count + lengths[n] > BLOCK_ROWS:
+            yield (begin, n), block
+            begin, count, block = n, 0, []
+        # Positions rather than a bool mask: numpy's indices serve tensors too.
+        block.append(document if keep is None else document[np.flatnonzero(keep)])
+        count += lengths[n]
     if block:
-        yield block
+        yield (begin, len(documents)), block
 
 
-def _array_projection(blocks: Iterator[list[Any]], weight: Any, bias: Any, normalize: bool) -> Iterator[Array]:
+def _array_projection(blocks: Iterator[Block], weight: Any, bias: Any) -> Iterator[tuple[tuple[int, int], Array]]:
     transposed = None if weight is None else _floats("weight", weight).T
     shift = None if bias is None else _floats("bias", bias)
-    for block in blocks:
+    for documents, block in blocks:
         rows = np.concatenate([_floats("hidden", part) for part in block])
         if transposed is not None:
             rows = rows @ transposed
-        if shift is not None:
-            rows = rows + shift
-        if normalize:
-            norms = np.sqrt(np.einsum("td,td->t", rows, rows))
-            rows = rows / np.maximum(norms, np.float32(SMALLEST_NORM))[:, None]
-        yield rows
+        yield documents, rows if shift is None else rows + shift
 
 
-def _tensor_projection(blocks: Iterator[list[Any]], weight: Any, bias: Any, normalize: bool) -> Iterator[Array]:
+def _tensor_projection(blocks: Iterator[Block], weight: Any, bias: Any) -> Iterator[tuple[tuple[int, int], Array]]:
     import torch
 
     with torch.no_grad():
         matrix, shift = (None if x is None else torch.as_tensor(x).float() for x in (weight, bias))
-        for block in blocks:
-            rows = torch.cat(block).float()
+        for documents, block in blocks:
+            rows = torch.cat(block).detach().float()
             if matrix is not None:
                 shift = None if shift is None else shift.to(rows.device)
                 rows = torch.nn.functional.linear(rows, matrix.to(rows.device), shift)
-            if normalize:
-                rows = torch.nn.functional.normalize(rows, dim=-1, eps=SMALLEST_NORM)
-            yield rows.cpu().numpy()
+            yield documents, rows.cpu().numpy()
 
 
 def _floats(name: str, seen: Any) -> Array:

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "storage": {"checks"},
     "identifiers": {"checks", "storage"},
     "packed": {"checks", "dtypes", "identifiers", "scoring", "storage"},
-    "packing": {"checks", "dtypes", "packed"},
+    "packing": {"backends", "checks", "dtypes", "packed"},
     "retrieval": {"checks", "dtypes", "packed", "scoring"},
     "export": {"packed"},
     "cli": {"_version", "packed", "retrieval"},

@@ -425,10 +425,10 @@ def reference(hidden, mask, weight, bias, normalize):
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("projected", ["no", "weight", "weight and bias"])
-def test_pack(monkeypatch, kind, dtype, normalize, projected):
+def test_pack(monkeypatch, backend, kind, dtype, normalize, projected):
     monkeypatch.setattr("edgecolbert_kernels.packing.BLOCK_ROWS", 7)
     hidden, mask = embeddings(5, 13, 24, seed=1), holes(5, 13, seed=2)
     mask[3] = False
@@ -439,7 +439,7 @@ def test_pack(monkeypatch, kind, dtype, normalize, projected):
     packed = ek.pack(*arguments, normalize=normalize, dtype=dtype)
     assert packed.dtype == dtype
     assert packed.lengths.tolist() == mask.sum(1).tolist()
-    tolerance = {"float32": 1e-6, "float16": 1e-3, "int8": 1e-2}[dtype]
+    tolerance = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 5e-3, "int8": 1e-2}[dtype]
     np.testing.assert_allclose(np.concatenate(values(packed)), wanted, atol=tolerance)
     listed = ek.pack(list(arguments[0]), list(arguments[1]), *arguments[2:], normalize=normalize, dtype=dtype)
     np.testing.assert_array_equal(listed.tokens, packed.tokens)
@@ -458,6 +458,9 @@ def test_pack_details():
                 {"weight": np.ones((2, 4), np.float32), "bias": np.ones(3, np.float32)}):  # fmt: skip
         with pytest.raises(ValueError, match=next(reversed(bad))):
             ek.pack(X, **bad)
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="int8"):
+            ek.pack(X * bad, dtype="int8")
     with pytest.raises(TypeError, match="hidden"):
         ek.pack(3)
     with pytest.raises(TypeError, match="hidden"):
