@@ -5,12 +5,12 @@ import subprocess
 import sys
 import time
 
-SUITES = ("rerank", "batch", "threads", "isa", "training", "overhead")
+SUITES = ("rerank", "batch", "threads", "isa", "training", "overhead", "search", "storage")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.all")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: under 4 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: under 6 minutes")
     options = ["--quick"] if parser.parse_args().quick else []
     start = time.monotonic()
     failed = []

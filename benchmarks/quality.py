@@ -70,11 +70,11 @@ def main() -> None:
         qrels = list(corpus.qrels(folder / "qrels/test.tsv.gz"))
         print(f"{folder.name}: {len(documents)} documents, {len(queries)} queries, {Path(options.model).name}")
         for name, dtype, precision in COLUMNS:
-            stored = documents.to(dtype)
+            stored, names = documents.to(dtype), documents.ids
             rank = fast_alone if precision == "fast" else search
             scores, indices = rank(list(queries), stored, DEPTH)
             run = {
-                query: {str(stored.ids[n]): float(s) for n, s in zip(row, each, strict=True) if n >= 0}
+                query: {str(names[n]): float(s) for n, s in zip(row, each, strict=True) if n >= 0}
                 for query, row, each in zip(queries.ids, indices.tolist(), scores.tolist(), strict=True)
             }
             found = metrics.evaluate(run, qrels)

@@ -219,7 +219,7 @@ class PackedEmbeddings(Stored):
 
     @property
     def ids(self) -> list[Id] | None:
-        """The ids in order, None where documents have none."""
+        """The ids in order, None where documents have none. A new list at every call: keep it in a loop."""
         if self._ids is None:
             return None
         slots = range(len(self)) if self._rows is None else self._rows.tolist()

@@ -59,6 +59,10 @@ def pack(
         width = int(weight.shape[0])
     if bias is not None and (weight is None or tuple(bias.shape) != (width,)):
         raise checks.wrong_shape("bias", bias.shape, "[d], with a weight [d, h]")
+    if weight is None and not isinstance(hidden, (list, tuple)) and _has_kernel(normalize, dtype):
+        whole = None if mask is None or not kept else np.stack([np.asarray(keep) for keep in kept])
+        tokens, offsets, scales = _kernel(dtypes.matrix("hidden", hidden)[0], whole, None, normalize, dtype)
+        return PackedEmbeddings.from_arrays(tokens, offsets, scales)
     lengths = [
         len(document) if keep is None else int(keep.sum()) for document, keep in zip(documents, kept, strict=True)
     ]
@@ -84,12 +88,19 @@ def _has_kernel(normalize: bool, dtype: str) -> bool:
 
 
 def _store_by_kernel(rows: Array, offsets: Array, normalize: bool, dtype: str) -> tuple[Array, Array | None]:
+    tokens, _, scales = _kernel(rows, None, offsets, normalize, dtype)
+    return tokens, scales
+
+
+def _kernel(X: Array, mask: Array | None, offsets: Array | None, normalize: bool, dtype: str) -> Any:
     from edgecolbert_kernels.backends.packed import pack_rows
 
-    if dtype == "int8" and not np.isfinite(rows).all():
-        raise checks.storage_range("hidden", dtype)
-    tokens, _, scales = pack_rows(rows, None, offsets, normalize=normalize, dtype=dtypes.STORAGE[dtype])
-    return tokens, scales
+    try:
+        return pack_rows(X, mask, offsets, normalize=normalize, dtype=dtypes.STORAGE[dtype])
+    except ValueError as error:
+        if "int8" not in str(error):
+            raise
+        raise checks.storage_range("hidden", dtype) from None
 
 
 def _store_by_numpy(rows: Array, offsets: Array, normalize: bool, dtype: str) -> tuple[Array, Array | None]:
