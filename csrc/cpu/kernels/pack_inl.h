@@ -68,32 +68,49 @@ template <class From, class To, class Transform>
   if (k < dim) Simd::store_first(out + k, transform(Simd::load_first(row + k, dim - k)), dim - k);
 }
 
-// visit(row) for every kept token of a document, as contiguous elements. Holes and conversions keep the processor from
-// running ahead on its own, so rows are asked for in time, at a document's end those of the next one.
-template <class From, class Visit>
-[[gnu::always_inline]] inline void for_each_row(const StoreJob& job, Visit visit) {
-  constexpr int64_t kPrefetchBytes = 4096;
-  const Tokens& tokens = job.source;
-  const int64_t row_bytes = int64_t(sizeof(From)) * job.dim, ahead = 1 + kPrefetchBytes / row_bytes;
-  const intptr_t prefetch_end = intptr_t(tokens.prefetch_end) - row_bytes;
-  for (int64_t i = 0; i < tokens.length; ++i) {
-    const int64_t later = i + ahead, beyond = job.source_tokens + later - tokens.length;
-    const int64_t token = later >= tokens.length ? beyond : tokens.kept ? tokens.kept[later] : later;
-    const char* const coming = tokens.data + token * tokens.token_stride;
-    if (intptr_t(coming) < prefetch_end) {
-      for (int64_t k = 0; k < row_bytes; k += 64) __builtin_prefetch(coming + k);
-    }
+// The kept tokens of a document, as contiguous elements. Holes and conversions keep the processor from running ahead on
+// its own, so rows are asked for in time, at a document's end those of the next one.
+template <class From>
+class Rows {
+ public:
+  explicit Rows(const StoreJob& job)
+      : job_(job),
+        row_bytes_(int64_t(sizeof(From)) * job.dim),
+        ahead_(1 + kPrefetchBytes / row_bytes_),
+        prefetch_end_(intptr_t(job.source.prefetch_end) - row_bytes_) {}
+
+  // Valid until the next call.
+  [[gnu::always_inline]] const From* operator[](int64_t i) const {
+    const Tokens& tokens = job_.source;
     const char* const data = tokens.data + (tokens.kept ? tokens.kept[i] : i) * tokens.token_stride;
-    visit(contiguous_row<From>(data, tokens.dim_stride, job.dim, job.buffer + kStageBytes));
+    return contiguous_row<From>(data, tokens.dim_stride, job_.dim, job_.buffer + kStageBytes);
   }
-}
+
+  [[gnu::always_inline]] void prefetch_after(int64_t i) const {
+    const Tokens& tokens = job_.source;
+    const int64_t later = i + ahead_, beyond = job_.source_tokens + later - tokens.length;
+    const int64_t token = later >= tokens.length ? beyond : tokens.kept ? tokens.kept[later] : later;
+    const char* const data = tokens.data + token * tokens.token_stride;
+    if (intptr_t(data) >= prefetch_end_) return;
+    for (int64_t k = 0; k < row_bytes_; k += 64) __builtin_prefetch(data + k);
+  }
+
+ private:
+  static constexpr int64_t kPrefetchBytes = 4096;
+
+  const StoreJob& job_;
+  const int64_t row_bytes_, ahead_;
+  const intptr_t prefetch_end_;  // of the addresses of rows that are prefetched
+};
 
 // Largest |x| of a document, after normalisation where asked; false when a value is not finite.
 template <class From>
 inline bool largest_magnitude(const StoreJob& job, float* largest) {
   Simd::I document_bits = Simd::zero_integer(), normalized_bits = Simd::zero_integer();
-  float* inverse_norm = job.inverse_norms;
-  for_each_row<From>(job, [&](const From* row) {
+  const Rows<From> rows(job);
+  for (int64_t i = 0; i < job.source.length; ++i) {
+    rows.prefetch_after(i);
+    const From* const row = rows[i];
     Simd::I bits = Simd::zero_integer();
     if (job.normalize) {
       Simd::F squares = Simd::zero();
@@ -101,15 +118,15 @@ inline bool largest_magnitude(const StoreJob& job, float* largest) {
         bits = Simd::maximum_unsigned(bits, Simd::absolute_bits(x));
         squares = Simd::multiply_add(x, x, squares);
       });
-      *inverse_norm = inverse_of_norm(Simd::sum(squares), kNormEpsilon);
-      const Simd::F lanes = Simd::multiply(Simd::from_bits(bits), Simd::broadcast(*inverse_norm++));
+      job.inverse_norms[i] = inverse_of_norm(Simd::sum(squares), kNormEpsilon);
+      const Simd::F lanes = Simd::multiply(Simd::from_bits(bits), Simd::broadcast(job.inverse_norms[i]));
       normalized_bits = Simd::maximum_unsigned(normalized_bits, Simd::bits(lanes));
     } else {
       for_each_register(row, job.dim,
                         [&](int, Simd::F x) { bits = Simd::maximum_unsigned(bits, Simd::absolute_bits(x)); });
     }
     document_bits = Simd::maximum_unsigned(document_bits, bits);
-  });
+  }
   *largest = bits_to_float(Simd::largest_unsigned(job.normalize ? normalized_bits : document_bits));
   return Simd::largest_unsigned(document_bits) < 0x7f800000u;
 }
@@ -124,43 +141,65 @@ inline void store_int8(StoreJob& job, Sink& sink) {
   const bool zero = largest < kSmallestPackedPeak;
   job.scale = zero ? 0.0f : largest / 127.0f;
   const Simd::F inverse_scale = Simd::broadcast(zero ? 0.0f : 127.0f / largest);
-  int64_t i = 0;
-  for_each_row<From>(job, [&](const From* row) {
+  const Rows<From> rows(job);
+  for (int64_t i = 0; i < job.source.length; ++i) {
+    const From* const row = rows[i];
     I8* const out = reinterpret_cast<I8*>(sink.reserve(job.dim));
     if (job.normalize) {
-      const Simd::F inverse_norm = Simd::broadcast(job.inverse_norms[i++]);
+      const Simd::F inverse_norm = Simd::broadcast(job.inverse_norms[i]);
       convert_row(row, job.dim, out,
                   [&](Simd::F x) { return Simd::multiply(Simd::multiply(x, inverse_norm), inverse_scale); });
     } else {
       convert_row(row, job.dim, out, [&](Simd::F x) { return Simd::multiply(x, inverse_scale); });
     }
     sink.commit(job.dim);
-  });
+  }
 }
 
 template <class From, class To>
 inline void store_float(const StoreJob& job, Sink& sink) {
   const int64_t bytes = int64_t(sizeof(To)) * job.dim;
-  for_each_row<From>(job, [&](const From* row) {
-    To* const out = reinterpret_cast<To*>(sink.reserve(bytes));
-    if (job.normalize) {
-      const Simd::F scale = Simd::broadcast(inverse_norm(row, job.dim));
-      convert_row(row, job.dim, out, [&](Simd::F x) { return Simd::multiply(x, scale); });
-    } else {
-      convert_row(row, job.dim, out, [](Simd::F x) { return x; });
-    }
+  const Rows<From> rows(job);
+  for (int64_t i = 0; i < job.source.length; ++i) {
+    rows.prefetch_after(i);
+    convert_row(rows[i], job.dim, reinterpret_cast<To*>(sink.reserve(bytes)), [](Simd::F x) { return x; });
     sink.commit(bytes);
-  });
+  }
+}
+
+// A norm takes a chain of a hundred cycles, and the conversions that wait for it fill the processor's queue: a few
+// norms are computed before the first of their rows is converted.
+template <class From, class To>
+inline void store_normalized(const StoreJob& job, Sink& sink) {
+  constexpr int block = 8;
+  const int64_t bytes = int64_t(sizeof(To)) * job.dim;
+  const Rows<From> rows(job);
+  for (int64_t first = 0; first < job.source.length; first += block) {
+    const int count = int(job.source.length - first < block ? job.source.length - first : block);
+    float inverse_norms[block];
+    for (int i = 0; i < count; ++i) {
+      rows.prefetch_after(first + i);
+      inverse_norms[i] = inverse_norm(rows[first + i], job.dim);
+    }
+    for (int i = 0; i < count; ++i) {
+      const Simd::F scale = Simd::broadcast(inverse_norms[i]);
+      To* const out = reinterpret_cast<To*>(sink.reserve(bytes));
+      convert_row(rows[first + i], job.dim, out, [&](Simd::F x) { return Simd::multiply(x, scale); });
+      sink.commit(bytes);
+    }
+  }
 }
 
 // The same type without normalisation: bits are kept, those of a NaN too.
 template <class Element>
 inline void copy_rows(const StoreJob& job, Sink& sink) {
   const int64_t bytes = int64_t(sizeof(Element)) * job.dim;
-  for_each_row<Element>(job, [&](const Element* row) {
-    memcpy(sink.reserve(bytes), row, size_t(bytes));
+  const Rows<Element> rows(job);
+  for (int64_t i = 0; i < job.source.length; ++i) {
+    rows.prefetch_after(i);
+    memcpy(sink.reserve(bytes), rows[i], size_t(bytes));
     sink.commit(bytes);
-  });
+  }
 }
 
 template <class A, class B>
@@ -174,12 +213,12 @@ void store_tokens(StoreJob& job) {
   Sink sink(job.out, job.stream && int64_t(sizeof(To)) * job.dim <= kStageBytes / 2, job.buffer);
   if constexpr (kSame<To, I8>) {
     store_int8<From>(job, sink);
+  } else if (job.normalize) {
+    store_normalized<From, To>(job, sink);
+  } else if constexpr (kSame<From, To>) {
+    copy_rows<From>(job, sink);
   } else {
-    if (kSame<From, To> && !job.normalize) {
-      copy_rows<From>(job, sink);
-    } else {
-      store_float<From, To>(job, sink);
-    }
+    store_float<From, To>(job, sink);
   }
   sink.finish();
 }
