@@ -7,12 +7,14 @@ BUILD ?= build/dev
 #   make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 
+FUZZ_SECONDS ?= 600
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format module objects spills emulate sanitize matrix clean
+.PHONY: help demo test bench lint format module objects fuzz spills emulate sanitize matrix clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +51,9 @@ objects: $(BIN)/.base  ## the objects of the instruction sets alone, in build/na
 	$(BIN)/cmake -S . -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	    -DEDGECOLBERT_PYTHON=OFF -DEDGECOLBERT_NATIVE_TESTS=ON
 	$(BIN)/cmake --build build/native --target isa_objects
+
+fuzz: $(BIN)/.test module  ## damaged folders of packed embeddings against their reader (FUZZ_SECONDS=60; 600 by default)
+	$(BIN)/python -m tools.fuzz_packed $(FUZZ_SECONDS)
 
 spills: objects  ## register spills in the hot loops of those objects
 	$(BIN)/python tools/spills.py $$(awk '$$1 != "scalar" { print $$2 }' build/native/isa_objects.txt)

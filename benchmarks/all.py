@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 
-SUITES = ("rerank", "batch", "threads", "isa", "training", "losses", "overhead")
+SUITES = ("rerank", "batch", "threads", "isa", "training", "losses", "overhead", "search", "storage")
 
 
 def main() -> None:

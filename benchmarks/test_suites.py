@@ -8,9 +8,9 @@ import itertools
 
 import pytest
 
-from benchmarks import batch, isa, losses, machine, overhead, rerank, threads, training
+from benchmarks import batch, isa, losses, machine, overhead, rerank, search, threads, training
 
-SUITES = (rerank, batch, threads, isa, training, losses, overhead)
+SUITES = (rerank, batch, threads, isa, training, losses, overhead, search)
 CONTENDERS = [
     pytest.param(
         f"{suite.__name__.split('.')[-1]}, {case.name}",

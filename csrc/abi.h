@@ -7,7 +7,12 @@
 
 namespace edgecolbert {
 
-enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
+// i8: documents only, one scale a document. Kernels score the integers; the driver multiplies by the scale, which is 0
+// or more and so commutes with the maximum.
+enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2, i8 = 3 };
+
+// What queries are rounded to for precision="fast".
+enum class Integer : int32_t { none = 0, i16 = 1, i8 = 2 };
 
 // Kept tokens of one sequence, read in place.
 struct Tokens {
@@ -20,7 +25,7 @@ struct Tokens {
 };
 
 // One register row of query tokens, turned so that a lane is a token: [k-word][lane].
-// A k-word is 32 bits: one float, or two int16 dimensions.
+// A k-word is 32 bits: one float, two int16 dimensions, or Kernels::int8_dims_of_word int8 dimensions.
 struct PackJob {
   const char* const* rows;  // [width] query tokens; null: a lane without a token
   DType dtype;
@@ -29,12 +34,15 @@ struct PackJob {
   bool normalize;
   uint32_t* words_f32;  // lane 0 of k-word 0
   uint32_t* words_i16;  // null: fixed point is not wanted
+  uint32_t* words_i8;   // null: int8 is not wanted
+  int32_t* biases;      // [width] out with words_i8, see QueryGroup
+  float* scales;        // [width] out with words_i8
   int64_t word_stride;  // 32-bit elements from one k-word to the next
   float* buffer;        // 2 * (dim rounded up to the width) floats of scratch
   float peak;           // out: largest |x|; NaN if any x is NaN
 };
 
-// Whether int16 fixed point can represent every given query token.
+// Whether integers can represent every given query token.
 struct AdmitJob {
   const char* const* rows;  // [count], none null
   int64_t count;
@@ -42,6 +50,7 @@ struct AdmitJob {
   int32_t dim;
   int64_t dim_stride;  // bytes
   bool normalize;
+  Integer integer;
   float* buffer;  // 2 * (dim rounded up to the width) floats of scratch
 };
 
@@ -51,6 +60,9 @@ struct AdmitJob {
 struct QueryGroup {
   const uint32_t* words_f32;
   const uint32_t* words_i16;  // null: exact only
+  const uint32_t* words_i8;   // null: exact only
+  const int32_t* biases;      // [registers * width] with words_i8: what the kernel's own sums are too large by
+  const float* scales;        // [registers * width] with words_i8: a query value is its integer times this
   int64_t registers;
   float peak;  // largest |x|, infinity if any is not finite
 };
@@ -61,6 +73,7 @@ struct ScoreJob {
   DType dtype;
   int32_t dim;
   bool normalize;
+  float norm_epsilon;  // with normalize, of the stored values: kNormEpsilon over the document's scale
   bool argmax;
   const QueryGroup* group;
   int64_t block_tokens;  // document tokens widened at a time
@@ -112,22 +125,58 @@ struct NormsJob {
   char* buffer;  // dim floats
 };
 
-enum class Peak : int32_t { f32 = 0, i16 = 1 };
+// Kept tokens of one document, rounded to the packed storage: rows of `dim` elements back to back.
+struct StoreJob {
+  Tokens source;
+  int64_t source_tokens;  // kept or not
+  DType source_dtype;     // not i8
+  DType dtype;
+  int32_t dim;
+  bool normalize;
+  bool stream;           // past the caches
+  char* out;             // [source.length, dim]
+  float* inverse_norms;  // [source.length] of scratch, with normalize and i8
+  char* buffer;          // kStageBytes + 2 * (dim rounded up to the width) floats of scratch, aligned to 64 bytes
+  float scale;           // out, of i8
+  bool finite;           // out, of i8: otherwise nothing was stored
+};
+
+// The way back: out = float(row) * scale.
+struct LoadJob {
+  const char* source;
+  DType dtype;
+  int32_t dim;
+  int64_t rows;
+  int64_t token_stride;  // bytes
+  int64_t dim_stride;    // bytes
+  float scale;
+  bool stream;   // past the caches
+  float* out;    // [rows, dim]
+  char* buffer;  // kStageBytes + dim floats of scratch, aligned to 64 bytes
+};
+
+// Written here first when the result is to go past the caches, which wants whole cache lines.
+constexpr int64_t kStageBytes = 8192;
+
+enum class Peak : int32_t { f32 = 0, i16 = 1, i8 = 2 };
 
 // What an instruction set offers. One constant of this type an object file.
 struct Kernels {
   const char* name;
-  int32_t width;            // 32-bit lanes of a register
-  int32_t tile_tokens;      // document tokens of a tile
-  int32_t panel_registers;  // query registers of a tile
-  bool fixed_point;         // int16 pays off
+  int32_t width;              // 32-bit lanes of a register
+  int32_t tile_tokens;        // document tokens of a tile
+  int32_t panel_registers;    // query registers of a tile
+  bool fixed_point;           // int16 pays off
+  int32_t int8_dims_of_word;  // dimensions of an int8 k-word; 0: int8 does not pay off
   void (*pack_register)(PackJob*);
-  bool (*admits_fixed_point)(const AdmitJob*);
+  bool (*admits_integers)(const AdmitJob*);
   void (*score)(const ScoreJob*);
   void (*scatter_rows)(const RowsJob*);
   void (*gather_rows)(const RowsJob*);
   void (*finish_rows)(const FinishJob*);
   void (*inverse_norms)(const NormsJob*);
+  void (*store_tokens)(StoreJob*);
+  void (*load_tokens)(const LoadJob*);
   uint64_t (*peak_operations)(Peak);  // runs a fixed stretch of multiply-adds and returns how many operations it was
 };
 

@@ -28,17 +28,18 @@ T* address(int64_t value) {
 Sequences read_sequences(const py::tuple& arguments) {
   PyObject* const t = arguments.ptr();
   Sequences s;
-  if (arguments.size() != 6 && arguments.size() != 12)
-    throw py::value_error("a sequence description has 6 or 12 integers");
+  if (arguments.size() != 6 && arguments.size() != 13)
+    throw py::value_error("a sequence description has 6 or 13 integers");
   const bool list = arguments.size() == 6;
   const int64_t dtype = integer(t, list ? 0 : 1);
   const int64_t dim = integer(t, list ? 1 : 2);
-  if (dtype < 0 || dtype > 2) throw py::value_error("unknown dtype code " + std::to_string(dtype));
+  if (dtype < 0 || dtype > 3) throw py::value_error("unknown dtype code " + std::to_string(dtype));
   if (dim < 1 || dim > INT32_MAX / 64) throw py::value_error("dim out of range: " + std::to_string(dim));
   s.dtype = DType(dtype);
   s.dim = int32_t(dim);
-  const int64_t bytes = s.dtype == DType::f32 ? 4 : 2;
+  const int64_t bytes = bytes_of(s.dtype);
   if (list) {
+    if (s.dtype == DType::i8) throw py::value_error("no lists of int8");
     s.dim_stride = bytes;
     s.pointers = address<const int64_t>(integer(t, 2));
     s.lengths = address<const int64_t>(integer(t, 3));
@@ -56,6 +57,8 @@ Sequences read_sequences(const py::tuple& arguments) {
   s.length = integer(t, 9);
   s.offsets = address<const int64_t>(integer(t, 10));
   s.mask = address<const uint8_t>(integer(t, 11));
+  s.scales = address<const float>(integer(t, 12));
+  if ((s.dtype == DType::i8) != (s.scales != nullptr)) throw py::value_error("int8 has scales, other dtypes have none");
   if (s.inner_count < 1 || s.count < 0 || s.length < 0)
     throw py::value_error("negative size in a sequence description");
   return s;
@@ -65,7 +68,7 @@ Sequences read_sequences(const py::tuple& arguments) {
 struct ByteStrides {
   explicit ByteStrides(Sequences& s) {
     if (!s.token_strides) return;
-    const int64_t bytes = s.dtype == DType::f32 ? 4 : 2;
+    const int64_t bytes = bytes_of(s.dtype);
     strides.assign(s.token_strides, s.token_strides + s.count);
     for (int64_t& stride : strides) stride *= bytes;
     s.token_strides = strides.data();
@@ -114,6 +117,7 @@ void py_forward(const py::tuple& queries, const py::tuple& documents, int layout
   ForwardCall call;
   call.queries = read_sequences(queries);
   call.documents = read_sequences(documents);
+  if (call.queries.dtype == DType::i8) throw py::value_error("queries are not int8");
   const ByteStrides query_strides(call.queries), document_strides(call.documents);
   call.pairs = read_pairs(layout, index, call.queries, call.documents);
   call.out = address<float>(out);
@@ -136,6 +140,8 @@ void py_backward(const py::tuple& queries, const py::tuple& documents, int layou
   call.queries = read_sequences(queries);
   call.documents = read_sequences(documents);
   if (call.queries.pointers || call.documents.pointers) throw py::value_error("no backward for lists");
+  if (call.queries.dtype == DType::i8 || call.documents.dtype == DType::i8)
+    throw py::value_error("no backward for int8: a gradient does not go through its rounding");
   call.pairs = read_pairs(layout, index, call.queries, call.documents);
   call.gradient = address<const float>(grad);
   call.winners = {address<void>(argmax), argmax_bytes};
@@ -150,10 +156,41 @@ void py_backward(const py::tuple& queries, const py::tuple& documents, int layou
   backward(isa, call);
 }
 
-double measure_peak(const std::string& kind, double seconds) {
-  if (kind != "f32" && kind != "i16") throw py::value_error("kind must be 'f32' or 'i16', got '" + kind + "'");
+int64_t py_pack(const py::tuple& source, bool normalize, int dtype, int64_t offsets, int64_t out, int64_t scales,
+                int threads) {
+  PackCall call;
+  call.source = read_sequences(source);
+  if (call.source.pointers || call.source.dtype == DType::i8)
+    throw py::value_error("packs float rows, not lists or int8");
+  if (dtype < 0 || dtype > 3) throw py::value_error("unknown dtype code " + std::to_string(dtype));
+  check_lengths(call.source, call.source.mask);
+  call.dtype = DType(dtype);
+  call.normalize = normalize;
+  call.offsets = address<const int64_t>(offsets);
+  call.out = address<char>(out);
+  call.scales = address<float>(scales);
+  call.threads = threads;
   const Kernels& isa = kernels();
-  const Peak peak = kind == "f32" ? Peak::f32 : Peak::i16;
+  const py::gil_scoped_release release;
+  return pack(isa, call);
+}
+
+void py_unpack(const py::tuple& source, int64_t out, int threads) {
+  UnpackCall call;
+  call.source = read_sequences(source);
+  if (!call.source.offsets) throw py::value_error("unpacks packed rows");
+  call.out = address<float>(out);
+  call.threads = threads;
+  const Kernels& isa = kernels();
+  const py::gil_scoped_release release;
+  unpack(isa, call);
+}
+
+double measure_peak(const std::string& kind, double seconds) {
+  if (kind != "f32" && kind != "i16" && kind != "i8")
+    throw py::value_error("kind must be 'f32', 'i16' or 'i8', got '" + kind + "'");
+  const Kernels& isa = kernels();
+  const Peak peak = kind == "f32" ? Peak::f32 : kind == "i16" ? Peak::i16 : Peak::i8;
   const py::gil_scoped_release release;
   using Clock = std::chrono::steady_clock;
   double best = 0.0;
@@ -179,11 +216,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &set_isa, py::arg("name"), "Forces an instruction set; '' reads EDGECOLBERT_ISA again.");
   m.def("has_openmp", &has_openmp);
   m.def("measure_peak", &measure_peak, py::arg("kind"), py::arg("seconds") = 0.05,
-        "G operations/s (2 a multiply-add) of one thread on registers alone: 'f32', or 'i16' (0 where there is none).");
+        "G operations/s (2 a multiply-add) of one thread on registers alone: 'f32', 'i16' or 'i8' (0 where there are "
+        "none).");
   m.def("forward", &py_forward, py::arg("queries"), py::arg("documents"), py::arg("layout"), py::arg("index"),
         py::arg("out"), py::arg("argmax"), py::arg("argmax_bytes"), py::arg("precision"), py::arg("zero_mode"),
         py::arg("normalize"), py::arg("threads"));
   m.def("backward", &py_backward, py::arg("queries"), py::arg("documents"), py::arg("layout"), py::arg("index"),
         py::arg("grad"), py::arg("argmax"), py::arg("argmax_bytes"), py::arg("grad_queries"), py::arg("grad_documents"),
         py::arg("normalize"), py::arg("accumulate_queries"), py::arg("threads"));
+  m.def("pack", &py_pack, py::arg("source"), py::arg("normalize"), py::arg("dtype"), py::arg("offsets"), py::arg("out"),
+        py::arg("scales"), py::arg("threads"));
+  m.def("unpack", &py_unpack, py::arg("source"), py::arg("out"), py::arg("threads"));
 }

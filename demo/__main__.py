@@ -15,11 +15,11 @@ from rich.table import Table
 from demo import timing
 from demo.cache import encode
 from demo.corpus import Task, beir, standard_library, subsample
-from demo.encoders import COLBERT, Encoder, load_encoder
 from demo.highlight import excerpt, winning_words
 from demo.metrics import ndcg, reciprocal_rank
 from demo.search import rank
 from demo.vectors import TokenVectors
+from edgecolbert_kernels.cli.encoders import COLBERT, Encoder, load_encoder
 
 DEPTH = 10
 
@@ -133,7 +133,7 @@ def show_timing(console: Console, queries: TokenVectors, documents: TokenVectors
 
 
 def answer(console: Console, query: str, task: Task, encoder: Encoder, documents: TokenVectors, hits: int) -> None:
-    vectors = encoder.encode_queries([query])
+    vectors = TokenVectors.from_texts(encoder.encode_queries([query]))
     scores, numbers = rank(vectors, documents, hits)
     start = time.perf_counter()
     rank(vectors, documents, hits)  # again, for its time: the first call of a process starts the threads

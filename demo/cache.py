@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from demo.corpus import Task
-from demo.encoders import Encoder
 from demo.vectors import TokenVectors
+from edgecolbert_kernels.cli.encoders import Encoder
 
-FORMAT = 1  # to raise whenever the same texts would be encoded differently
+FORMAT = 2  # to raise whenever the same texts would be encoded differently
 
 
 def encode(task: Task, encoder: Encoder, folder: Path) -> tuple[TokenVectors, TokenVectors]:
@@ -28,8 +29,11 @@ def encode(task: Task, encoder: Encoder, folder: Path) -> tuple[TokenVectors, To
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         print(f"{path} cannot be read ({error}); encoding again.")
 
-    documents = encoder.encode_documents(texts)
-    queries = encoder.encode_queries(task.queries)
+    with tqdm(total=len(texts), desc="Encoding documents", unit=" documents") as bar:
+        encoder.fit(texts)
+        documents = TokenVectors.from_texts(encoder.encode_documents(texts, bar.update))
+    with tqdm(total=len(task.queries), desc="Encoding queries", unit=" queries") as bar:
+        queries = TokenVectors.from_texts(encoder.encode_queries(task.queries, bar.update))
     arrays = {
         "document_values": documents.values,
         "document_offsets": documents.offsets,

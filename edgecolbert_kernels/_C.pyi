@@ -1,9 +1,10 @@
 """CPU kernels. Addresses and integers in, nothing out: the callers check shapes, dtypes and lifetimes.
 
 A sequence description is one of
-    (data, dtype, dim, dim_stride, token_stride, inner_stride, outer_stride, inner_count, count, length, offsets, mask)
+    (data, dtype, dim, dim_stride, token_stride, inner_stride, outer_stride, inner_count, count, length, offsets, mask, scales)
     (dtype, dim, pointers, lengths, token_strides, count)
-with addresses as integers and strides in elements; dtype 0 float32, 1 float16, 2 bfloat16; see `csrc/cpu/driver.h`.
+with addresses as integers and strides in elements; dtype 0 float32, 1 float16, 2 bfloat16, 3 int8 (documents only, with
+float32 `scales[count]`); see `csrc/cpu/driver.h`.
 """
 
 def built_isas() -> list[str]: ...
@@ -39,3 +40,16 @@ def backward(
     accumulate_queries: bool,
     threads: int,
 ) -> None: ...
+def pack(
+    source: tuple[int, ...],
+    normalize: bool,
+    dtype: int,
+    offsets: int,
+    out: int,
+    scales: int,
+    threads: int,
+) -> int:
+    """Kept tokens to `out`, row `offsets[0]` of the result; the first document that int8 cannot hold, or -1."""
+
+def unpack(source: tuple[int, ...], out: int, threads: int) -> None:
+    """The rows of packed documents in float32, `out` being row `offsets[0]`."""

@@ -1,9 +1,8 @@
-"""Fused MaxSim scoring and training losses for tiny late-interaction (ColBERT) models.
+"""Fused MaxSim for tiny late-interaction (ColBERT) models: scoring, training losses, packed token embeddings, exact search.
 
-Importing this package loads neither torch nor the compiled module: each comes in with the first call that needs it.
+Importing this package loads neither torch nor numpy nor the compiled module: each comes in with the first call that needs
+it.
 """
-
-from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -13,25 +12,24 @@ from edgecolbert_kernels.backends import BackendUnsupported, backend
 from edgecolbert_kernels.scoring import maxsim, maxsim_indexed, maxsim_pairs, maxsim_varlen
 
 if TYPE_CHECKING:
-    from edgecolbert_kernels.distributed import gather_with_gradient as gather_with_gradient
-    from edgecolbert_kernels.gradcache import GradCache as GradCache
-    from edgecolbert_kernels.losses import contrastive_loss as contrastive_loss
-    from edgecolbert_kernels.losses import distillation_loss as distillation_loss
-    from edgecolbert_kernels.modules import MaxSimScorer as MaxSimScorer
-
-# What is looked up when it is first asked for, and where: these modules need torch, or are not always wanted.
-_LATER = {
-    "GradCache": "gradcache",
-    "MaxSimScorer": "modules",
-    "contrastive_loss": "losses",
-    "distillation_loss": "losses",
-    "gather_with_gradient": "distributed",
-}
+    from edgecolbert_kernels.distributed import gather_with_gradient
+    from edgecolbert_kernels.gradcache import GradCache
+    from edgecolbert_kernels.losses import contrastive_loss, distillation_loss
+    from edgecolbert_kernels.modules import MaxSimScorer
+    from edgecolbert_kernels.packed import PackedEmbeddings, PackedWriter
+    from edgecolbert_kernels.packing import pack
+    from edgecolbert_kernels.retrieval import search
+    from edgecolbert_kernels.storage.header import PackedFormatError
+    from edgecolbert_kernels.storage.lock import PackedLocked
 
 __all__ = [
     "BackendUnsupported",
     "GradCache",
     "MaxSimScorer",
+    "PackedEmbeddings",
+    "PackedFormatError",
+    "PackedLocked",
+    "PackedWriter",
     "__version__",
     "backend",
     "contrastive_loss",
@@ -41,15 +39,32 @@ __all__ = [
     "maxsim_indexed",
     "maxsim_pairs",
     "maxsim_varlen",
+    "pack",
+    "search",
 ]
+
+# These need numpy or torch, so they are imported when they are first asked for.
+_LATE = {
+    "GradCache": "gradcache",
+    "MaxSimScorer": "modules",
+    "PackedEmbeddings": "packed",
+    "PackedFormatError": "storage.header",
+    "PackedLocked": "storage.lock",
+    "PackedWriter": "packed",
+    "contrastive_loss": "losses",
+    "distillation_loss": "losses",
+    "gather_with_gradient": "distributed",
+    "pack": "packing",
+    "search": "retrieval",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
-    globals()[name] = found
-    return found
+    value = getattr(importlib.import_module(f"{__name__}.{_LATE[name]}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

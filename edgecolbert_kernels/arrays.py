@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from edgecolbert_kernels import checks
-from edgecolbert_kernels.backends import layout, native
+from edgecolbert_kernels.backends import layout, native, packed
 
 Array = np.ndarray
 _CODES = {
@@ -60,6 +60,51 @@ def integers(name: str, seen: Any, like: Array | None = None) -> Array:
         raise checks.wrong_dtype(name, seen.dtype, checks.INTEGERS)
     checks.rank(name, seen.shape, (1,), "one dimension")
     return np.ascontiguousarray(seen, dtype=np.int64)
+
+
+def stored(X: Array) -> Array:
+    return X
+
+
+def reads_integers(Q: Array) -> bool:
+    return True
+
+
+def query_rows(Q: Array, q_mask: Array | None) -> tuple[Array, Array]:
+    """`[Nq, Lq, d]` or `[Lq, d]` as rows back to back, without the masked ones, and their boundaries."""
+    Q = Q if Q.ndim == 3 else Q[None]
+    if q_mask is None:
+        return Q.reshape(-1, Q.shape[-1]), np.arange(len(Q) + 1, dtype=np.int64) * Q.shape[1]
+    q_mask = q_mask if q_mask.ndim == 2 else q_mask[None]
+    return Q[q_mask], np.cumsum([0, *q_mask.sum(axis=1)], dtype=np.int64)
+
+
+def score_packed(*arguments: Any, **options: Any) -> Array:
+    return packed.score_packed(*arguments, **options)
+
+
+def score_packed_pairs(*arguments: Any, **options: Any) -> Array:
+    return packed.score_packed_pairs(*arguments, **options)
+
+
+def answer(scores: Array, single: bool, out_dtype: Any) -> Array:
+    return (scores[0] if single else scores).astype(floating(out_dtype), copy=False)
+
+
+def join(scores: list[Array]) -> Array:
+    return np.concatenate(scores, axis=-1)
+
+
+def to_numpy(seen: Any) -> Any:
+    return seen
+
+
+def inverse(places: list[Array]) -> Array:
+    """Where each entry of a permutation went."""
+    joined = np.concatenate(places) if places else np.empty(0, np.int64)
+    found = np.empty_like(joined)
+    found[joined] = np.arange(len(joined))
+    return found
 
 
 def nothing() -> Array:

@@ -51,6 +51,51 @@ def out_dtype(seen: object, framework: str) -> TypeError:
     return TypeError(f"out_dtype is {_plain(seen)!r}; want a float dtype of {framework}")
 
 
+def storage_dtype(seen: object, known: tuple[str, ...]) -> ValueError:
+    return ValueError(f"dtype is {_plain(seen)!r}; want one of {known}")
+
+
+def storage_range(name: str, dtype: str) -> ValueError:
+    return ValueError(f"{name} has values that {dtype} cannot hold; want finite ones within its range")
+
+
+def stored_mask() -> ValueError:
+    return ValueError("d_mask is given for stored documents; their masked tokens were dropped when they were packed")
+
+
+def offsets(name: str, values: np.ndarray, num_tokens: int) -> None:
+    """Boundaries of stored documents, from 0 to the last token."""
+    _cu_seqlens(name, values, "tokens", num_tokens)
+    if values[-1] != num_tokens:
+        raise ValueError(f"{name} ends at {values[-1]}; want {num_tokens}, the number of tokens")
+
+
+def scales(values: np.ndarray, num_documents: int, finite: bool) -> None:
+    if values.shape != (num_documents,):
+        raise wrong_shape("scales", values.shape, f"[{num_documents}], one for each document")
+    if not finite:
+        raise ValueError("scales has values that are negative or not finite")
+
+
+def ids(seen: object, wanted: str) -> ValueError:
+    return ValueError(f"ids: {seen}; want {wanted}")
+
+
+def no_such_document(index: int, count: int) -> IndexError:
+    return IndexError(f"document {index} is asked for; there are {count}, counted from 0")
+
+
+def no_such_id(seen: object) -> KeyError:
+    return KeyError(f"no document has the id {seen!r}")
+
+
+def at_least(name: str, seen: object, least: int) -> None:
+    if not hasattr(type(seen), "__index__") or isinstance(seen, bool):
+        raise TypeError(f"{name} is a {type(seen).__name__}; want an integer")
+    if int(seen) < least:  # type: ignore[call-overload]
+        raise ValueError(f"{name} is {seen}; want at least {least}")
+
+
 def rank(name: str, shape: Sequence[Any], ranks: tuple[int, ...], wanted: str) -> None:
     if len(shape) not in ranks:
         raise wrong_shape(name, shape, wanted)
@@ -178,6 +223,10 @@ def _cu_seqlens(name: str, boundaries: np.ndarray, of: str, num_tokens: int) -> 
         raise ValueError(f"{name} decreases; want boundaries in order")
     if boundaries[-1] > num_tokens:
         raise ValueError(f"{name} ends at {boundaries[-1]}; want at most {num_tokens}, the tokens of {of}")
+
+
+def index(name: str, values: np.ndarray, count: int) -> None:
+    _index(name, values, "documents", count)
 
 
 def _index(name: str, index: np.ndarray, of: str, count: int) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from edgecolbert_kernels import checks
@@ -18,6 +19,42 @@ Options = tuple[bool, str, str]
 QUERIES = "[Lq, d], [Nq, Lq, d] or a list of [Lq, d]"
 DOCUMENTS = "[Nd, Ld, d], [Nq, K, Ld, d] or a list of [Ld, d]"
 MASKS = {"Q": "q_mask", "D": "d_mask"}
+
+
+class Stored:
+    """Documents with a storage of their own, such as PackedEmbeddings, in numpy arrays that kernels can read.
+
+    Here, so that this file need not know them.
+    """
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def dim(self) -> int:
+        raise NotImplementedError
+
+    def nothing(self) -> Array:
+        """Tokens of no document, [0, d], in a dtype that kernels read."""
+        raise NotImplementedError
+
+    def blocks(self) -> Iterator[tuple[Array, Array]]:
+        """All documents in their order: tokens [T, d] and boundaries int64 [n + 1], once or more."""
+        raise NotImplementedError
+
+    def integers(self) -> Iterator[tuple[Array, Array, Array]] | None:
+        """The same for int8: tokens, boundaries that may start anywhere, and scales. None for other storages."""
+        raise NotImplementedError
+
+    def chosen_integers(self, document_index: Array) -> tuple[Array, Array, Array, Array]:
+        """For int8: tokens, boundaries, scales, and the index into these."""
+        raise NotImplementedError
+
+    def chosen(self, document_index: Array) -> Iterator[tuple[Array, Array, Array, Array]]:
+        """The pairs of `document_index`, in groups: their places in it, tokens, boundaries, and the index into these."""
+        raise NotImplementedError
 
 
 def maxsim(
@@ -35,7 +72,8 @@ def maxsim(
 
     Args:
         Q: `[Nq, Lq, d]`, or `[Lq, d]` for one query, whose axis the result then lacks, or a list of `[Lq, d]`.
-        D: `[Nd, Ld, d]` or a list of `[Ld, d]`, scored with every query; or `[Nq, K, Ld, d]`, a query's own documents.
+        D: `[Nd, Ld, d]`, a list of `[Ld, d]` or a PackedEmbeddings, scored with every query; or `[Nq, K, Ld, d]`, a
+            query's own documents.
         q_mask: the tokens of Q to keep, in the shape of Q without d: bool, or 0/1 in any dtype, with holes or without;
             for a list, a list of `[Lq]`.
         d_mask: the same for D.
@@ -60,8 +98,10 @@ def maxsim(
         BackendUnsupported: the backend that was asked for cannot run this call.
     """
     checks.options(mask_mode, precision)
-    xp = _side(Q, D)
     options = normalize, mask_mode, precision
+    if isinstance(D, Stored):
+        return _score_stored(Q, D, q_mask, d_mask, options, out_dtype)
+    xp = _side(Q, D)
     if isinstance(Q, (list, tuple)) or isinstance(D, (list, tuple)):
         return _score_lists(xp, Q, D, q_mask, d_mask, options, out_dtype)
     Q, q_mask = _array(xp, "Q", Q, q_mask, (2, 3), QUERIES)
@@ -166,7 +206,7 @@ def maxsim_indexed(
 
     Args:
         Q: `[Nq, Lq, d]` or a list of `[Lq, d]`.
-        D: `[Nd, Ld, d]` or a list of `[Ld, d]`.
+        D: `[Nd, Ld, d]`, a list of `[Ld, d]` or a PackedEmbeddings.
         query_index: `[P]` integers from 0 to Nq - 1, in any order, repeated at will.
         document_index: `[P]` integers from 0 to Nd - 1.
 
@@ -176,6 +216,9 @@ def maxsim_indexed(
         `[P]`.
     """
     checks.options(mask_mode, precision)
+    if isinstance(D, Stored):
+        options = normalize, mask_mode, precision
+        return _score_stored_pairs(Q, D, query_index, document_index, q_mask, d_mask, options, out_dtype)
     xp = _side(Q, D)
     Q, q_mask = _read(xp, "Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
     D, d_mask = _read(xp, "D", D, d_mask, (3,), "[Nd, Ld, d] or a list of [Ld, d]")
@@ -216,6 +259,62 @@ def _score_pairs(
     (Q, q_mask), (D, d_mask, cu_d) = _padded(xp, Q, q_mask, D), _packed(xp, D, d_mask, Q)
     checks.same_dim(Q.shape, D.shape)
     return xp.score(Q, D, q_mask, d_mask, None, cu_d, query_index, document_index, *options, out_dtype)
+
+
+def _score_stored(Q: Any, D: Stored, q_mask: Any, d_mask: Any, options: Options, out_dtype: Any) -> Array:
+    if d_mask is not None:
+        raise checks.stored_mask()
+    xp = _side(Q)
+    Q, q_mask = _read(xp, "Q", Q, q_mask, (2, 3), QUERIES)
+    if type(Q) is list and D.integers() is not None:
+        Q, q_mask = _padded(xp, Q, q_mask, xp.stored(D.nothing()))
+    Q, q_mask, cu_q = _packed(xp, Q, q_mask, xp.stored(D.nothing())) if type(Q) is list else (Q, q_mask, None)
+    checks.same_dim(Q.shape, (len(D), D.dim))
+    integers = D.integers() if cu_q is None and options[:2] == (False, "exclude") else None
+    if integers is not None and xp.reads_integers(Q):
+        rows, boundaries = xp.query_rows(Q, q_mask)
+        found = [xp.score_packed(rows, boundaries, *block, precision=options[2]) for block in integers]
+        return xp.answer(found[0] if len(found) == 1 else _arrays.join(found), Q.ndim == 2, out_dtype)
+    scores = [
+        xp.score(
+            Q, xp.stored(tokens), q_mask, None, cu_q, xp.integers("D", boundaries, Q), None, None, *options, out_dtype
+        )
+        for tokens, boundaries in D.blocks()
+    ]
+    return scores[0] if len(scores) == 1 else xp.join(scores)
+
+
+def _score_stored_pairs(
+    Q: Any,
+    D: Stored,
+    query_index: Any,
+    document_index: Any,
+    q_mask: Any,
+    d_mask: Any,
+    options: Options,
+    out_dtype: Any,
+) -> Array:
+    if d_mask is not None:
+        raise checks.stored_mask()
+    xp, arrays = _side(Q), _arrays
+    Q, q_mask = _read(xp, "Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
+    Q, q_mask = _padded(xp, Q, q_mask, xp.stored(D.nothing()))
+    checks.same_dim(Q.shape, (len(D), D.dim))
+    queries = arrays.integers("query_index", xp.to_numpy(query_index))
+    documents = arrays.integers("document_index", xp.to_numpy(document_index))
+    checks.same_shape("query_index", queries.shape, "document_index", documents.shape)
+    checks.index("document_index", documents, len(D))
+    if D.integers() is not None and options[:2] == (False, "exclude") and xp.reads_integers(Q):
+        rows, boundaries = xp.query_rows(Q, q_mask)
+        tokens, offsets, scales, index = D.chosen_integers(documents)
+        found = xp.score_packed_pairs(rows, boundaries, tokens, offsets, scales, queries, index, precision=options[2])
+        return xp.answer(found, False, out_dtype)
+    places, scores = [], []
+    for where, tokens, boundaries, index in D.chosen(documents):
+        integers = (xp.integers("D", each, Q) for each in (boundaries, queries[where], index))
+        scores.append(xp.score(Q, xp.stored(tokens), q_mask, None, None, *integers, *options, out_dtype))
+        places.append(where)
+    return xp.join(scores)[arrays.inverse(places)]
 
 
 def _array(xp: Any, name: str, X: Any, mask: Any, ranks: tuple[int, ...], wanted: str) -> tuple[Array, Array]:
@@ -285,6 +384,9 @@ class _ArraysInTorch:
         *inputs, out_dtype = arguments
         dtype = _arrays.floating(out_dtype)
         return self.__getattr__("score")(*inputs, None).numpy().astype(dtype, copy=False)
+
+    def join(self, scores: list[Array]) -> Array:
+        return _arrays.join(scores)
 
 
 def _load_arrays() -> Any:

@@ -13,8 +13,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("tqdm")
 pytest.importorskip("rich")
 
-from demo import cache, corpus, encoders, highlight, metrics, search, timing  # noqa: E402
+from demo import cache, corpus, highlight, metrics, search, timing  # noqa: E402
 from demo.vectors import TokenVectors  # noqa: E402
+from edgecolbert_kernels.cli import encoders  # noqa: E402
 
 
 class WordEncoder:
@@ -25,12 +26,15 @@ class WordEncoder:
     def __init__(self):
         self.calls = 0
 
-    def encode_documents(self, texts):
-        self.calls += 1
-        return TokenVectors.from_texts(torch.stack([self.vector(w) for w in ["", *t.lower().split()]]) for t in texts)
+    def fit(self, texts):
+        pass
 
-    def encode_queries(self, texts):
-        return TokenVectors.from_texts(torch.stack([self.vector(w) for w in t.lower().split()]) for t in texts)
+    def encode_documents(self, texts, report=None):
+        self.calls += 1
+        return [torch.stack([self.vector(w) for w in ["", *t.lower().split()]]) for t in texts]
+
+    def encode_queries(self, texts, report=None):
+        return [torch.stack([self.vector(w) for w in t.lower().split()]) for t in texts]
 
     def spans(self, text):
         return [(0, 0), *(word.span() for word in highlight.UNBROKEN.finditer(text))]
@@ -192,8 +196,8 @@ def test_token_vectors():
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 def test_ranking(animals, precision):
     encoder = WordEncoder()
-    documents = encoder.encode_documents([document.text for document in animals.documents])
-    queries = encoder.encode_queries(animals.queries)
+    documents = TokenVectors.from_texts(encoder.encode_documents([document.text for document in animals.documents]))
+    queries = TokenVectors.from_texts(encoder.encode_queries(animals.queries))
     scores, numbers = search.rank(queries, documents, 10, precision=precision)
     assert scores.shape == numbers.shape == (3, 3)
     assert numbers[:, 0].tolist() == [0, 2, 1]
@@ -203,8 +207,8 @@ def test_ranking(animals, precision):
 def test_timed_scorers_agree(animals, tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "SECONDS_A_SHAPE", 0)
     encoder = WordEncoder()
-    documents = encoder.encode_documents([document.text for document in animals.documents])
-    assert timing._save(encoder.encode_queries(animals.queries), documents, tmp_path) == 3
+    documents = TokenVectors.from_texts(encoder.encode_documents([document.text for document in animals.documents]))
+    assert timing._save(TokenVectors.from_texts(encoder.encode_queries(animals.queries)), documents, tmp_path) == 3
     measured = {name: timing._measure(name, tmp_path) for name in timing.CONTENDERS}
     assert max(measurement.max_error for measurement in measured.values()) < 5e-4
     assert all(measurement.single_s > 0 and measurement.batch_s > 0 for measurement in measured.values())
@@ -234,8 +238,8 @@ def test_encodings_are_kept(animals, tmp_path):
 def test_winning_words_are_marked():
     text = "The cat sat; on a mat."
     encoder = WordEncoder()
-    document, query = encoder.encode_documents([text]), encoder.encode_queries(["mat. cat"])
-    marked = highlight.winning_words(query.values, document.values, encoder.spans(text), text)
+    (document,), (query,) = encoder.encode_documents([text]), encoder.encode_queries(["mat. cat"])
+    marked = highlight.winning_words(query, document, encoder.spans(text), text)
     assert [text[start:stop] for start, stop in marked] == ["cat", "mat"]
     assert str(highlight.excerpt(text, marked, colour=False)) == "The «cat» sat; on a «mat»."
     coloured = highlight.excerpt(text, marked, colour=True)
@@ -248,7 +252,7 @@ def test_tokens_that_are_not_text_mark_nothing():
     encoder = WordEncoder()
     assert (
         highlight.winning_words(
-            encoder.vector("")[None], encoder.encode_documents([text]).values, encoder.spans(text), text
+            encoder.vector("")[None], encoder.encode_documents([text])[0], encoder.spans(text), text
         )
         == []
     )

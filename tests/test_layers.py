@@ -28,7 +28,27 @@ MAY_IMPORT = {
     "distributed": {"checks"},
     "modules": {"checks", "distributed", "gradcache", "losses", "scoring"},
     "scoring": {"arrays", "backends", "checks", "ops"},
-    "__init__": {"_version", "backends", "distributed", "gradcache", "losses", "modules", "scoring"},
+    "dtypes": {"checks"},
+    "storage": {"checks"},
+    "identifiers": {"checks", "storage"},
+    "packed": {"checks", "dtypes", "identifiers", "scoring", "storage"},
+    "packing": {"backends", "checks", "dtypes", "packed"},
+    "retrieval": {"checks", "dtypes", "packed", "scoring"},
+    "export": {"packed"},
+    "cli": {"_version", "packed", "retrieval"},
+    "__init__": {
+        "_version",
+        "backends",
+        "distributed",
+        "gradcache",
+        "losses",
+        "modules",
+        "packed",
+        "packing",
+        "retrieval",
+        "scoring",
+        "storage",
+    },
     "env": {"_version", "backends"},
 }
 
@@ -89,6 +109,18 @@ def test_imports_go_one_way():
 def test_the_reference_needs_only_torch():
     roots = {name.split(".")[0] for _, name in imports(PACKAGE / "reference.py")}
     assert roots <= {"__future__", "torch"}
+
+
+@pytest.mark.parametrize("name", ["dtypes", "identifiers", "packed", "packing", "retrieval", "storage", "export"])
+def test_torch_comes_with_a_tensor(name):
+    """What works on numpy alone imports torch inside functions at most."""
+    for path, here in modules().items():
+        if here == name:
+            tree = ast.parse(path.read_text())
+            tops = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+            roots = {n.name.split(".")[0] for node in tops if isinstance(node, ast.Import) for n in node.names}
+            roots |= {(node.module or "").split(".")[0] for node in tops if isinstance(node, ast.ImportFrom)}
+            assert "torch" not in roots, path
 
 
 def test_the_package_knows_none_of_its_users():

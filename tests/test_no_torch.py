@@ -55,12 +55,45 @@ else:
 assert "torch" not in sys.modules
 """
 
+PACKED = """
+import sys, tempfile
+import numpy as np
+import edgecolbert_kernels as ek
+from edgecolbert_kernels.cli.main import main
+
+rng = np.random.default_rng(0)
+hidden = rng.standard_normal((5, 7, 48), dtype=np.float32)
+Q = rng.standard_normal((3, 5, 48), dtype=np.float32)
+weight = rng.standard_normal((16, 48), dtype=np.float32)
+q = Q @ weight.T
+q /= np.linalg.norm(q, axis=-1, keepdims=True)
+with tempfile.TemporaryDirectory() as folder:
+    for dtype in ("float16", "bfloat16", "float32", "int8"):
+        packed = ek.pack(hidden, weight=weight, dtype=dtype)
+        path = f"{folder}/{dtype}"
+        packed.save(path)
+        with ek.PackedWriter(path) as writer:
+            writer.append([packed.to("float32")[0]])
+            writer.remove([1])
+        loaded = ek.PackedEmbeddings.load(path, verify=True)
+        scores, indices = ek.search(q, loaded, 2)
+        wanted = ek.maxsim(q, loaded)
+        np.testing.assert_array_equal(indices, np.argsort(-wanted, axis=1, kind="stable")[:, :2])
+        np.testing.assert_array_equal(scores, np.take_along_axis(wanted, indices, 1))
+    np.save(folder + "/q.npy", q)
+    assert main(["info", path, "--verify", "--json"]) == 0
+    assert main(["search", path, "--vectors", folder + "/q.npy", "-k", "2"]) == 0
+assert "torch" not in sys.modules
+"""
+
 # CPU time, which a busy machine stretches less than the clock on the wall.
 IMPORT = """
 import time
 start = time.process_time()
 import edgecolbert_kernels
 print(time.process_time() - start)
+import sys
+assert "numpy" not in sys.modules
 """
 
 
@@ -85,6 +118,12 @@ def python(tmp_path_factory):
 
 def test_scoring(python):
     python(SCORE)
+
+
+def test_packed_embeddings_search_and_command_line(python):
+    found = python(PACKED)
+    assert '"documents": 5' in found
+    assert "q.npy[2]" in found
 
 
 def test_env(python):

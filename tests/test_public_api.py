@@ -15,6 +15,10 @@ NAMES = {
     "BackendUnsupported",
     "GradCache",
     "MaxSimScorer",
+    "PackedEmbeddings",
+    "PackedFormatError",
+    "PackedLocked",
+    "PackedWriter",
     "__version__",
     "backend",
     "contrastive_loss",
@@ -24,6 +28,8 @@ NAMES = {
     "maxsim_indexed",
     "maxsim_pairs",
     "maxsim_varlen",
+    "pack",
+    "search",
 }
 OPTIONS = {"normalize": False, "mask_mode": "exclude", "precision": "exact", "out_dtype": (None, torch.float32)}
 POSITIONAL = {
@@ -57,6 +63,66 @@ def test_gradcache_signature():
     assert [p for p in parameters if p not in options] == ["encode", "loss_fn", "mini_batch_size"]
     assert options == ["memory_budget", "scaler", "models", "show_progress_bar"]
     assert list(inspect.signature(ek.gather_with_gradient).parameters) == ["embeddings", "mask", "group"]
+
+
+# Positional names, a star before the keyword-only ones, a question mark after what has a default.
+OTHERS = {
+    "pack": "hidden mask? weight? bias? * normalize? dtype?",
+    "search": "Q documents k * q_mask? precision? candidates? filter? ids?",
+    "PackedWriter": "folder * dim? dtype?",
+    "PackedWriter.append": "self documents ids?",
+    "PackedWriter.remove": "self indices? * ids?",
+    "PackedWriter.compact": "self",
+    "PackedWriter.close": "self",
+    "PackedEmbeddings.from_list": "documents ids? * dtype? dim?",
+    "PackedEmbeddings.from_padded": "X mask? ids? * dtype?",
+    "PackedEmbeddings.from_arrays": "tokens offsets scales? ids?",
+    "PackedEmbeddings.empty": "dim dtype?",
+    "PackedEmbeddings.concatenate": "parts",
+    "PackedEmbeddings.append": "self documents ids?",
+    "PackedEmbeddings.remove": "self indices? * ids?",
+    "PackedEmbeddings.to": "self dtype",
+    "PackedEmbeddings.position": "self name",
+    "PackedEmbeddings.save": "self folder * overwrite?",
+    "PackedEmbeddings.load": "folder * mmap? verify?",
+    "PackedEmbeddings.verify": "folder",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_signatures(name):
+    owner, _, method = name.partition(".")
+    parameters = inspect.signature(getattr(getattr(ek, owner), method) if method else getattr(ek, owner)).parameters
+    found, starred = [], False
+    for parameter in parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not starred:
+            starred = True
+            found.append("*")
+        found.append(parameter.name + ("" if parameter.default is inspect.Parameter.empty else "?"))
+    assert " ".join(found) == OTHERS[name]
+
+
+def test_errors_can_be_caught_as_what_they_are():
+    assert issubclass(ek.PackedFormatError, ValueError)
+    assert issubclass(ek.PackedLocked, RuntimeError)
+
+
+@pytest.mark.parametrize("module", ["retrieval", "packing", "packed"])
+def test_functions_are_not_hidden_by_modules(python, module):
+    """Whatever is imported first, `search` and `pack` are functions."""
+    python(f"""
+import edgecolbert_kernels.{module}
+import edgecolbert_kernels as ek
+assert callable(ek.search) and callable(ek.pack)
+from edgecolbert_kernels import *
+assert search is ek.search and PackedEmbeddings is ek.PackedEmbeddings
+try:
+    ek.no_such_name
+except AttributeError:
+    pass
+else:
+    raise AssertionError
+""")
 
 
 @pytest.mark.parametrize("name", sorted(NAMES - {"__version__"}))

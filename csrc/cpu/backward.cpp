@@ -14,8 +14,6 @@ namespace {
 // Query tokens that one task owns when there are fewer queries than would keep the threads busy.
 constexpr int64_t kTokensOfATask = 8;
 
-int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
 // Chosen pairs by query or by document, each in ascending order.
 class PairsOf {
  public:

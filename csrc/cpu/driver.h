@@ -7,6 +7,8 @@
 
 namespace edgecolbert {
 
+inline int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2; }
+
 // Token vectors of many sequences. Strides in bytes, any sign.
 struct Sequences {
   DType dtype = DType::f32;
@@ -30,6 +32,8 @@ struct Sequences {
   const int64_t* pointers = nullptr;
   const int64_t* lengths = nullptr;
   const int64_t* token_strides = nullptr;
+
+  const float* scales = nullptr;  // [count] of int8: 0 or more
 
   const uint8_t* mask = nullptr;  // one byte a token, padded [count, length] or packed [tokens]; not for lists
 
@@ -89,8 +93,29 @@ struct BackwardCall {
   int threads = 1;
 };
 
+// Kept tokens of every document to packed storage.
+struct PackCall {
+  Sequences source;  // floats
+  DType dtype = DType::f16;
+  bool normalize = false;
+  const int64_t* offsets = nullptr;  // [source.count + 1] of the result: as many rows as the mask keeps
+  char* out = nullptr;               // row offsets[0] of the result
+  float* scales = nullptr;           // [source.count] out, for i8
+  int threads = 1;
+};
+
+// Packed storage to float32.
+struct UnpackCall {
+  Sequences source;      // packed
+  float* out = nullptr;  // row offsets[0] of the source
+  int threads = 1;
+};
+
 // Throw std::out_of_range for a pair that names a missing query or document, std::bad_alloc; nothing else.
 void forward(const Kernels& kernels, const ForwardCall& call);
 void backward(const Kernels& kernels, const BackwardCall& call);
+// Returns the first document that int8 cannot hold, since a value is not finite; -1: all were stored.
+int64_t pack(const Kernels& kernels, const PackCall& call);
+void unpack(const Kernels& kernels, const UnpackCall& call);
 
 }  // namespace edgecolbert

@@ -29,9 +29,13 @@ int64_t total_tokens(const Sequences& sequences) {
   return total;
 }
 
-int64_t longest(const Sequences& sequences) {
+// Of the documents that the call scores: a few of a large collection when pairs were chosen.
+int64_t longest_document(const ForwardCall& call) {
+  const Sequences& documents = call.documents;
+  const bool chosen = call.pairs.layout == Layout::indexed;
   int64_t length = 0;
-  for (int64_t j = 0; j < sequences.count; ++j) length = std::max(length, sequences.tokens(j));
+  for (int64_t i = 0; i < (chosen ? call.pairs.count : documents.count); ++i)
+    length = std::max(length, documents.tokens(chosen ? call.pairs.document_index[i] : i));
   return length;
 }
 
@@ -50,7 +54,7 @@ class PackedQueries {
     QueryGroup registers;
     int64_t first_query, last_query;  // half open, positions in the order of query()
     int64_t first_register;
-    bool fixed_point;
+    bool integers;
   };
 
   PackedQueries(const Kernels& kernels, const ForwardCall& call, int64_t group_lanes, int threads)
@@ -59,18 +63,22 @@ class PackedQueries {
         first_lane_(size_t(call.queries.count)),
         kept_(size_t(call.queries.count)),
         group_of_(size_t(call.queries.count)) {
-    const bool fixed_point = call.fixed_point && kernels.fixed_point;
-    const std::vector<char> admitted =
-        fixed_point ? admit(kernels, call) : std::vector<char>(size_t(call.queries.count), 0);
+    const Integer integer = integer_of(kernels, call);
+    const std::vector<char> admitted = admit(kernels, call, integer);
     rows_.reserve(size_t(total_tokens(call.queries) + width_));
-    // Queries that fixed point cannot represent stand in groups of their own: a score is a function of its query and
+    // Queries that integers cannot represent stand in groups of their own: a score is a function of its query and
     // document alone.
     lay_out(call.queries, group_lanes, admitted, true);
     lay_out(call.queries, group_lanes, admitted, false);
     close_group();
     words_f32_.reserve(registers() * width_ * call.queries.dim);
-    if (fixed_point) words_i16_.reserve(registers() * width_ * ((call.queries.dim + 1) / 2));
-    pack(kernels, call, threads);
+    if (integer == Integer::i16) words_i16_.reserve(registers() * width_ * ((call.queries.dim + 1) / 2));
+    if (integer == Integer::i8) {
+      words_i8_.reserve(registers() * width_ * int8_words(kernels, call.queries.dim));
+      biases_.reset(new Buffer<int32_t>(registers() * width_));
+      scales_.reset(new Buffer<float>(registers() * width_));
+    }
+    pack(kernels, call, threads, integer);
   }
 
   const std::vector<Group>& groups() const { return groups_; }
@@ -97,8 +105,20 @@ class PackedQueries {
     std::unique_ptr<Buffer<uint32_t>> buffer;
   };
 
-  static std::vector<char> admit(const Kernels& kernels, const ForwardCall& call) {
+  static Integer integer_of(const Kernels& kernels, const ForwardCall& call) {
+    if (!call.fixed_point) return Integer::none;
+    if (call.documents.dtype != DType::i8) return kernels.fixed_point ? Integer::i16 : Integer::none;
+    // Normalised rows are no integers.
+    return kernels.int8_dims_of_word > 0 && !call.normalize ? Integer::i8 : Integer::none;
+  }
+
+  static int64_t int8_words(const Kernels& kernels, int64_t dim) {
+    return round_up(dim, kernels.int8_dims_of_word) / kernels.int8_dims_of_word;
+  }
+
+  static std::vector<char> admit(const Kernels& kernels, const ForwardCall& call, Integer integer) {
     const Sequences& queries = call.queries;
+    if (integer == Integer::none) return std::vector<char>(size_t(queries.count), 0);
     Buffer<float> buffer(2 * round_up(queries.dim, kernels.width));
     std::vector<const char*> rows;
     std::vector<char> admitted;
@@ -112,8 +132,9 @@ class PackedQueries {
       job.dim = queries.dim;
       job.dim_stride = queries.dim_stride;
       job.normalize = call.normalize;
+      job.integer = integer;
       job.buffer = buffer.data();
-      admitted.push_back(kernels.admits_fixed_point(&job));
+      admitted.push_back(kernels.admits_integers(&job));
     }
     return admitted;
   }
@@ -127,12 +148,12 @@ class PackedQueries {
     }
   }
 
-  void lay_out(const Sequences& queries, int64_t group_lanes, const std::vector<char>& admitted, bool fixed_point) {
+  void lay_out(const Sequences& queries, int64_t group_lanes, const std::vector<char>& admitted, bool integers) {
     for (int64_t q = 0; q < queries.count; ++q) {
-      if (bool(admitted[size_t(q)]) != fixed_point) continue;
-      const bool fits = !groups_.empty() && groups_.back().fixed_point == fixed_point &&
+      if (bool(admitted[size_t(q)]) != integers) continue;
+      const bool fits = !groups_.empty() && groups_.back().integers == integers &&
                         int64_t(rows_.size()) - groups_.back().first_register * width_ < group_lanes;
-      if (!fits) open_group(fixed_point);
+      if (!fits) open_group(integers);
       first_lane_[size_t(q)] = int64_t(rows_.size());
       for_each_kept(queries, q, [&](int64_t token, const char* row) {
         rows_.push_back(row);
@@ -145,10 +166,10 @@ class PackedQueries {
     }
   }
 
-  void open_group(bool fixed_point) {
+  void open_group(bool integers) {
     close_group();
     Group group{};
-    group.fixed_point = fixed_point;
+    group.integers = integers;
     group.first_query = group.last_query = int64_t(order_.size());
     group.first_register = int64_t(rows_.size()) / width_;
     groups_.push_back(group);
@@ -161,7 +182,7 @@ class PackedQueries {
     groups_.back().registers.registers = int64_t(rows_.size()) / width_ - groups_.back().first_register;
   }
 
-  void pack(const Kernels& kernels, const ForwardCall& call, int threads) {
+  void pack(const Kernels& kernels, const ForwardCall& call, int threads, Integer integer) {
     const int32_t dim = call.queries.dim;
     const int64_t row = round_up(dim, width_);
     threads = threads_for(registers() / 64 + 1, threads);
@@ -169,9 +190,15 @@ class PackedQueries {
     parallel_for(int64_t(groups_.size()), threads, [&](int64_t g, int thread) {
       QueryGroup& group = groups_[size_t(g)].registers;
       const int64_t first_register = groups_[size_t(g)].first_register;
-      const int64_t words = (dim + 1) / 2;
+      const Integer used = groups_[size_t(g)].integers ? integer : Integer::none;
+      const int64_t words = used == Integer::i8 ? int8_words(kernels, dim) : (dim + 1) / 2;
       group.words_f32 = words_f32_.data() + first_register * width_ * dim;
-      group.words_i16 = groups_[size_t(g)].fixed_point ? words_i16_.data() + first_register * width_ * words : nullptr;
+      if (used == Integer::i16) group.words_i16 = words_i16_.data() + first_register * width_ * words;
+      if (used == Integer::i8) {
+        group.words_i8 = words_i8_.data() + first_register * width_ * words;
+        group.biases = biases_->data() + first_register * width_;
+        group.scales = scales_->data() + first_register * width_;
+      }
       const int64_t in_panels = group.registers / kernels.panel_registers * kernels.panel_registers;
       for (int64_t r = 0; r < group.registers; ++r) {
         const int64_t panel = r < in_panels ? kernels.panel_registers : 1;
@@ -184,6 +211,11 @@ class PackedQueries {
         job.normalize = call.normalize;
         job.words_f32 = const_cast<uint32_t*>(group.words_f32) + (first * dim + inside) * width_;
         if (group.words_i16) job.words_i16 = const_cast<uint32_t*>(group.words_i16) + (first * words + inside) * width_;
+        if (group.words_i8) {
+          job.words_i8 = const_cast<uint32_t*>(group.words_i8) + (first * words + inside) * width_;
+          job.biases = const_cast<int32_t*>(group.biases) + r * width_;
+          job.scales = const_cast<float*>(group.scales) + r * width_;
+        }
         job.word_stride = panel * width_;
         job.buffer = buffers.data() + 2 * row * thread;
         kernels.pack_register(&job);
@@ -200,7 +232,9 @@ class PackedQueries {
   std::vector<int32_t> tokens_;                        // of every lane, where there is a mask
   std::vector<int64_t> first_lane_, kept_, group_of_;  // of every query
   std::vector<int64_t> order_;                         // queries as the groups hold them
-  Words words_f32_, words_i16_;
+  Words words_f32_, words_i16_, words_i8_;
+  std::unique_ptr<Buffer<int32_t>> biases_;
+  std::unique_ptr<Buffer<float>> scales_;
 };
 
 // Kept tokens of the document at hand.
@@ -223,11 +257,11 @@ class Scorer {
         row_(round_up(call.documents.dim, 2 * kernels.width)),
         best_(lanes_ * threads_),
         index_(lanes_ * threads_),
-        kept_stride_(call.documents.mask ? round_up(longest(call.documents), 16) : 0),
+        kept_stride_(call.documents.mask ? round_up(longest_document(call), 16) : 0),
         kept_(kept_stride_ * threads_),
         views_(size_t(threads_)) {
     const int64_t tile = kernels.tile_tokens;
-    const int64_t block = std::min(kBlockBytes / (row_ * 4), longest(call.documents) + tile - 1);
+    const int64_t block = std::min(kBlockBytes / (row_ * 4), longest_document(call) + tile - 1);
     block_tokens_ = std::max(tile, block / tile * tile);
     scratch_stride_ = round_up((2 * row_ + (block_tokens_ + tile) * row_) * 4, 64);
     scratch_.reset(new Buffer<char>(scratch_stride_ * threads_));
@@ -292,6 +326,8 @@ class Scorer {
       job.dtype = call_.documents.dtype;
       job.dim = call_.documents.dim;
       job.normalize = call_.normalize;
+      // scale * v / max(|scale * v|, epsilon) = v / max(|v|, epsilon / scale); by a scale of 0, infinity: it becomes 0.
+      job.norm_epsilon = call_.documents.scales ? kNormEpsilon / call_.documents.scales[document] : kNormEpsilon;
       job.argmax = call_.winners.data != nullptr;
       job.group = &queries.registers;
       job.block_tokens = block_tokens_;
@@ -300,11 +336,12 @@ class Scorer {
       job.index = index;
       kernels_.score(&job);
     }
+    const float scale = call_.documents.scales && !call_.normalize ? call_.documents.scales[document] : 1.0f;
     for (int64_t position = queries.first_query; position < queries.last_query; ++position) {
       const int64_t q = queries_.query(position);
       const int64_t lane = queries_.lane_in_group(queries, q);
       const int64_t pair = call_.pairs.layout == Layout::all ? q * call_.documents.count + document : task;
-      finish_pair(view, q, pair, best + lane, index + lane);
+      finish_pair(view, q, pair, scale, best + lane, index + lane);
     }
   }
 
@@ -341,7 +378,7 @@ class Scorer {
     return view;
   }
 
-  void finish_pair(const DocumentView& view, int64_t query, int64_t pair, float* best, int32_t* index) {
+  void finish_pair(const DocumentView& view, int64_t query, int64_t pair, float scale, float* best, int32_t* index) {
     const int64_t count = queries_.kept(query);
     const bool any = view.tokens.length > 0;
     const bool want_winners = call_.winners.data != nullptr;
@@ -356,7 +393,7 @@ class Scorer {
         index[i] = -1;
       }
     }
-    call_.out[pair] = any ? sum(best, count) : 0.0f;
+    call_.out[pair] = any ? sum(best, count) * scale : 0.0f;
     if (want_winners) {
       if (!any) std::fill(index, index + count, -1);
       const int64_t length = call_.queries.tokens(query);

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
+FLOAT32, FLOAT16, BFLOAT16, INT8 = 0, 1, 2, 3
 PRECISIONS = {"exact": 0, "fast": 1}
 EVERY, OWN, INDEXED = 0, 1, 2
 NO_INDEX = (0, 0, 0)
@@ -57,14 +57,21 @@ def padded(address: int, dtype: int, shape: Sequence[int], strides: Sequence[int
         batch = (strides[1], strides[0], max(shape[1], 1), shape[0] * shape[1])
     else:
         batch = (0, 0, 1, 1)
-    return (address, dtype, shape[-1], strides[-1], strides[-2], *batch, shape[-2], 0, mask)
+    return (address, dtype, shape[-1], strides[-1], strides[-2], *batch, shape[-2], 0, mask, 0)
 
 
 def packed(
-    address: int, dtype: int, shape: Sequence[int], strides: Sequence[int], offsets: int, count: int, mask: int
+    address: int,
+    dtype: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    offsets: int,
+    count: int,
+    mask: int,
+    scales: int = 0,
 ) -> Operand:
-    """`[T, d]`, sequence n being the rows from `offsets[n]` to `offsets[n + 1]`."""
-    return (address, dtype, shape[1], strides[1], strides[0], 0, 0, 1, count, 0, offsets, mask)
+    """`[T, d]`, sequence n being the rows from `offsets[n]` to `offsets[n + 1]`; of int8, times `scales[n]`."""
+    return (address, dtype, shape[1], strides[1], strides[0], 0, 0, 1, count, 0, offsets, mask, scales)
 
 
 def table(dtype: int, dim: int, addresses: list[int], lengths: list[int], strides: list[int]) -> tuple[Operand, Any]:

@@ -55,6 +55,56 @@ def integers(name: str, seen: Any, like: Tensor) -> Tensor:
     return seen.to(torch.int64).contiguous()
 
 
+class _Lifted:
+    """The memory of an array without its read-only flag."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+        self.__array_interface__ = {
+            **array.__array_interface__,
+            "data": (array.__array_interface__["data"][0], False),
+        }
+
+
+def stored(X: np.ndarray) -> Tensor:
+    """Stored token vectors where they lie: scoring only reads them, so a read-only mapping of a file will do."""
+    return from_numpy(np.asarray(_Lifted(X)))
+
+
+def reads_integers(Q: Tensor) -> bool:
+    """Whether the kernels on int8 documents can answer: eagerly, without a gradient, in float32."""
+    if Q.dtype is torch.float64 or (torch.is_grad_enabled() and Q.requires_grad) or not plain(Q):
+        return False
+    return choose("maxsim", "cpu", "float32") == "cpu"
+
+
+def query_rows(Q: Tensor, q_mask: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    Q = Q.detach()
+    rows = Q.contiguous().view(torch.int16).numpy().view(np.uint16) if Q.dtype is torch.bfloat16 else Q.numpy()
+    return arrays.query_rows(rows, None if q_mask is None else q_mask.numpy().astype(bool))
+
+
+def score_packed(*arguments: Any, **options: Any) -> np.ndarray:
+    return arrays.score_packed(*arguments, **options, threads=torch.get_num_threads())
+
+
+def score_packed_pairs(*arguments: Any, **options: Any) -> np.ndarray:
+    return arrays.score_packed_pairs(*arguments, **options, threads=torch.get_num_threads())
+
+
+def answer(scores: np.ndarray, single: bool, out_dtype: Any) -> Tensor:
+    dtype = torch.float32 if out_dtype is None else _float(out_dtype)
+    return torch.from_numpy(scores[0] if single else scores).to(dtype)
+
+
+def join(scores: list[Tensor]) -> Tensor:
+    return torch.cat(scores, dim=-1)
+
+
+def to_numpy(seen: Any) -> Any:
+    return seen.cpu().numpy() if isinstance(seen, Tensor) else seen
+
+
 def nothing() -> Tensor:
     return torch.empty(0, 1, dtype=torch.float32, device="cpu")
 

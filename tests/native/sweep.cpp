@@ -4,136 +4,13 @@
 //   native_sweep [--emulated] [isa ...]
 //
 // Named instruction sets must be exactly those that can run here; then each that runs is swept and gets one line. The
-// exit status is 1 when a score, an argmax or a gradient is off. --emulated allows for subnormal fp16 gradients being
-// flushed to zero: vcvtps2ph ignores MXCSR.FTZ on hardware, qemu 7.2 does not.
+// exit status is 1 when a score, an argmax, a gradient or a packed value is off. --emulated allows for subnormal fp16
+// gradients being flushed to zero: vcvtps2ph ignores MXCSR.FTZ on hardware, qemu 7.2 does not.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstring>
-#include <limits>
-#include <string>
-#include <vector>
-
-#include "cpu/dispatch.h"
-#include "cpu/driver.h"
-
-using namespace edgecolbert;
+#include "inputs.h"
+#include "pack_check.h"
 
 namespace {
-
-const int kDims[] = {1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 48, 64, 96, 128, 129};
-const std::vector<int64_t> kQueryLengths = {0, 1, 2, 11, 12, 13, 31, 33};
-const std::vector<int64_t> kDocumentLengths = {0, 1, 2, 11, 12, 13, 31, 33, 300};
-const DType kDtypes[] = {DType::f32, DType::f16, DType::bf16};
-const char* const kDtypeNames[] = {"f32", "f16", "bf16"};
-
-bool emulated = false;
-
-constexpr double kRoundoff_f32 = 0x1p-24;
-// Unit roundoff of the storage type, which a gradient is rounded to once.
-double storage_roundoff(DType dtype) {
-  return dtype == DType::f32 ? kRoundoff_f32 : dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
-}
-
-struct Random {
-  uint64_t state;
-  uint32_t bits() {
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return uint32_t(state >> 33);
-  }
-  float within(float limit) { return (float(bits()) / 0x1p30f - 1.0f) * limit; }
-};
-
-uint32_t float_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-
-float bits_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
-// `x` cut to what the storage type holds. For fp16: normal numbers below 2, which is all this file makes.
-float representable(float x, DType dtype) {
-  if (dtype == DType::f16 && std::fabs(x) < 0x1p-14f) return 0.0f;
-  return bits_float(float_bits(x) & (dtype == DType::f32 ? ~0u : dtype == DType::f16 ? 0xffffe000u : 0xffff0000u));
-}
-
-uint16_t stored_16(float x, DType dtype) {
-  const uint32_t bits = float_bits(x);
-  if (dtype == DType::bf16 || x == 0.0f) return uint16_t(bits >> 16);
-  return uint16_t((bits >> 16 & 0x8000) | (((bits >> 23 & 0xff) - 112) << 10) | (bits >> 13 & 0x3ff));
-}
-
-double load_16(uint16_t bits, DType dtype) {
-  if (dtype == DType::bf16) return bits_float(uint32_t(bits) << 16);
-  const int exponent = bits >> 10 & 31;
-  const double magnitude = exponent ? std::ldexp(1024 + (bits & 1023), exponent - 25) : std::ldexp(bits & 1023, -24);
-  return bits & 0x8000 ? -magnitude : magnitude;
-}
-
-// Sequences back to back, in storage and as the same values in float.
-struct Packed {
-  DType dtype;
-  int dim;
-  std::vector<int64_t> offsets{0};
-  std::vector<float> values;
-  std::vector<uint8_t> bytes, mask;
-
-  Packed(DType type, int d, const std::vector<int64_t>& lengths, Random& random) : dtype(type), dim(d) {
-    for (int64_t length : lengths) offsets.push_back(offsets.back() + length);
-    const float limit = 1.0f / std::sqrt(float(d));  // rows of norm <= 1, where fixed point applies
-    for (int64_t i = 0; i < tokens() * d; ++i) values.push_back(representable(random.within(limit), type));
-    bytes.resize(values.size() * element_bytes());
-    for (size_t i = 0; i < values.size(); ++i) {
-      const uint16_t half = stored_16(values[i], type);
-      if (type == DType::f32) {
-        std::memcpy(&bytes[i * 4], &values[i], 4);
-      } else {
-        std::memcpy(&bytes[i * 2], &half, 2);
-      }
-    }
-    for (int64_t i = 0; i < tokens(); ++i) mask.push_back(random.bits() % 3 != 0);
-  }
-
-  size_t element_bytes() const { return dtype == DType::f32 ? 4 : 2; }
-  int64_t tokens() const { return offsets.back(); }
-  int64_t count() const { return int64_t(offsets.size()) - 1; }
-  int64_t length(int64_t j) const { return offsets[size_t(j) + 1] - offsets[size_t(j)]; }
-  const float* row(int64_t token) const { return &values[size_t(token * dim)]; }
-
-  Sequences view(bool masked) const {
-    Sequences s;
-    s.dtype = dtype;
-    s.dim = dim;
-    s.count = count();
-    s.data = reinterpret_cast<const char*>(bytes.data());
-    s.dim_stride = int64_t(element_bytes());
-    s.token_stride = dim * s.dim_stride;
-    s.offsets = offsets.data();
-    s.mask = masked ? mask.data() : nullptr;
-    return s;
-  }
-};
-
-double dot(const float* a, const float* b, int dim) {
-  double sum = 0.0;
-  for (int k = 0; k < dim; ++k) sum += double(a[k]) * b[k];
-  return sum;
-}
-
-std::vector<double> norms(const Packed& sequences) {
-  std::vector<double> out;
-  for (int64_t t = 0; t < sequences.tokens(); ++t) {
-    out.push_back(std::max(std::sqrt(dot(sequences.row(t), sequences.row(t), sequences.dim)), 1e-12));
-  }
-  return out;
-}
 
 // One set of inputs and what every check of it needs.
 struct Inputs {
@@ -142,7 +19,7 @@ struct Inputs {
   std::vector<double> dots;  // [query tokens, document tokens]
 
   Inputs(DType dtype, int dim, Random& random)
-      : queries(dtype, dim, kQueryLengths, random),
+      : queries(dtype == DType::i8 ? DType::f32 : dtype, dim, kQueryLengths, random),
         documents(dtype, dim, kDocumentLengths, random),
         query_norms(norms(queries)),
         document_norms(norms(documents)) {
@@ -179,6 +56,7 @@ class Check {
   // Largest error met, as a fraction of what is allowed; above 1 something was printed.
   double run(Random& random) {
     forward_and_compare();
+    if (documents_.dtype == DType::i8) return worst_;  // no gradient goes through its rounding
     std::vector<float> gradient(scores_.size());
     for (float& g : gradient) g = random.within(1.0f);
     backward_and_compare(gradient);
@@ -199,7 +77,9 @@ class Check {
   // Bound on the error of one similarity of vectors whose norms are at most 1.
   double similarity_error() const {
     const double rounded = (queries_.dim + 8) * kRoundoff_f32;
-    // Q15 rounds every element by at most 2^-16, and |x|_1 <= sqrt(d) |x|_2.
+    // A query's |x| <= 1 / sqrt(d) is rounded by at most |x| / 254, and |x|_1 <= sqrt(d) |x|_2.
+    if (documents_.dtype == DType::i8) return variant_.fixed_point ? rounded + 1.01 / 254 : rounded;
+    // Q15 rounds every element by at most 2^-16.
     return variant_.fixed_point ? rounded + 2.5 * std::sqrt(double(queries_.dim)) * 0x1p-16 : rounded;
   }
 
@@ -208,7 +88,7 @@ class Check {
     worst_ = std::max(worst_, std::isfinite(error) ? error / allowed : std::numeric_limits<double>::infinity());
     if (error <= allowed) return;
     std::printf("%s, %s, d = %d, %s: %s %lld is %.9g, want %.9g +- %.1g\n", isa_.c_str(),
-                kDtypeNames[int(queries_.dtype)], queries_.dim, variant_.name, what, static_cast<long long>(at), got,
+                kDtypeNames[int(documents_.dtype)], queries_.dim, variant_.name, what, static_cast<long long>(at), got,
                 want, allowed);
   }
 
@@ -308,16 +188,7 @@ class Check {
         for (int64_t k = 0; k < dim; ++k) row[k] = (row[k] - along * tokens.row(t)[k] / norm) / norm;
       }
       for (int64_t k = 0; k < dim; ++k) {
-        double value;
-        if (tokens.dtype == DType::f32) {
-          float value_f32;
-          std::memcpy(&value_f32, &got[size_t(t * dim + k) * 4], 4);
-          value = value_f32;
-        } else {
-          uint16_t bits;
-          std::memcpy(&bits, &got[size_t(t * dim + k) * 2], 2);
-          value = load_16(bits, tokens.dtype);
-        }
+        const double value = load(got.data(), t * dim + k, tokens.dtype);
         // 2^-25: half the smallest subnormal of fp16, the coarsest of the storage types near zero.
         const double smallest = emulated && tokens.dtype == DType::f16 ? 0x1p-14 : 0x1p-25;
         const double allowed = 2.0 * storage_roundoff(tokens.dtype) * std::fabs(row[k]) +
@@ -359,6 +230,7 @@ int main(int argc, char** argv) {
         for (const Variant& variant : kVariants) {
           worst[i] = std::max(worst[i], Check(runnable[i], inputs, variant).run(random));
         }
+        if (dtype != DType::i8) worst[i] = std::max(worst[i], PackCheck(runnable[i], inputs.documents).run());
       }
     }
   }

@@ -6,7 +6,10 @@ namespace {
 struct DotF32 {
   using V = Simd::F;
   using Lane = float;
-  static constexpr bool fixed_point = false;
+  static constexpr int dims_of_word = 1;
+  static constexpr bool rounds_floats = true;
+
+  static const uint32_t* words(const QueryGroup& group) { return group.words_f32; }
 
   static V zero() { return Simd::zero(); }
   static V load(const void* p) { return Simd::load(static_cast<const float*>(p)); }

@@ -11,7 +11,10 @@ namespace {
 struct DotI16 {
   using V = Simd::I;
   using Lane = int32_t;
-  static constexpr bool fixed_point = true;
+  static constexpr int dims_of_word = 2;
+  static constexpr bool rounds_floats = true;
+
+  static const uint32_t* words(const QueryGroup& group) { return group.words_i16; }
 
   static V zero() { return Simd::zero_integer(); }
   static V load(const void* p) { return Simd::load(static_cast<const int32_t*>(p)); }

@@ -12,6 +12,7 @@ constexpr int kPanelRegisters = 4;  // 24 accumulators, 4 query registers, 1 bro
 #include "../kernels/rows_inl.h"
 #include "../dot/f32.h"
 #include "../dot/none.h"
+#include "../dot/i8_neon.h"
 #include "../kernels/table_inl.h"
 
 namespace edgecolbert {

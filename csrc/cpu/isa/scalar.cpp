@@ -12,6 +12,7 @@ constexpr int kPanelRegisters = 2;  // 12 accumulators, 2 query registers, 1 bro
 #include "../kernels/rows_inl.h"
 #include "../dot/f32.h"
 #include "../dot/none.h"
+#include "../dot/no_i8.h"
 #include "../kernels/table_inl.h"
 
 namespace edgecolbert {

@@ -14,24 +14,53 @@ inline void widen_query(const char* data, int dim, int64_t dim_stride, bool norm
   }
 }
 
-#ifndef EDGECOLBERT_NO_FIXED_POINT
-template <class Element>
-bool admits_fixed_point(const AdmitJob& job) {
-  if (job.dim > kFixedPointDimensions) return false;
-  for (int64_t i = 0; i < job.count; ++i) {
-    widen_query<Element>(job.rows[i], job.dim, job.dim_stride, job.normalize, job.buffer);
+// Largest |x| as bits, and |x|^2, of the widened query token in the job's buffer.
+struct Extent {
+  uint32_t largest;
+  float square_norm;
+
+  Extent(const float* row, int dim) {
     Simd::F squares = Simd::zero();
-    Simd::I largest = Simd::zero_integer();
-    for_each_register(job.buffer, job.dim, [&](int, Simd::F x) {
-      largest = Simd::maximum_unsigned(largest, Simd::absolute_bits(x));
+    Simd::I bits = Simd::zero_integer();
+    for_each_register(row, dim, [&](int, Simd::F x) {
+      bits = Simd::maximum_unsigned(bits, Simd::absolute_bits(x));
       squares = Simd::multiply_add(x, x, squares);
     });
-    if (!(bits_to_float(Simd::largest_unsigned(largest)) <= kLargestFixedPoint && Simd::sum(squares) <= 1.05f))
-      return false;
+    largest = Simd::largest_unsigned(bits);
+    square_norm = Simd::sum(squares);
+  }
+};
+
+inline bool admits_i16([[maybe_unused]] const Extent& extent, [[maybe_unused]] int dim) {
+#ifdef EDGECOLBERT_NO_FIXED_POINT
+  return false;
+#else
+  return dim <= kFixedPointDimensions && bits_to_float(extent.largest) <= kLargestFixedPoint &&
+         extent.square_norm <= 1.05f;
+#endif
+}
+
+// Not finite, or so small that 127 / |x| is infinite: fp32 knows what to do with it.
+inline bool admits_i8([[maybe_unused]] const Extent& extent, [[maybe_unused]] int dim) {
+#ifdef EDGECOLBERT_NO_INT8
+  return false;
+#else
+  const float largest = bits_to_float(extent.largest);
+  return dim <= kInt8Dimensions && (largest == 0.0f || (largest >= kSmallestInt8Peak && largest <= 1e30f));
+#endif
+}
+
+template <class Element>
+bool admits_integers(const AdmitJob& job) {
+  for (int64_t i = 0; i < job.count; ++i) {
+    widen_query<Element>(job.rows[i], job.dim, job.dim_stride, job.normalize, job.buffer);
+    const Extent extent(job.buffer, job.dim);
+    if (!(job.integer == Integer::i8 ? admits_i8(extent, job.dim) : admits_i16(extent, job.dim))) return false;
   }
   return true;
 }
 
+#ifndef EDGECOLBERT_NO_FIXED_POINT
 inline uint32_t to_fixed_point(float x) { return uint16_t(int16_t(__builtin_rintf(x * kFixedPointScale))); }
 
 inline void pack_fixed_point(const PackJob& job, const float* row, int lane) {
@@ -41,6 +70,34 @@ inline void pack_fixed_point(const PackJob& job, const float* row, int lane) {
     const uint32_t upper = high < 0 ? 0 : to_fixed_point(row[high]);
     job.words_i16[word * job.word_stride + lane] = to_fixed_point(row[low]) | upper << 16;
   }
+}
+#endif
+
+#ifndef EDGECOLBERT_NO_INT8
+// A query token is `scale` times integers in [-127, 127].
+inline void pack_int8(const PackJob& job, const float* row, int lane) {
+  const float largest = bits_to_float(Extent(row, job.dim).largest);
+  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+  constexpr int dims = DotI8::dims_of_word;
+  int32_t sum_i32 = 0;
+  for (int k = 0; k < job.dim; k += dims) {
+    uint32_t word = 0;
+    for (int i = 0; i < dims && k + i < job.dim; ++i) {
+      const int32_t value = int32_t(__builtin_rintf(row[k + i] * inverse));
+      sum_i32 += value;
+      word |= (uint32_t(value) & DotI8::kElementBits) << (32 / dims * i);
+    }
+    job.words_i8[k / dims * job.word_stride + lane] = word;
+  }
+  job.biases[lane] = DotI8::kDocumentBias * sum_i32;
+  job.scales[lane] = largest / 127.0f;
+}
+
+inline void clear_int8(const PackJob& job, int lane) {
+  for (int k = 0; k < job.dim; k += DotI8::dims_of_word)
+    job.words_i8[k / DotI8::dims_of_word * job.word_stride + lane] = 0;
+  job.biases[lane] = 0;
+  job.scales[lane] = 0.0f;
 }
 #endif
 
@@ -55,6 +112,9 @@ void pack_register(PackJob& job) {
       if (job.words_i16) {
         for (int k = 0; k < dim; k += 2) job.words_i16[k / 2 * job.word_stride + lane] = 0;
       }
+#ifndef EDGECOLBERT_NO_INT8
+      if (job.words_i8) clear_int8(job, lane);
+#endif
       continue;
     }
     widen_query<Element>(job.rows[lane], dim, job.dim_stride, job.normalize, row_f32);
@@ -63,6 +123,9 @@ void pack_register(PackJob& job) {
     for (int k = 0; k < dim; ++k) job.words_f32[k * job.word_stride + lane] = float_to_bits(row_f32[k]);
 #ifndef EDGECOLBERT_NO_FIXED_POINT
     if (job.words_i16) pack_fixed_point(job, row_f32, lane);
+#endif
+#ifndef EDGECOLBERT_NO_INT8
+    if (job.words_i8) pack_int8(job, row_f32, lane);
 #endif
   }
   job.peak = bits_to_float(Simd::largest_unsigned(peak_bits));

@@ -25,13 +25,16 @@ template <class Dot>
   alignas(64) typename Dot::Lane sink[Simd::width];
   Dot::store(sink, sum[0]);
   __asm__ volatile("" : : "r"(sink) : "memory");
-  return uint64_t(steps) * chains * Simd::width * (Dot::fixed_point ? 2 : 1) * 2;
+  return uint64_t(steps) * chains * Simd::width * Dot::dims_of_word * 2;
 }
 
 inline uint64_t peak_operations(Peak peak) {
   constexpr int64_t steps = 1 << 14;
 #ifndef EDGECOLBERT_NO_FIXED_POINT
   if (peak == Peak::i16) return run_multiply_adds<DotI16>(steps);
+#endif
+#ifndef EDGECOLBERT_NO_INT8
+  if (peak == Peak::i8) return run_multiply_adds<DotI8>(steps);
 #endif
   return peak == Peak::f32 ? run_multiply_adds<DotF32>(steps) : 0;
 }

@@ -23,12 +23,16 @@ template <class Element, class Visit>
   if (k < dim) visit(k, Simd::load_first(row + k, dim - k));
 }
 
+inline float inverse_of_norm(float square_norm, float epsilon) {
+  const float norm = __builtin_sqrtf(square_norm);
+  return 1.0f / (norm <= epsilon ? epsilon : norm);  // a NaN stays
+}
+
 template <class Element>
-inline float inverse_norm(const Element* row, int dim) {
+inline float inverse_norm(const Element* row, int dim, float epsilon = kNormEpsilon) {
   Simd::F squares = Simd::zero();
   for_each_register(row, dim, [&](int, Simd::F x) { squares = Simd::multiply_add(x, x, squares); });
-  const float norm = __builtin_sqrtf(Simd::sum(squares));
-  return 1.0f / (norm <= kNormEpsilon ? kNormEpsilon : norm);  // a NaN stays
+  return inverse_of_norm(Simd::sum(squares), epsilon);
 }
 
 template <class Element>
@@ -41,14 +45,14 @@ void inverse_norms(const NormsJob& job) {
 
 // out = row / max(|row|, eps) in fp32, filled up to whole registers.
 template <class Element>
-inline void normalize_row(const Element* row, int dim, float* out) {
-  const Simd::F scale = Simd::broadcast(inverse_norm(row, dim));
+inline void normalize_row(const Element* row, int dim, float* out, float epsilon = kNormEpsilon) {
+  const Simd::F scale = Simd::broadcast(inverse_norm(row, dim, epsilon));
   for_each_register(row, dim, [&](int k, Simd::F x) { Simd::store(out + k, Simd::multiply(x, scale)); });
 }
 
-// Calls function(Element{}) with the element type of dtype.
+// Calls function(Element{}) with the element type of a float dtype.
 template <class Function>
-inline void with_element(DType dtype, Function function) {
+inline void with_float(DType dtype, Function function) {
   switch (dtype) {
     case DType::f32:
       return function(float{});
@@ -56,7 +60,16 @@ inline void with_element(DType dtype, Function function) {
       return function(F16{});
     case DType::bf16:
       return function(BF16{});
+    case DType::i8:
+      return;
   }
+}
+
+// With the element type of any dtype.
+template <class Function>
+inline void with_element(DType dtype, Function function) {
+  if (dtype == DType::i8) return function(I8{});
+  with_float(dtype, function);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "tile_inl.h"
+#include "widen_i8_inl.h"
 
 namespace {
 
@@ -29,12 +30,14 @@ class Widener {
     for (int64_t i = begin; i < end; ++i, out += stride_) {
       const char* const data = tokens.data + (tokens.kept ? tokens.kept[i] : i) * tokens.token_stride;
       const Element* const row = contiguous_row<Element>(data, tokens.dim_stride, job_.dim, copy);
-      if (job_.normalize) {
-        normalize_row(row, job_.dim, row_buffer_);
-        store_widened(row_buffer_, job_.dim, out, seen_);
-      } else {
-        store_widened(row, job_.dim, out, seen_);
+      if constexpr (Dot::rounds_floats) {
+        if (job_.normalize) {
+          normalize_row(row, job_.dim, row_buffer_, job_.norm_epsilon);
+          store_widened(row_buffer_, job_.dim, out, seen_);
+          continue;
+        }
       }
+      store_widened(row, job_.dim, out, seen_);
     }
   }
 
@@ -159,8 +162,8 @@ class DocumentScore {
   // Scores the tile of widened rows that stand for tokens `token` and on, against registers r and on.
   template <int registers, class... Feeder>
   void tile(const uint32_t* rows, int64_t r, int64_t token, Feeder&... feed) {
-    const int64_t words = Dot::fixed_point ? (job_.dim + 1) / 2 : job_.dim;
-    const uint32_t* const query = (Dot::fixed_point ? group_.words_i16 : group_.words_f32) + r * words * Simd::width;
+    const int64_t words = (job_.dim + Dot::dims_of_word - 1) / Dot::dims_of_word;
+    const uint32_t* const query = Dot::words(group_) + r * words * Simd::width;
     Lane* const best = best_ + r * Simd::width;
     int32_t* const index = job_.index + r * Simd::width;
     score_tile<Dot, T, registers, pick>(rows, widener_.stride(), query, words, best, index, int32_t(token), feed...);
@@ -190,11 +193,40 @@ bool score_fixed_point(const ScoreJob& job) {
 }
 #endif
 
+#ifndef EDGECOLBERT_NO_INT8
+inline void score_int8(const ScoreJob& job) {
+  job.argmax ? DocumentScore<DotI8, I8, Pick::argmax>(job).run() : DocumentScore<DotI8, I8, Pick::maximum>(job).run();
+  for (int64_t lane = 0; lane < job.group->registers * Simd::width; lane += Simd::width) {
+    const Simd::I biased_i32 = Simd::load(reinterpret_cast<const int32_t*>(job.best) + lane);
+    const Simd::I sum_i32 = Simd::subtract(biased_i32, Simd::load(job.group->biases + lane));
+    Simd::store(job.best + lane, Simd::multiply(Simd::to_float(sum_i32), Simd::load(job.group->scales + lane)));
+  }
+}
+#endif
+
+// False: fp32 has to.
+template <class Element>
+inline bool score_integers([[maybe_unused]] const ScoreJob& job) {
+#ifndef EDGECOLBERT_NO_FIXED_POINT
+  return job.group->words_i16 && score_fixed_point<Element>(job);
+#else
+  return false;
+#endif
+}
+
+template <>
+inline bool score_integers<I8>([[maybe_unused]] const ScoreJob& job) {
+#ifndef EDGECOLBERT_NO_INT8
+  if (job.group->words_i8) score_int8(job);
+  return job.group->words_i8 != nullptr;
+#else
+  return false;
+#endif
+}
+
 template <class Element>
 void score(const ScoreJob& job) {
-#ifndef EDGECOLBERT_NO_FIXED_POINT
-  if (job.group->words_i16 && score_fixed_point<Element>(job)) return;
-#endif
+  if (score_integers<Element>(job)) return;
   if (job.argmax ? DocumentScore<DotF32, Element, Pick::argmax>(job).run()
                  : DocumentScore<DotF32, Element, Pick::maximum>(job).run())
     return;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backward_inl.h"
+#include "pack_inl.h"
 #include "pack_queries_inl.h"
 #include "peak_inl.h"
 #include "score_inl.h"
@@ -10,17 +11,13 @@
 namespace {
 
 void pack_register(PackJob* job) {
-  with_element(job->dtype, [&](auto element) { pack_register<decltype(element)>(*job); });
+  with_float(job->dtype, [&](auto element) { pack_register<decltype(element)>(*job); });
 }
 
-bool admits_fixed_point([[maybe_unused]] const AdmitJob* job) {
-#ifdef EDGECOLBERT_NO_FIXED_POINT
-  return false;
-#else
+bool admits_integers(const AdmitJob* job) {
   bool admitted = false;
-  with_element(job->dtype, [&](auto element) { admitted = admits_fixed_point<decltype(element)>(*job); });
+  with_float(job->dtype, [&](auto element) { admitted = admits_integers<decltype(element)>(*job); });
   return admitted;
-#endif
 }
 
 void score(const ScoreJob* job) {
@@ -29,7 +26,7 @@ void score(const ScoreJob* job) {
 
 template <bool scatter>
 void add_rows(const RowsJob* job) {
-  with_element(job->dtype, [&](auto element) {
+  with_float(job->dtype, [&](auto element) {
     if (job->winner_bytes == 2) {
       add_rows<decltype(element), int16_t, scatter>(*job);
     } else {
@@ -39,22 +36,38 @@ void add_rows(const RowsJob* job) {
 }
 
 void finish_rows(const FinishJob* job) {
-  with_element(job->dtype, [&](auto element) { finish_rows<decltype(element)>(*job); });
+  with_float(job->dtype, [&](auto element) { finish_rows<decltype(element)>(*job); });
 }
 
 void inverse_norms(const NormsJob* job) {
-  with_element(job->dtype, [&](auto element) { inverse_norms<decltype(element)>(*job); });
+  with_float(job->dtype, [&](auto element) { inverse_norms<decltype(element)>(*job); });
 }
 
-constexpr Kernels kTable = {
-    kName,           Simd::width,        kTileTokens,   kPanelRegisters,
+void store_tokens(StoreJob* job) {
+  with_float(job->source_dtype, [&](auto from) {
+    with_element(job->dtype, [&](auto to) { store_tokens<decltype(from), decltype(to)>(*job); });
+  });
+}
+
+void load_tokens(const LoadJob* job) {
+  with_element(job->dtype, [&](auto element) { load_tokens<decltype(element)>(*job); });
+}
+
 #ifdef EDGECOLBERT_NO_FIXED_POINT
-    false,
+constexpr bool kFixedPoint = false;
 #else
-    true,
+constexpr bool kFixedPoint = true;
 #endif
-    pack_register,   admits_fixed_point, score,         add_rows<true>,
-    add_rows<false>, finish_rows,        inverse_norms, peak_operations,
+#ifdef EDGECOLBERT_NO_INT8
+constexpr int kInt8DimsOfWord = 0;
+#else
+constexpr int kInt8DimsOfWord = DotI8::dims_of_word;
+#endif
+
+constexpr Kernels kTable = {
+    kName,         Simd::width,     kTileTokens, kPanelRegisters, kFixedPoint,     kInt8DimsOfWord,
+    pack_register, admits_integers, score,       add_rows<true>,  add_rows<false>, finish_rows,
+    inverse_norms, store_tokens,    load_tokens, peak_operations,
 };
 
 }  // namespace

@@ -51,7 +51,9 @@ template <class Dot, int T, int R, Pick pick, class... Feeder>
   if constexpr (sizeof...(feed) == 0) {
     while (query != query_end) multiply_add_step<Dot, T, R>(sum, rows, row_stride, query);
   } else {
-    const int64_t steps = (words + T - 1) / T * (R * Simd::width);
+    constexpr int tokens_of_step = (Feeder::kTokensOfStep + ...),
+                  steps_of_tile = (T + tokens_of_step - 1) / tokens_of_step;
+    const int64_t steps = (words + steps_of_tile - 1) / steps_of_tile * (R * Simd::width);
     while (query != query_end) {
       const uint32_t* const pause = query_end - query > steps ? query + steps : query_end;
       while (query != pause) multiply_add_step<Dot, T, R>(sum, rows, row_stride, query);

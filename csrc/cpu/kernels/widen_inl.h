@@ -8,7 +8,7 @@ namespace {
 // k-words from one widened token to the next.
 template <class Dot>
 inline int64_t widened_stride(int dim) {
-  return Dot::fixed_point ? round_up(dim, 2 * Simd::width) / 2 : round_up(dim, Simd::width);
+  return round_up(dim, Dot::dims_of_word * Simd::width) / Dot::dims_of_word;
 }
 
 template <class Dot, class Element>
@@ -101,6 +101,8 @@ template <class Row, class Element>
 template <class Dot, class Element>
 class Feed {
  public:
+  static constexpr int kTokensOfStep = 1;
+
   // Kept tokens [begin, end), whose dimensions lie side by side.
   Feed(const Tokens& tokens, int dim, int64_t begin, int64_t end, uint32_t* out, Seen<Dot, Element>* seen)
       : tokens_(tokens),

@@ -18,6 +18,9 @@ struct Simd {
     return from_bits(
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
   }
+  static F load(const I8* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
   // n < width elements, zeros behind them; memory past them is not touched.
   template <class Element>
   static F load_first(const Element* p, int n) {
@@ -40,12 +43,26 @@ struct Simd {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
   }
+  static void store(I8* p, F x) {
+    const I wide = _mm256_cvtps_epi32(x);
+    const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(half, half));
+  }
   template <class Element>
   static void store_first(Element* p, F x, int n) {
     Element copy[width];
     store(copy, x);
     memcpy(p, copy, sizeof(Element) * size_t(n));
   }
+
+  // 64 aligned bytes, past the caches; visible to other threads after finish_streams().
+  static constexpr bool streams = true;
+  static void stream_line(char* out, const char* line) {
+    const I* const from = reinterpret_cast<const I*>(line);
+    _mm256_stream_si256(reinterpret_cast<I*>(out), _mm256_load_si256(from));
+    _mm256_stream_si256(reinterpret_cast<I*>(out) + 1, _mm256_load_si256(from + 1));
+  }
+  static void finish_streams() { _mm_sfence(); }
 
   // Hides a value from the optimiser while it stays in its register.
   template <class V>
@@ -71,6 +88,7 @@ struct Simd {
   static I load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }
   static void store(int32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<I*>(p), x); }
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I subtract(I a, I b) { return _mm256_sub_epi32(a, b); }
   static I maximum(I a, I b) { return _mm256_max_epi32(a, b); }
   static I maximum_unsigned(I a, I b) { return _mm256_max_epu32(a, b); }
   static uint32_t largest_unsigned(I x) {

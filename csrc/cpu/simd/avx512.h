@@ -17,17 +17,28 @@ struct Simd {
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static F load(const F16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static F load(const BF16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static F load(const I8* p) { return widen_i8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   // n < width elements, zeros behind them; memory past them is not touched.
   static F load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
   static F load_first(const F16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
   static F load_first(const BF16* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first(n), p)); }
+  static F load_first(const I8* p, int n) { return widen_i8(_mm_maskz_loadu_epi8(first(n), p)); }
 
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static void store(F16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_f16(x)); }
   static void store(BF16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(x)); }
+  static void store(I8* p, F x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_i8(x)); }
   static void store_first(float* p, F x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
   static void store_first(F16* p, F x, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_f16(x)); }
   static void store_first(BF16* p, F x, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(x)); }
+  static void store_first(I8* p, F x, int n) { _mm_mask_storeu_epi8(p, first(n), narrow_i8(x)); }
+
+  // 64 aligned bytes, past the caches; visible to other threads after finish_streams().
+  static constexpr bool streams = true;
+  static void stream_line(char* out, const char* line) {
+    _mm512_stream_si512(reinterpret_cast<I*>(out), _mm512_load_si512(line));
+  }
+  static void finish_streams() { _mm_sfence(); }
 
   // Hides a value from the optimiser while it stays in its register.
   template <class V>
@@ -49,6 +60,7 @@ struct Simd {
   static I load(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store(int32_t* p, I x) { _mm512_storeu_si512(p, x); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I subtract(I a, I b) { return _mm512_sub_epi32(a, b); }
   static I maximum(I a, I b) { return _mm512_max_epi32(a, b); }
   static I maximum_unsigned(I a, I b) { return _mm512_max_epu32(a, b); }
   static uint32_t largest_unsigned(I x) { return _mm512_reduce_max_epu32(x); }
@@ -77,6 +89,8 @@ struct Simd {
 
  private:
   static F widen_bf16(__m256i x) { return from_bits(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+  static F widen_i8(__m128i x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)); }
+  static __m128i narrow_i8(F x) { return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)); }
   static __m256i narrow_f16(F x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static __m256i narrow_bf16(F x) {
     const I raw = bits(x);

@@ -15,6 +15,11 @@ struct Simd {
   static F load(const float* p) { return vld1q_f32(p); }
   static F load(const F16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
   static F load(const BF16* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16)); }
+  static F load(const I8* p) {
+    uint32_t four;
+    memcpy(&four, p, sizeof four);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four)))));
+  }
   // n < width elements, zeros behind them; memory past them is not touched.
   template <class Element>
   static F load_first(const Element* p, int n) {
@@ -30,12 +35,21 @@ struct Simd {
     vst1q_f32(lanes, x);
     for (int i = 0; i < width; ++i) narrow(lanes[i], p + i);
   }
+  static void store(I8* p, F x) {
+    const int16x4_t half = vqmovn_s32(vcvtnq_s32_f32(x));
+    const uint32_t four = vget_lane_u32(vreinterpret_u32_s8(vqmovn_s16(vcombine_s16(half, half))), 0);
+    memcpy(p, &four, sizeof four);
+  }
   template <class Element>
   static void store_first(Element* p, F x, int n) {
     Element copy[width];
     store(copy, x);
     memcpy(p, copy, sizeof(Element) * size_t(n));
   }
+
+  static constexpr bool streams = false;
+  static void stream_line(char*, const char*) {}
+  static void finish_streams() {}
 
   // Hides a value from the optimiser while it stays in its register.
   template <class V>
@@ -57,6 +71,8 @@ struct Simd {
   static I load(const int32_t* p) { return vld1q_s32(p); }
   static void store(int32_t* p, I x) { vst1q_s32(p, x); }
   static I add(I a, I b) { return vaddq_s32(a, b); }
+  static I subtract(I a, I b) { return vsubq_s32(a, b); }
+  static I maximum(I a, I b) { return vmaxq_s32(a, b); }
   static I maximum_unsigned(I a, I b) {
     return vreinterpretq_s32_u32(vmaxq_u32(vreinterpretq_u32_s32(a), vreinterpretq_u32_s32(b)));
   }
@@ -64,6 +80,7 @@ struct Simd {
   static I bits(F x) { return vreinterpretq_s32_f32(x); }
   static F from_bits(I x) { return vreinterpretq_f32_s32(x); }
   static I absolute_bits(F x) { return vandq_s32(bits(x), vdupq_n_s32(0x7fffffff)); }
+  static F to_float(I x) { return vcvtq_f32_s32(x); }
 
   static void take_greater(F& best, I& index, F value, I candidate) {
     select(vcgtq_f32(value, best), best, index, value, candidate);
@@ -72,6 +89,11 @@ struct Simd {
   static void take_greater_or_nan(F& best, I& index, F value, I candidate) {
     const uint32x4_t greater = vbicq_u32(vceqq_f32(best, best), vcleq_f32(value, best));
     select(greater, best, index, value, candidate);
+  }
+  static void take_greater(I& best, I& index, I value, I candidate) {
+    const uint32x4_t greater = vcgtq_s32(value, best);
+    best = vbslq_s32(greater, value, best);
+    index = vbslq_s32(greater, candidate, index);
   }
 
  private:

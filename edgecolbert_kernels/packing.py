@@ -1,0 +1,191 @@
+"""From an encoder's hidden states to packed token vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from edgecolbert_kernels import checks, dtypes
+from edgecolbert_kernels.backends import choose, native
+from edgecolbert_kernels.packed import PackedEmbeddings
+
+Array = np.ndarray
+Block = tuple[tuple[int, int], list[Any]]
+
+# Rows of a block: its projection stays in the cache, and the matrix product is large enough for BLAS.
+BLOCK_ROWS = 4096
+SMALLEST_NORM = 1e-12
+
+
+def pack(
+    hidden: Any,
+    mask: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    normalize: bool = True,
+    dtype: Any = "float16",
+) -> PackedEmbeddings:
+    """Project hidden states, normalise, leave out masked tokens, and store the rest.
+
+    Works through blocks of kept tokens: nothing is computed for masked ones, and no padded result ever exists.
+
+    Args:
+        hidden: `[N, L, h]`, or a list of `[L, h]`: numpy arrays or torch tensors in float16, bfloat16 (uint16 bits in
+            numpy), float32 or float64. Tensors are projected by torch on their device, without a gradient.
+        mask: `[N, L]`, bool or 0/1, the tokens to keep, with holes or without; for a list, a list of `[L]`.
+        weight: `[d, h]`, as `torch.nn.Linear` has it; None for d = h.
+        bias: `[d]`, with a weight.
+        normalize: divide every vector by its Euclidean norm (at least 1e-12).
+        dtype: the storage, as in PackedEmbeddings.
+
+    Returns:
+        PackedEmbeddings of N documents, without ids. The arithmetic is float32.
+
+    Raises:
+        TypeError: an argument is not an array or has a dtype other than those.
+        ValueError: a shape does not fit, or a value is too large for `dtype`.
+    """
+    dtype = dtypes.name(dtype)
+    documents, width = _documents(hidden)
+    kept = _masks(mask, documents)
+    if weight is not None:
+        checks.rank("weight", weight.shape, (2,), "[d, h]")
+        if documents and weight.shape[1] != width:
+            raise checks.wrong_shape("weight", weight.shape, f"[d, {width}], as hidden has h = {width}")
+        width = int(weight.shape[0])
+    if bias is not None and (weight is None or tuple(bias.shape) != (width,)):
+        raise checks.wrong_shape("bias", bias.shape, "[d], with a weight [d, h]")
+    if weight is None and not isinstance(hidden, (list, tuple)) and _has_kernel(normalize, dtype):
+        whole = None if mask is None or not kept else np.stack([np.asarray(keep) for keep in kept])
+        tokens, offsets, scales = _kernel(dtypes.matrix("hidden", hidden)[0], whole, None, normalize, dtype)
+        return PackedEmbeddings.from_arrays(tokens, offsets, scales)
+    lengths = [
+        len(document) if keep is None else int(keep.sum()) for document, keep in zip(documents, kept, strict=True)
+    ]
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    tokens = np.empty((int(offsets[-1]), width), dtypes.STORAGE[dtype])
+    scales = np.empty(len(documents), np.float32) if dtype == "int8" else None
+    project = _tensor_projection if documents and hasattr(documents[0], "detach") else _array_projection
+    store = _store_by_kernel if _has_kernel(normalize, dtype) else _store_by_numpy
+    for (begin, end), rows in project(_blocks(documents, kept, lengths), weight, bias):
+        within = offsets[begin : end + 1] - offsets[begin]
+        part = slice(offsets[begin], offsets[end])
+        tokens[part], found = store(rows, within, normalize, dtype)
+        if scales is not None:
+            scales[begin:end] = found
+    return PackedEmbeddings.from_arrays(tokens, offsets, scales)
+
+
+def _has_kernel(normalize: bool, dtype: str) -> bool:
+    """Whether the compiled module stores: it does not look for values that a half cannot hold, and unit rows have none."""
+    if native.missing() or not (normalize or dtype == "float32"):
+        return False
+    return choose("maxsim", "cpu", "float32") == "cpu"
+
+
+def _store_by_kernel(rows: Array, offsets: Array, normalize: bool, dtype: str) -> tuple[Array, Array | None]:
+    tokens, _, scales = _kernel(rows, None, offsets, normalize, dtype)
+    return tokens, scales
+
+
+def _kernel(X: Array, mask: Array | None, offsets: Array | None, normalize: bool, dtype: str) -> Any:
+    from edgecolbert_kernels.backends.packed import pack_rows
+
+    try:
+        return pack_rows(X, mask, offsets, normalize=normalize, dtype=dtypes.STORAGE[dtype])
+    except ValueError as error:
+        if "int8" not in str(error):
+            raise
+        raise checks.storage_range("hidden", dtype) from None
+
+
+def _store_by_numpy(rows: Array, offsets: Array, normalize: bool, dtype: str) -> tuple[Array, Array | None]:
+    if normalize:
+        norms = np.sqrt(np.einsum("td,td->t", rows, rows))
+        rows = rows / np.maximum(norms, np.float32(SMALLEST_NORM))[:, None]
+    if dtype != "int8":
+        return dtypes.narrow("hidden", rows, dtype), None
+    each = [dtypes.quantize("hidden", rows[first:last]) for first, last in pairwise(offsets.tolist())]
+    tokens = np.concatenate([np.empty((0, rows.shape[1]), np.int8), *(values for values, _ in each)])
+    return tokens, np.array([scale for _, scale in each], np.float32)
+
+
+def _documents(hidden: Any) -> tuple[Sequence[Any], int]:
+    """One `[L, h]` a document, and h."""
+    if not isinstance(hidden, (list, tuple)):
+        if not hasattr(hidden, "shape"):
+            raise checks.not_an_array("hidden", hidden)
+        checks.rank("hidden", hidden.shape, (3,), "[N, L, h] or a list of [L, h]")
+        checks.at_least("h", int(hidden.shape[2]), 1)
+        return list(hidden), int(hidden.shape[2])
+    for n, document in enumerate(hidden):
+        if not hasattr(document, "shape"):
+            raise checks.not_an_array(f"hidden[{n}]", document)
+        checks.rank(f"hidden[{n}]", document.shape, (2,), "[L, h]")
+        if document.shape[1] != hidden[0].shape[1]:
+            raise checks.wrong_shape(f"hidden[{n}]", document.shape, f"[L, {hidden[0].shape[1]}], as hidden[0] has")
+    if not hidden:
+        raise ValueError("hidden is an empty list, which has no h; want PackedEmbeddings.empty(d) instead")
+    return hidden, int(hidden[0].shape[1])
+
+
+def _masks(mask: Any, documents: Sequence[Any]) -> list[Array | None]:
+    if mask is None:
+        return [None] * len(documents)
+    if isinstance(mask, (list, tuple)):
+        checks.mask_list("mask", mask, "hidden", len(documents))
+    elif len(mask.shape) != 2 or len(mask) != len(documents):
+        raise checks.wrong_shape("mask", mask.shape, f"[{len(documents)}, L], one value for each token of hidden")
+    kept: list[Array | None] = []
+    for n, (each, document) in enumerate(zip(mask, documents, strict=True)):
+        keep = None if each is None else np.asarray(each.cpu() if hasattr(each, "cpu") else each) != 0
+        if keep is not None:
+            checks.mask(f"mask[{n}]", keep.shape, f"hidden[{n}]", document.shape)
+        kept.append(keep)
+    return kept
+
+
+def _blocks(documents: Sequence[Any], kept: Sequence[Array | None], lengths: Sequence[int]) -> Iterator[Block]:
+    """Ranges of documents with their kept rows: BLOCK_ROWS of them, or one document that has more."""
+    begin = count = 0
+    block: list[Any] = []
+    for n, (document, keep) in enumerate(zip(documents, kept, strict=True)):
+        if count and count + lengths[n] > BLOCK_ROWS:
+            yield (begin, n), block
+            begin, count, block = n, 0, []
+        # Positions rather than a bool mask: numpy's indices serve tensors too.
+        block.append(document if keep is None else document[np.flatnonzero(keep)])
+        count += lengths[n]
+    if block:
+        yield (begin, len(documents)), block
+
+
+def _array_projection(blocks: Iterator[Block], weight: Any, bias: Any) -> Iterator[tuple[tuple[int, int], Array]]:
+    transposed = None if weight is None else _floats("weight", weight).T
+    shift = None if bias is None else _floats("bias", bias)
+    for documents, block in blocks:
+        rows = np.concatenate([_floats("hidden", part) for part in block])
+        if transposed is not None:
+            rows = rows @ transposed
+        yield documents, rows if shift is None else rows + shift
+
+
+def _tensor_projection(blocks: Iterator[Block], weight: Any, bias: Any) -> Iterator[tuple[tuple[int, int], Array]]:
+    import torch
+
+    with torch.no_grad():
+        matrix, shift = (None if x is None else torch.as_tensor(x).float() for x in (weight, bias))
+        for documents, block in blocks:
+            rows = torch.cat(block).detach().float()
+            if matrix is not None:
+                shift = None if shift is None else shift.to(rows.device)
+                rows = torch.nn.functional.linear(rows, matrix.to(rows.device), shift)
+            yield documents, rows.cpu().numpy()
+
+
+def _floats(name: str, seen: Any) -> Array:
+    return dtypes.widen(*dtypes.matrix(name, seen))

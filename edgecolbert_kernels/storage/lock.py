@@ -1,0 +1,51 @@
+"""One writer a folder. The system drops the lock with the process that holds it, however that ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+NAME = "lock"
+
+
+class PackedLocked(RuntimeError):
+    """Another writer has the folder open."""
+
+
+class Lock:
+    """Held from construction to `release`. The file stays: removing it would let two writers lock two files."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / NAME
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        try:
+            _take(self._file)
+        except OSError:
+            owner = os.pread(self._file, 32, 0).decode("ascii", "replace").strip() if hasattr(os, "pread") else ""
+            os.close(self._file)
+            process = f" (process {owner})" if owner.isdecimal() else ""
+            raise PackedLocked(f"{folder} is being written by another writer{process}; there can be one") from None
+        os.ftruncate(self._file, 0)
+        os.write(self._file, b"%d\n" % os.getpid())
+
+    def release(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _take(file: int) -> None:
+        # A byte far behind the content, which others then can still read.
+        os.lseek(file, 1 << 20, os.SEEK_SET)
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        os.lseek(file, 0, os.SEEK_SET)
+
+else:
+    import fcntl
+
+    def _take(file: int) -> None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,166 @@
+"""Writing a folder so that every commit is whole or not there.
+
+A commit appends to the data files, flushes them to the disk, writes the new header beside the old one, flushes it, and
+renames it over the old one. A process that dies, or a disk that fills up, at any byte leaves the old header: what lies
+behind its counts is overwritten by the next append.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgecolbert_kernels.storage import header, reader
+from edgecolbert_kernels.storage.header import Header, Part
+from edgecolbert_kernels.storage.lock import Lock
+
+Data = Mapping[str, Any]  # what a commit adds to each data file: contiguous little-endian arrays, or bytes
+
+
+class FolderWriter:
+    """The one writer of a folder, from construction to `close`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        reader.read_header(folder)  # before a lock file is left in a folder that is something else
+        self._lock = Lock(folder)
+        try:
+            # An append behind a file that was cut off would fill the hole with zeros: sizes are checked here.
+            self.contents = reader.read(folder)
+        except BaseException:
+            self._lock.release()
+            raise
+        self.header = self.contents.header
+        self._broken = False
+
+    def commit(self, data: Data, *, documents: int = 0, tokens: int = 0, removed: int = 0) -> None:
+        """Add `data`, and so many documents, tokens and removals to the counts.
+
+        Raises:
+            OSError: the disk refused; nothing was committed, and this writer takes no more.
+        """
+        if self._broken:
+            raise RuntimeError(f"{self.folder}: a commit failed before; open it again to write on")
+        old = self.header
+        parts = dict(old.parts)
+        self._broken = True
+        for name, added in data.items():
+            if memoryview(added).nbytes:
+                _append(self.folder / old.file(name), added, parts[name].size)
+                parts[name] = parts[name].extended(_bytes(added))
+        new = replace(
+            old,
+            documents=old.documents + documents,
+            tokens=old.tokens + tokens,
+            removed=old.removed + removed,
+            parts=parts,
+        )
+        _replace_header(self.folder, new)
+        self.header, self._broken = new, False
+
+    def replace_all(self, new: Header, data: Data) -> None:
+        """Put `data` in the place of everything that is there, in one step. `new` is a header without its parts."""
+        if self._broken:
+            raise RuntimeError(f"{self.folder}: a commit failed before; open it again to write on")
+        old = self.header
+        new = _write_parts(self.folder, replace(new, generation=old.generation + 1), data)
+        _replace_header(self.folder, new)
+        self.header = new
+        remove_strays(self.folder, new)
+
+    def close(self) -> None:
+        self._lock.release()
+
+
+def create(folder: Path, new: Header, data: Data) -> Header:
+    """A folder that was not there before, or an empty one. Returns the header with its parts.
+
+    Raises:
+        FileExistsError: something is there.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place, so that the rename stays on one disk.
+    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
+    unfinished.mkdir()
+    try:
+        new = _write_parts(unfinished, new, data)
+        _replace_header(unfinished, new)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            raise FileExistsError(f"{folder} is there already") from None
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    _flush_folder(folder.parent)
+    return new
+
+
+def remove_strays(folder: Path, current: Header) -> None:
+    """Remove the data files of other generations. Who has them mapped keeps them."""
+    wanted = {current.file(name) for name in current.parts}
+    names = [name for kind in ("float16", "int8") for name in Header(kind, 1, ids="utf8").sizes()]
+    for path in folder.glob("*.bin"):
+        name, _, rest = path.name.partition(".")
+        if name in names and rest.removesuffix(".bin").isdecimal() and path.name not in wanted:
+            path.unlink(missing_ok=True)
+    for path in folder.glob(f"{header.NAME}.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _write_parts(folder: Path, new: Header, data: Data) -> Header:
+    parts = {}
+    for name in new.sizes():
+        added = data.get(name, b"")
+        path = folder / new.file(name)
+        path.unlink(missing_ok=True)
+        _append(path, added, 0)
+        parts[name] = Part().extended(_bytes(added))
+    return replace(new, parts=parts)
+
+
+def _append(path: Path, data: Any, at: int) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0), 0o644)
+    try:
+        os.lseek(file, at, os.SEEK_SET)
+        left = _bytes(data)
+        while left:
+            left = left[os.write(file, left[: reader.BLOCK_BYTES]) :]
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _replace_header(folder: Path, new: Header) -> None:
+    path = folder / header.NAME
+    unfinished = folder / f"{header.NAME}.{os.getpid()}.tmp"
+    unfinished.unlink(missing_ok=True)
+    _append(unfinished, header.render(new), 0)
+    os.replace(unfinished, path)
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    """A rename is on the disk when its folder is."""
+    if os.name == "nt":
+        return
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _bytes(data: Any) -> memoryview:
+    if isinstance(data, np.ndarray):
+        data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    return memoryview(data).cast("B")

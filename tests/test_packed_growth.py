@@ -1,0 +1,409 @@
+"""Documents come and go: in memory without copying the rest, in a folder by commits that are whole or not there."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+import edgecolbert_kernels as ek
+from cases import ragged
+from edgecolbert_kernels import PackedEmbeddings, PackedFormatError, PackedLocked, PackedWriter
+from edgecolbert_kernels.storage import writer as storage_writer
+
+DTYPES = ("float16", "bfloat16", "float32", "int8")
+
+
+def rows(*lengths, seed=1, dim=8):
+    return [x.numpy() for x in ragged(lengths, dim, seed=seed)]
+
+
+def contents(packed):
+    return [x.tolist() for x in packed]
+
+
+# In memory
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_append(dtype):
+    packed, views, whole = PackedEmbeddings.empty(8, dtype), [], rows(*range(12))
+    for n, each in enumerate(whole):
+        packed = packed.append([each], [n])
+        views.append(packed)
+    wanted = PackedEmbeddings.from_list(whole, range(12), dtype=dtype)
+    # Every view on the way still shows what it showed.
+    for n, view in enumerate(views, 1):
+        assert contents(view) == contents(wanted[:n])
+        assert view.ids == list(range(n))
+        assert view.position(n - 1) == n - 1
+        with pytest.raises(KeyError):
+            view.position(n)
+    assert packed.append([]) is packed
+
+
+def test_append_copies_little():
+    """Appending is linear in all: the memory moves a few dozen times, not a thousand."""
+    packed, addresses = PackedEmbeddings.empty(4), set()
+    for _ in range(1000):
+        packed = packed.append([np.ones((1, 4), np.float16)])
+        addresses.add(packed._tokens.ctypes.data)
+    assert len(packed) == 1000
+    assert len(addresses) < 40
+
+
+def test_two_views_append_to_one():
+    """The second one copies: neither sees the other's document."""
+    base = PackedEmbeddings.empty(8).append(rows(2, 3), ["a", "b"])
+    first, second = base.append(rows(1), ["c"]), base.append(rows(4), ["d"])
+    third = base.remove([0]).append(rows(5), ["e"])
+    assert [view.ids for view in (base, first, second, third)] == [
+        ["a", "b"],
+        ["a", "b", "c"],
+        ["a", "b", "d"],
+        ["b", "e"],
+    ]
+    assert [view.lengths.tolist() for view in (base, first, second, third)] == [[2, 3], [2, 3, 1], [2, 3, 4], [3, 5]]
+    assert [base.position("b"), first.position("c"), second.position("d"), third.position("e")] == [1, 2, 2, 1]
+    with pytest.raises(KeyError):
+        base.position("c")
+
+
+def test_append_after_views():
+    base = PackedEmbeddings.from_list(rows(1, 2, 3, 4), list("abcd"))
+    for view in (base[1:3], base[[3, 0]], base.remove(ids=["b"])):
+        grown = view.append(rows(5), ["x"])
+        assert grown.ids == [*view.ids, "x"]
+        assert contents(grown[:-1]) == contents(view)
+        again = grown.remove([0]).append(rows(6), ["y"]).append(rows(7), ["z"])
+        assert again.ids == [*grown.ids[1:], "y", "z"]
+        assert again.lengths.tolist()[-2:] == [6, 7]
+
+
+def test_threads_append_to_one():
+    base = PackedEmbeddings.empty(8).append(rows(2))
+    grown: list = [None] * 16
+
+    def append(n):
+        grown[n] = base.append([np.full((3, 8), n, np.float32)])
+
+    threads = [threading.Thread(target=append, args=(n,)) for n in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for n, view in enumerate(grown):
+        assert len(view) == 2
+        assert (view[1] == n).all()
+
+
+def test_remove():
+    packed = PackedEmbeddings.from_list(rows(1, 2, 3, 4, 5), list("abcde"))
+    assert packed.remove([1, 1, 3]).ids == ["a", "c", "e"]
+    assert packed.remove(np.array([True, False, False, False, True])).ids == ["b", "c", "d"]
+    assert packed.remove(ids=["e", "a"]).remove([0]).ids == ["c", "d"]
+    assert packed.remove([0], ids=["b"]).position("c") == 0
+    assert packed.remove([]).ids == packed.ids
+    assert np.shares_memory(packed.remove([0])._tokens, packed._tokens)
+    with pytest.raises(IndexError):
+        packed.remove([5])
+    with pytest.raises(KeyError, match="x"):
+        packed.remove(ids=["a", "x"])
+    with pytest.raises(KeyError):
+        packed.remove(ids=["a"]).remove(ids=["a"])
+    with pytest.raises(KeyError):
+        PackedEmbeddings.from_list(rows(1)).remove(ids=["a"])
+
+
+def test_ids_stay_unique():
+    packed = PackedEmbeddings.from_list(rows(1, 2), ["a", "b"])
+    with pytest.raises(ValueError, match="'b' is there"):
+        packed.append(rows(3), ["b"])
+    assert packed.remove(ids=["b"]).append(rows(3), ["b"]).ids == ["a", "b"]
+    with pytest.raises(ValueError, match="ids"):
+        packed.append(rows(3))
+    with pytest.raises(TypeError, match="kind"):
+        packed.append(rows(3), [3])
+    with pytest.raises(ValueError, match="ids"):
+        PackedEmbeddings.from_list(rows(1)).append(rows(2), ["a"])
+
+
+# In a folder
+
+
+class Growing(RuleBasedStateMachine):
+    """A folder, and the same documents in a plain list."""
+
+    def __init__(self):
+        super().__init__()
+        self.model: list[tuple[str, np.ndarray]] = []
+        self.counter = 0
+        self.writer = None
+
+    @initialize(dtype=st.sampled_from(DTYPES))
+    def create(self, dtype):
+        self.folder = Path(os.environ["PYTEST_GROWTH"]) / str(id(self))
+        self.dtype = dtype
+        self.memory = PackedEmbeddings.empty(3, dtype)
+        self.writer = PackedWriter(self.folder, dim=3, dtype=dtype)
+
+    @rule(lengths=st.lists(st.integers(0, 4), max_size=4))
+    def append(self, lengths):
+        self.counter += 1
+        documents = rows(*lengths, seed=self.counter, dim=3)
+        ids = [f"{self.counter}.{n}" for n in range(len(lengths))]
+        self.writer.append(documents, ids)
+        self.memory = self.memory.append(documents, ids)
+        self.model += zip(
+            ids, PackedEmbeddings.from_list(documents, dtype=self.dtype, dim=3).to("float32"), strict=True
+        )
+
+    @rule(data=st.data())
+    def remove(self, data):
+        if not self.model:
+            return
+        gone = data.draw(st.lists(st.integers(0, len(self.model) - 1), max_size=4, unique=True))
+        if data.draw(st.booleans()):
+            self.writer.remove(gone)
+            self.memory = self.memory.remove(gone)
+        else:
+            names = [self.model[n][0] for n in gone]
+            self.writer.remove(ids=names)
+            self.memory = self.memory.remove(ids=names)
+        self.model = [each for n, each in enumerate(self.model) if n not in gone]
+
+    @rule()
+    def compact(self):
+        self.writer.compact()
+
+    @rule()
+    def reopen(self):
+        self.writer.close()
+        self.writer = PackedWriter(self.folder)
+
+    @invariant()
+    def same(self):
+        if self.writer is None:
+            return
+        assert len(self.writer) == len(self.model)
+        for packed in (PackedEmbeddings.load(self.folder, verify=True), self.memory):
+            assert len(packed) == len(self.model)
+            assert (packed.ids or []) == [name for name, _ in self.model]
+            for found, (_, wanted) in zip(packed.to("float32"), self.model, strict=True):
+                np.testing.assert_array_equal(found, wanted)
+
+    def teardown(self):
+        if self.writer is not None:
+            self.writer.close()
+
+
+@pytest.fixture(autouse=True)
+def growth_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTEST_GROWTH", str(tmp_path))
+
+
+TestGrowing = Growing.TestCase
+TestGrowing.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
+
+
+def test_writer(tmp_path):
+    with pytest.raises(PackedFormatError):
+        PackedWriter(tmp_path / "packed")
+    with PackedWriter(tmp_path / "packed", dim=8, dtype="int8") as writer:
+        writer.append(rows(1, 2), ["a", "b"])
+        assert "a" in writer
+        assert "c" not in writer
+        writer.append(PackedEmbeddings.from_list(rows(3, 4), ["c", "d"]))
+        for bad, error in ((["a"], ValueError), ([5], ValueError), (None, ValueError), (["x", "x"], ValueError)):
+            with pytest.raises(error, match="ids"):
+                writer.append(rows(*[1] * len(bad or [1])), bad)
+        with pytest.raises(ValueError):
+            writer.append([np.ones((1, 9), np.float32)], ["e"])
+        with pytest.raises(KeyError):
+            writer.remove(ids=["a", "x"])
+        with pytest.raises(IndexError):
+            writer.remove([0, 4])
+        assert len(writer) == 4
+    assert PackedEmbeddings.load(tmp_path / "packed", verify=True).ids == list("abcd")
+    with pytest.raises(ValueError, match="dim 8"):
+        PackedWriter(tmp_path / "packed", dim=9)
+    with pytest.raises(ValueError, match="dtype int8"):
+        PackedWriter(tmp_path / "packed", dim=8, dtype="float16")
+    # The refusals gave the lock back.
+    PackedWriter(tmp_path / "packed", dim=8, dtype=np.int8).close()
+
+
+def test_appending_rewrites_nothing(tmp_path):
+    PackedEmbeddings.from_list(rows(100, 200)).save(tmp_path / "packed")
+    path = tmp_path / "packed/tokens.0.bin"
+    inode, before = path.stat().st_ino, path.read_bytes()
+    view = PackedEmbeddings.load(tmp_path / "packed")
+    with PackedWriter(tmp_path / "packed") as writer:
+        writer.append(rows(3))
+        writer.remove([0])
+    assert path.stat().st_ino == inode
+    assert path.read_bytes()[: len(before)] == before
+    assert path.stat().st_size == len(before) + 3 * 8 * 2
+    assert len(view) == 2
+    assert PackedEmbeddings.load(tmp_path / "packed").lengths.tolist() == [200, 3]
+    with PackedWriter(tmp_path / "packed") as writer:
+        writer.compact()
+    assert PackedEmbeddings.load(tmp_path / "packed", verify=True).lengths.tolist() == [200, 3]
+    assert sum(each.stat().st_size for each in (tmp_path / "packed").glob("tokens.*")) == 203 * 8 * 2
+    assert view.lengths.tolist() == [100, 200]
+    assert view.tokens.tobytes() == before
+
+
+def test_a_second_writer(tmp_path):
+    """In this process and in another; the lock ends with its holder."""
+    folder = tmp_path / "packed"
+    writer = PackedWriter(folder, dim=8)
+    with pytest.raises(PackedLocked, match=f"process {os.getpid()}"):
+        PackedWriter(folder)
+    with pytest.raises(PackedLocked):
+        PackedEmbeddings.empty(8).save(folder, overwrite=True)
+    source = "import sys; from edgecolbert_kernels import PackedWriter; PackedWriter(sys.argv[1])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    found = subprocess.run([sys.executable, "-c", source, folder], env=environment, capture_output=True, text=True)
+    assert found.returncode
+    assert "PackedLocked" in found.stderr
+    writer.close()
+    PackedWriter(folder).close()
+
+
+def _read_along(folder, stop, problems):
+    seen = 0
+    while not stop.is_set():
+        try:
+            packed = PackedEmbeddings.load(folder, verify=True)
+            assert len(packed) >= seen, "a commit vanished"
+            assert packed.ids is None or packed.ids == list(range(len(packed)))
+            for n in (0, len(packed) // 2, len(packed) - 1):
+                if len(packed):
+                    assert (packed[n] == n % 1000).all(), f"document {n}"
+            seen = len(packed)
+        except BaseException as error:
+            problems.put(f"{type(error).__name__}: {error}")
+            return
+    problems.put(None if seen else "nothing was seen")
+
+
+def test_readers_while_a_writer_appends(tmp_path):
+    folder = tmp_path / "packed"
+    context = multiprocessing.get_context("fork")
+    stop, problems = context.Event(), context.Queue()
+    with PackedWriter(folder, dim=4) as writer:
+        writer.append([np.zeros((2, 4))], [0])
+        readers = [context.Process(target=_read_along, args=(folder, stop, problems)) for _ in range(2)]
+        for reader in readers:
+            reader.start()
+        for n in range(1, 200):
+            writer.append([np.full((1 + n % 5, 4), n % 1000, np.float32)], [n])
+            if n % 50 == 0:
+                writer.compact()
+        stop.set()
+    found = [problems.get(timeout=60) for _ in readers]
+    for reader in readers:
+        reader.join()
+    assert found == [None, None]
+
+
+class Crash(BaseException):
+    """What a process that dies leaves: nothing after it runs."""
+
+
+def test_a_crash_at_every_byte(tmp_path, monkeypatch):
+    """Writing stops after each number of bytes, and before and after each system call, in append, remove and compact."""
+    budget = [0]
+    write, replace = os.write, os.replace
+    monkeypatch.setattr(storage_writer.os, "fsync", lambda file: None)  # nothing here cuts the power
+
+    def spend(amount):
+        budget[0] -= amount
+        if budget[0] < 0:
+            raise Crash
+
+    def partial_write(file, data):
+        if len(data) > budget[0]:
+            write(file, data[: budget[0]])
+        spend(len(data))
+        return write(file, data)
+
+    def counted(call):
+        def run(*arguments):
+            spend(1)
+            result = call(*arguments)
+            spend(1)
+            return result
+
+        return run
+
+    changes = {
+        "append": (lambda writer: writer.append(rows(2, 0, 1, seed=5), ["x", "y", "z"]), ["b", "c"], ["b", "c", "x", "y", "z"]),
+        "remove": (lambda writer: writer.remove(ids=["c"]), ["b", "c"], ["b"]),
+        "compact": (lambda writer: writer.compact(), ["b", "c"], ["b", "c"]),
+    }  # fmt: skip
+    for name, (change, before, after) in changes.items():
+        outcomes = []
+        for stop in range(10_000):
+            folder = tmp_path / f"{name}.{stop}"
+            PackedEmbeddings.from_list(rows(1, 2, 3), list("abc"), dtype="int8").save(folder)
+            with PackedWriter(folder) as writer:
+                writer.remove([0])
+                with monkeypatch.context() as patch:
+                    patch.setattr(storage_writer.os, "write", partial_write)
+                    patch.setattr(storage_writer.os, "replace", counted(replace))
+                    patch.setattr(storage_writer.os, "fsync", counted(lambda file: None))
+                    budget[0] = stop
+                    try:
+                        change(writer)
+                    except Crash:
+                        whole = False
+                    else:
+                        whole = True
+            found = PackedEmbeddings.load(folder, verify=True)
+            assert found.ids in (before, after)
+            outcomes.append(found.ids == after)
+            # Writing goes on as if nothing had been.
+            with PackedWriter(folder) as writer:
+                writer.append(rows(7), ["last"])
+            again = PackedEmbeddings.load(folder, verify=True)
+            assert again.ids == [*found.ids, "last"]
+            assert contents(again[:-1]) == contents(found)
+            if whole:
+                break
+        else:
+            raise AssertionError("never finished")
+        assert stop > 100
+        # Once there, it stays.
+        assert outcomes == sorted(outcomes)
+        assert outcomes[-1]
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    """An error of the disk is raised, what was committed stays, and the writer takes no more."""
+    with PackedWriter(tmp_path / "packed", dim=8) as writer:
+        writer.append(rows(1))
+
+        def full(file, data):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(storage_writer.os, "write", full)
+            with pytest.raises(OSError, match="No space"):
+                writer.append(rows(2))
+        with pytest.raises(RuntimeError, match="open it again"):
+            writer.append(rows(2))
+    assert PackedEmbeddings.load(tmp_path / "packed", verify=True).lengths.tolist() == [1]
+    with PackedWriter(tmp_path / "packed") as writer:
+        writer.append(rows(2))
+    assert ek.maxsim(np.ones((1, 8), np.float32), PackedEmbeddings.load(tmp_path / "packed")).shape == (2,)
