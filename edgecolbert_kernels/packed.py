@@ -346,10 +346,7 @@ class PackedEmbeddings(Stored):
             PackedFormatError: the folder is not one, is damaged, or is of a newer version; says what and where.
         """
         folder = Path(folder)
-        contents = reader.read(folder, mapped=mmap)
-        if verify:
-            reader.verify(folder, contents.header)
-        return _view(folder, contents)
+        return _view(folder, reader.read(folder, mapped=mmap, verified=verify))
 
     @staticmethod
     def verify(folder: str | os.PathLike[str]) -> None:

@@ -421,19 +421,20 @@ def test_the_folder_itself_may_be_a_link(folder, tmp_path):
     assert len(PackedEmbeddings.load(tmp_path / "link", verify=True)) == 4
 
 
-def test_written_over_while_it_is_opened(tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["_read", "verify"])
+def test_written_over_while_it_is_opened(tmp_path, monkeypatch, moment):
     """The header that was read names files that are gone: the new header is read."""
     make().save(tmp_path / "packed")
     other = make("int8", "int64")
-    old = reader._read
+    step = getattr(reader, moment)
 
-    def overtaken(folder, found, mapped):
+    def overtaken(*arguments):
         monkeypatch.undo()
-        other.save(folder, overwrite=True)
-        return old(folder, found, mapped)
+        other.save(tmp_path / "packed", overwrite=True)
+        return step(*arguments)
 
-    monkeypatch.setattr(reader, "_read", overtaken)
-    same(PackedEmbeddings.load(tmp_path / "packed"), other)
+    monkeypatch.setattr(reader, moment, overtaken)
+    same(PackedEmbeddings.load(tmp_path / "packed", verify=True), other)
     assert reader.read_header(tmp_path / "packed").generation == 1
 
 

@@ -41,8 +41,8 @@ class Contents:
     removed: Array  # int64, sorted document numbers
 
 
-def read(folder: Path, *, mapped: bool = True) -> Contents:
-    """The last commit in `folder`.
+def read(folder: Path, *, mapped: bool = True, verified: bool = False) -> Contents:
+    """The last commit in `folder`, with its checksums compared where it is to be `verified`.
 
     Raises:
         PackedFormatError: the folder is not one, or is damaged in a way that the checks above see.
@@ -50,7 +50,10 @@ def read(folder: Path, *, mapped: bool = True) -> Contents:
     found = read_header(folder)
     for _ in range(ATTEMPTS):
         try:
-            return _read(folder, found, mapped)
+            contents = _read(folder, found, mapped)
+            if verified:
+                verify(folder, found)
+            return contents
         except FileNotFoundError as error:
             # A writer that writes a folder over removes the files that its new header no longer names.
             again = read_header(folder)
