@@ -48,6 +48,10 @@ struct Simd {
   static F add(F a, F b) { return a + b; }
   static F subtract(F a, F b) { return a - b; }
   static F multiply(F a, F b) { return a * b; }
+  static F divide(F a, F b) { return a / b; }
+  static F square_root(F x) {
+    return F{__builtin_sqrtf(x[0]), __builtin_sqrtf(x[1]), __builtin_sqrtf(x[2]), __builtin_sqrtf(x[3])};
+  }
   static F multiply_add(F a, F b, F c) { return a * b + c; }
   static constexpr bool broadcasts_operands = false;
   static void multiply_add_broadcast(F& sum, F a, const float* p) { sum = multiply_add(a, broadcast(*p), sum); }
