@@ -135,7 +135,7 @@ struct StoreJob {
   bool normalize;
   bool stream;           // past the caches
   char* out;             // [source.length, dim]
-  float* inverse_norms;  // [source.length] of scratch, with normalize and i8
+  float* inverse_norms;  // [source.length rounded up to 16] of scratch, with normalize and i8
   char* buffer;          // kStageBytes + 2 * (dim rounded up to the width) floats of scratch, aligned to 64 bytes
   float scale;           // out, of i8
   bool finite;           // out, of i8: otherwise nothing was stored

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs tests/native on CPUs that this machine is not: the scalar path on a Nehalem and the AVX2 path on a Haswell under
-# qemu-x86_64, the NEON path cross-compiled and under qemu-aarch64. What is not installed is skipped, with a line that
+# qemu-x86_64, the NEON paths cross-compiled and under qemu-aarch64. What is not installed is skipped, with a line that
 # says so. On Debian and Ubuntu: apt install qemu-user g++-aarch64-linux-gnu
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -37,5 +37,7 @@ fi
 if [ "$(uname -m)" != aarch64 ] && have "emulated AArch64" qemu-aarch64 aarch64-linux-gnu-g++; then
   echo "== AArch64"
   build build/aarch64 -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake
-  qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/tests/native/native_sweep neon scalar
+  sweep="-L /usr/aarch64-linux-gnu build/aarch64/tests/native/native_sweep"
+  qemu-aarch64 -cpu max $sweep neon_dotprod neon scalar
+  qemu-aarch64 -cpu cortex-a72 $sweep neon scalar
 fi

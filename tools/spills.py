@@ -26,7 +26,7 @@ _JUMP = re.compile(r"^(?:j\w+|b(?:\.\w+)?|cbn?z|tbn?z)\s+(?:.*,\s*)?(?:0x)?([0-9
 _NO_RETURN = re.compile(r"^(?:jmp|b|ret|ud2|udf)\b")
 _MULTIPLY_ADD = re.compile(
     r"^(?:\{vex\} )?(?:vfn?m(?:add|sub)\d+p[sh]|vpdpwssd|vpdpbusd|vpmaddwd)\s"  # x86
-    r"|^(?:fmla|smlal2?|bfdot|bfmmla)\s+v"  # AArch64
+    r"|^(?:fmla|smlal2?|[su]dot|bfdot|bfmmla)\s+v"  # AArch64
 )
 # A whole register at a fixed stack slot: `vmovaps 0x40(%rsp),%zmm3`, `vpaddd (%rsp),%ymm1,%ymm1`, `ldr q1, [sp, #64]`.
 _SPILL = re.compile(

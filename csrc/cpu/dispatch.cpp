@@ -7,6 +7,11 @@
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cpuid.h>
 #define EDGECOLBERT_X86 1
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace edgecolbert {
@@ -18,6 +23,7 @@ namespace edgecolbert {
   EDGECOLBERT_ROW_AVX512(row)          \
   EDGECOLBERT_ROW_AVXVNNI(row)         \
   EDGECOLBERT_ROW_AVX2(row)            \
+  EDGECOLBERT_ROW_NEON_DOTPROD(row)    \
   EDGECOLBERT_ROW_NEON(row)            \
   row(scalar, true)
 
@@ -46,6 +52,11 @@ namespace edgecolbert {
 #else
 #define EDGECOLBERT_ROW_AVX2(row)
 #endif
+#ifdef EDGECOLBERT_HAVE_NEON_DOTPROD
+#define EDGECOLBERT_ROW_NEON_DOTPROD(row) row(neon_dotprod, cpu.dotprod)
+#else
+#define EDGECOLBERT_ROW_NEON_DOTPROD(row)
+#endif
 #ifdef EDGECOLBERT_HAVE_NEON
 #define EDGECOLBERT_ROW_NEON(row) row(neon, true)
 #else
@@ -60,6 +71,7 @@ namespace {
 
 struct Cpu {
   bool avx2 = false, avxvnni = false, avx512 = false, avx512vnni = false, avx512fp16 = false;
+  bool dotprod = false;
 };
 
 Cpu detect() {
@@ -79,6 +91,12 @@ Cpu detect() {
   cpu.avx512vnni = c >> 11 & 1;
   cpu.avx512fp16 = d >> 23 & 1;
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) cpu.avxvnni = a >> 4 & 1;
+#elif defined(__aarch64__) && defined(__linux__)
+  cpu.dotprod = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  cpu.dotprod = sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has;
 #endif
   return cpu;
 }

@@ -28,8 +28,9 @@ struct Int8 {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 #endif
-  // n bytes; memory past them is not touched.
+  // 1 to dims_of_word * width bytes; memory past them is not touched.
   static __m256i to_words_first(const I8* p, int n) {
+    if (n == dims_of_word * 8) return to_words(p);
     I8 copy[dims_of_word * 8] = {};
     const int whole = n & 16;  // in one piece, since 48 dimensions end like this
     if (whole) memcpy(copy, p, 16);

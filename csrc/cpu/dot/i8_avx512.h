@@ -14,10 +14,11 @@ struct Int8 {
   }
   // dims_of_word * width bytes of a document token become k-words.
   static __m512i to_words(const I8* p) { return add_bias(_mm512_loadu_si512(p)); }
+  // 1 to 64 bytes; memory past them is not touched.
   static __m512i to_words_first(const I8* p, int n) { return add_bias(_mm512_maskz_loadu_epi8(first(n), p)); }
 
  private:
-  static __mmask64 first(int n) { return (__mmask64(1) << n) - 1; }
+  static __mmask64 first(int n) { return ~__mmask64(0) >> (64 - n); }
   static __m512i add_bias(__m512i x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
 #else
   static constexpr int dims_of_word = 2;
@@ -30,8 +31,9 @@ struct Int8 {
   static __m512i to_words(const I8* p) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
+  // 1 to 32 bytes; memory past them is not touched.
   static __m512i to_words_first(const I8* p, int n) {
-    return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8((1u << n) - 1u, p));
+    return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(~__mmask32(0) >> (32 - n), p));
   }
 #endif
 };

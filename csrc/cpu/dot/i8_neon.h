@@ -13,7 +13,7 @@ struct Int8 {
   }
   // dims_of_word * width bytes of a document token become k-words.
   static int32x4_t to_words(const I8* p) { return vreinterpretq_s32_s8(vld1q_s8(&p->value)); }
-  // n bytes; memory past them is not touched.
+  // 1 to 16 bytes; memory past them is not touched.
   static int32x4_t to_words_first(const I8* p, int n) {
     I8 copy[16] = {};
     memcpy(copy, p, size_t(n));

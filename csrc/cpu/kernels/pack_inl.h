@@ -103,32 +103,74 @@ class Rows {
   const intptr_t prefetch_end_;  // of the addresses of rows that are prefetched
 };
 
-// Largest |x| of a document, after normalisation where asked; false when a value is not finite.
+// A norm is a long chain of dependent instructions, and the conversions that wait for it fill the processor's queue:
+// some norms are computed before the first of their rows is converted.
+constexpr int kNormsAhead = 16;
+
+// |x|^2 becomes 1 / max(|x|, eps), as inverse_norm() has it to the bit. A NaN stays: it is the second operand.
+inline void invert_norms(float* square_norms) {
+  for (int i = 0; i < kNormsAhead; i += Simd::width) {
+    const Simd::F norm = Simd::square_root(Simd::load(square_norms + i));
+    const Simd::F divisor = Simd::maximum(Simd::broadcast(kNormEpsilon), norm);
+    Simd::store(square_norms + i, Simd::divide(Simd::broadcast(1.0f), divisor));
+  }
+}
+
+// Largest |x| of a document as bits in the lanes.
 template <class From>
-inline bool largest_magnitude(const StoreJob& job, float* largest) {
-  Simd::I document_bits = Simd::zero_integer(), normalized_bits = Simd::zero_integer();
+inline Simd::I largest_lanes(const StoreJob& job) {
   const Rows<From> rows(job);
+  Simd::I bits = Simd::zero_integer();
   for (int64_t i = 0; i < job.source.length; ++i) {
     rows.prefetch_after(i);
-    const From* const row = rows[i];
-    Simd::I bits = Simd::zero_integer();
-    if (job.normalize) {
+    for_each_register(rows[i], job.dim,
+                      [&](int, Simd::F x) { bits = Simd::maximum_unsigned(bits, Simd::absolute_bits(x)); });
+  }
+  return bits;
+}
+
+// The same after normalisation, with the norms; *raw: before it.
+template <class From>
+inline Simd::I largest_normalized_lanes(const StoreJob& job, Simd::I* raw) {
+  const Rows<From> rows(job);
+  Simd::I largest = Simd::zero_integer();
+  for (int64_t first = 0; first < job.source.length; first += kNormsAhead) {
+    const int count = int(job.source.length - first < kNormsAhead ? job.source.length - first : kNormsAhead);
+    float* const norms = job.inverse_norms + first;
+    Simd::F lanes[kNormsAhead];  // |x| of a row
+    for (int i = 0; i < kNormsAhead; ++i) norms[i] = 1.0f;
+    for (int i = 0; i < count; ++i) {
+      rows.prefetch_after(first + i);
+      Simd::I bits = Simd::zero_integer();
       Simd::F squares = Simd::zero();
-      for_each_register(row, job.dim, [&](int, Simd::F x) {
+      for_each_register(rows[first + i], job.dim, [&](int, Simd::F x) {
         bits = Simd::maximum_unsigned(bits, Simd::absolute_bits(x));
         squares = Simd::multiply_add(x, x, squares);
       });
-      job.inverse_norms[i] = inverse_of_norm(Simd::sum(squares), kNormEpsilon);
-      const Simd::F lanes = Simd::multiply(Simd::from_bits(bits), Simd::broadcast(job.inverse_norms[i]));
-      normalized_bits = Simd::maximum_unsigned(normalized_bits, Simd::bits(lanes));
-    } else {
-      for_each_register(row, job.dim,
-                        [&](int, Simd::F x) { bits = Simd::maximum_unsigned(bits, Simd::absolute_bits(x)); });
+      norms[i] = Simd::sum(squares);
+      lanes[i] = Simd::from_bits(bits);
+      *raw = Simd::maximum_unsigned(*raw, bits);
     }
-    document_bits = Simd::maximum_unsigned(document_bits, bits);
+    invert_norms(norms);
+    for (int i = 0; i < count; ++i) {
+      const Simd::F normalized = Simd::multiply(lanes[i], Simd::broadcast(norms[i]));
+      largest = Simd::maximum_unsigned(largest, Simd::bits(normalized));
+    }
   }
-  *largest = bits_to_float(Simd::largest_unsigned(job.normalize ? normalized_bits : document_bits));
-  return Simd::largest_unsigned(document_bits) < 0x7f800000u;
+  return largest;
+}
+
+// Of a whole document; false when a value is not finite.
+template <class From>
+inline bool largest_magnitude(const StoreJob& job, float* largest) {
+  Simd::I raw = Simd::zero_integer(), bits;
+  if (job.normalize) {
+    bits = largest_normalized_lanes<From>(job, &raw);
+  } else {
+    bits = raw = largest_lanes<From>(job);
+  }
+  *largest = bits_to_float(Simd::largest_unsigned(bits));
+  return Simd::largest_unsigned(raw) < 0x7f800000u;
 }
 
 constexpr float kSmallestPackedPeak = 2e-36f;  // 127 / x and x / 127 are normal numbers; below it a document is zero
@@ -167,22 +209,20 @@ inline void store_float(const StoreJob& job, Sink& sink) {
   }
 }
 
-// A norm takes a chain of a hundred cycles, and the conversions that wait for it fill the processor's queue: a few
-// norms are computed before the first of their rows is converted.
 template <class From, class To>
 inline void store_normalized(const StoreJob& job, Sink& sink) {
-  constexpr int block = 8;
   const int64_t bytes = int64_t(sizeof(To)) * job.dim;
   const Rows<From> rows(job);
-  for (int64_t first = 0; first < job.source.length; first += block) {
-    const int count = int(job.source.length - first < block ? job.source.length - first : block);
-    float inverse_norms[block];
+  alignas(64) float norms[kNormsAhead] = {};
+  for (int64_t first = 0; first < job.source.length; first += kNormsAhead) {
+    const int count = int(job.source.length - first < kNormsAhead ? job.source.length - first : kNormsAhead);
     for (int i = 0; i < count; ++i) {
       rows.prefetch_after(first + i);
-      inverse_norms[i] = inverse_norm(rows[first + i], job.dim);
+      norms[i] = square_norm(rows[first + i], job.dim);
     }
+    invert_norms(norms);
     for (int i = 0; i < count; ++i) {
-      const Simd::F scale = Simd::broadcast(inverse_norms[i]);
+      const Simd::F scale = Simd::broadcast(norms[i]);
       To* const out = reinterpret_cast<To*>(sink.reserve(bytes));
       convert_row(rows[first + i], job.dim, out, [&](Simd::F x) { return Simd::multiply(x, scale); });
       sink.commit(bytes);

@@ -23,16 +23,17 @@ template <class Element, class Visit>
   if (k < dim) visit(k, Simd::load_first(row + k, dim - k));
 }
 
-inline float inverse_of_norm(float square_norm, float epsilon) {
-  const float norm = __builtin_sqrtf(square_norm);
-  return 1.0f / (norm <= epsilon ? epsilon : norm);  // a NaN stays
+template <class Element>
+inline float square_norm(const Element* row, int dim) {
+  Simd::F squares = Simd::zero();
+  for_each_register(row, dim, [&](int, Simd::F x) { squares = Simd::multiply_add(x, x, squares); });
+  return Simd::sum(squares);
 }
 
 template <class Element>
 inline float inverse_norm(const Element* row, int dim, float epsilon = kNormEpsilon) {
-  Simd::F squares = Simd::zero();
-  for_each_register(row, dim, [&](int, Simd::F x) { squares = Simd::multiply_add(x, x, squares); });
-  return inverse_of_norm(Simd::sum(squares), epsilon);
+  const float norm = __builtin_sqrtf(square_norm(row, dim));
+  return 1.0f / (norm <= epsilon ? epsilon : norm);  // a NaN stays
 }
 
 template <class Element>

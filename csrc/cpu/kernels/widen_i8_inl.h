@@ -13,13 +13,15 @@ struct Seen<DotI8, I8> {
   bool sound(const QueryGroup&, int) const { return true; }
 };
 
+// Dimensions that become a register of k-words.
+constexpr int kRegisterBytes = DotI8::dims_of_word * Simd::width;
+
 // What stands behind the last dimension meets zeros of the query.
 [[gnu::always_inline]] inline void store_widened(const I8* row, int dim, uint32_t* out, Seen<DotI8, I8>&) {
-  constexpr int bytes = DotI8::dims_of_word * Simd::width;
   int left = dim;
-  for (; left >= bytes; left -= bytes) {
+  for (; left >= kRegisterBytes; left -= kRegisterBytes) {
     Simd::store(reinterpret_cast<int32_t*>(out), Int8::to_words(row));
-    row += bytes;
+    row += kRegisterBytes;
     out += Simd::width;
   }
   if (left > 0) Simd::store(reinterpret_cast<int32_t*>(out), Int8::to_words_first(row, left));
@@ -50,6 +52,10 @@ class Feed<DotI8, I8> {
   static constexpr int64_t kPrefetchBytes = 8192;
 
   [[gnu::always_inline]] void copy(int64_t end) {
+    if (dim_ <= kRegisterBytes && !tokens_.kept) {
+      copy_short(end);
+      return;
+    }
     Seen<DotI8, I8> nothing;
     uint32_t* out = out_;
     for (int64_t i = next_; i < end; ++i, out += stride_) {
@@ -58,6 +64,20 @@ class Feed<DotI8, I8> {
         for (int ahead = 0; ahead < dim_; ahead += 64) __builtin_prefetch(row + kPrefetchBytes + ahead);
       }
       store_widened(reinterpret_cast<const I8*>(row), dim_, out, nothing);
+    }
+    next_ = end;
+    out_ = out;
+  }
+
+  // The models' own dimensions: a row is one register and often less than one cache line.
+  [[gnu::always_inline]] void copy_short(int64_t end) {
+    uint32_t* out = out_;
+    const char* row = tokens_.data + next_ * tokens_.token_stride;
+    for (int64_t i = next_; i < end; ++i) {
+      if (intptr_t(row) < prefetch_end_) __builtin_prefetch(row + kPrefetchBytes);
+      Simd::store(reinterpret_cast<int32_t*>(out), Int8::to_words_first(reinterpret_cast<const I8*>(row), dim_));
+      row += tokens_.token_stride;
+      out += Simd::width;
     }
     next_ = end;
     out_ = out;

@@ -62,6 +62,8 @@ struct Simd {
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F subtract(F a, F b) { return vsubq_f32(a, b); }
   static F multiply(F a, F b) { return vmulq_f32(a, b); }
+  static F divide(F a, F b) { return vdivq_f32(a, b); }
+  static F square_root(F x) { return vsqrtq_f32(x); }
   static F multiply_add(F a, F b, F c) { return vfmaq_f32(c, a, b); }
   static F maximum(F a, F b) { return vmaxq_f32(a, b); }
   static float sum(F x) { return vaddvq_f32(x); }

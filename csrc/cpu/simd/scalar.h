@@ -48,6 +48,10 @@ struct Simd {
   static F add(F a, F b) { return a + b; }
   static F subtract(F a, F b) { return a - b; }
   static F multiply(F a, F b) { return a * b; }
+  static F divide(F a, F b) { return a / b; }
+  static F square_root(F x) {
+    return F{__builtin_sqrtf(x[0]), __builtin_sqrtf(x[1]), __builtin_sqrtf(x[2]), __builtin_sqrtf(x[3])};
+  }
   static F multiply_add(F a, F b, F c) { return a * b + c; }
   static F maximum(F a, F b) { return from_bits(select(I(a > b), bits(a), bits(b))); }
   static float sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
