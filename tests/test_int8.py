@@ -386,4 +386,4 @@ class TestWrongInput:
         with pytest.raises(ValueError, match="no lists of int8"):
             forward(queries, (3, 8, 0, 0, 0, 0), native.EVERY, native.NO_INDEX, out, None, "exact")
         with pytest.raises(ValueError, match="no backward for int8"):
-            _C.backward(queries, documents, native.EVERY, native.NO_INDEX, 0, 0, 4, 0, 0, False, 1)
+            _C.backward(queries, documents, native.EVERY, native.NO_INDEX, 0, 0, 4, 0, 0, False, False, 1)
