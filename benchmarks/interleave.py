@@ -89,9 +89,9 @@ def interleave(
     waited = np.empty(rounds)
     for turn in range(rounds):
         waited_before, wall_before = waiting_seconds(), time.perf_counter()
-        # The order turns with the rounds, so that no contender always follows the same one.
-        for place in range(len(contenders)):
-            contender = contenders[(turn + place) % len(contenders)]
+        # Another order every round, so that no contender always finds the caches as the same one leaves them.
+        for place in np.random.default_rng(turn).permutation(len(contenders)):
+            contender = contenders[place]
             if contender.returns_rate:
                 values[contender.name][turn] = contender.call(turn)
                 continue

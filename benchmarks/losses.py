@@ -40,13 +40,13 @@ EAGER, TRACKED, LARGE = 128, 1024, 4096
 
 @lru_cache(maxsize=1)
 def batch(size: int, candidates: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, documents and a teacher's scores; a query's document holds its tokens with noise, so that it is found."""
+    """Queries, documents and a teacher's scores. A query's document holds its tokens under noise that goes from little to
+    so much that others score higher: a softmax that is sure of every query has no gradient but rounding."""
     queries = embeddings(size, 32, DIM, seed=0)
-    documents = (
-        embeddings(size, candidates, LENGTH, DIM, seed=1) if candidates else embeddings(size, LENGTH, DIM, seed=1)
-    )
+    documents = embeddings(size, *((candidates,) if candidates else ()), LENGTH, DIM, seed=1)
+    noise = torch.linspace(1, 4, size)[:, None, None] * embeddings(size, 32, DIM, seed=2)
     of_query = documents[:, 0] if candidates else documents
-    of_query[:, :32] = torch.nn.functional.normalize(queries + 0.5 * embeddings(size, 32, DIM, seed=2), dim=-1)
+    of_query[:, :32] = torch.nn.functional.normalize(queries + noise, dim=-1)
     return queries.requires_grad_(), documents.requires_grad_(), embeddings(size, max(1, candidates), seed=3, norm=None)
 
 

@@ -126,13 +126,6 @@ TARGETS = [
         for temperature in ("1", "0.02")
     ),
     Target(
-        "distillation loss, 32x16: eager / fused",
-        "x",
-        8,
-        ("losses", "distillation, 32x16", "torch eager"),
-        over("fused"),
-    ),
-    Target(
         "1 query, 10 documents: call beyond its kernel",
         " us",
         15,
