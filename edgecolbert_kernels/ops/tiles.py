@@ -26,7 +26,7 @@ from edgecolbert_kernels.backends.torch_ import through_normalization
 from edgecolbert_kernels.ops import arguments
 
 # A tile's argmax, and its scores, of which some ten copies come and go; at least a few documents, to share the queries.
-ARGMAX_BYTES = 8 << 20
+ARGMAX_BYTES = 4 << 20
 SCORES = 1 << 18
 FEWEST_DOCUMENTS = 16
 # Chosen pairs are a little slower each than all pairs.
@@ -141,12 +141,12 @@ def backward(
     sums = source.sums() if need_queries and everything is None else None
     grad_documents = torch.empty_like(problem.D, memory_format=torch.contiguous_format) if need_documents else None
     for some in source.tiles():
-        tile = state.scores[:, some] if keep_scores else source.score(some)[0]
+        tile, argmax = (state.scores[:, some], None) if keep_scores else source.score(some, with_argmax=need_tokens)
         gradient = weights.of(_Entries(problem, tile, some, weights.rows.limit), some, need_temperature)
         if everything is not None:
             everything[:, some] = gradient
         elif need_tokens:
-            found = source.backward(gradient, some, sums, need_documents)
+            found = source.backward(gradient, some, argmax, sums, need_documents)
             if grad_documents is not None and found is not None:
                 grad_documents[some] = found
     grad_queries = None
@@ -197,19 +197,25 @@ class _Source:
         batch = self.q_mask, d_mask, None, None, *(pairs or (None, None))
         return self.backend.forward(self.Q, D, *batch, *self.options, with_argmax)
 
-    def backward(self, gradient: Tensor, some: slice, sums: Tensor | None, need_documents: bool) -> Tensor | None:
-        """Adds to `sums` and returns the gradient to the documents of a tile; where most are 0, only the others' pairs."""
-        pairs = None
-        nonzero = gradient != 0
-        count = int(nonzero.sum())
-        if count <= DENSE * gradient.numel():
-            query, document = nonzero.nonzero(as_tuple=True)
-            pairs = query.contiguous(), document.contiguous()
-            gradient = gradient[pairs]
+    def backward(
+        self, gradient: Tensor, some: slice, argmax: Tensor | None, sums: Tensor | None, need_documents: bool
+    ) -> Tensor | None:
+        """Adds to `sums` and returns the gradient to the documents of a tile.
+
+        Without the tile's argmax it is found here: of all pairs, or where most weigh nothing, of the others.
+        """
         D, d_mask = self.documents(some)
-        if not count:
-            return torch.zeros_like(D) if need_documents else None
-        argmax = self.score(some, pairs, with_argmax=True)[1]
+        pairs = None
+        if argmax is None:
+            nonzero = gradient != 0
+            count = int(nonzero.sum())
+            if not count:
+                return torch.zeros_like(D) if need_documents else None
+            if count <= DENSE * gradient.numel():
+                query, document = nonzero.nonzero(as_tuple=True)
+                pairs = query.contiguous(), document.contiguous()
+                gradient = gradient[pairs]
+            argmax = self.score(some, pairs, with_argmax=True)[1]
         batch = self.q_mask, d_mask, None, None, *(pairs or (None, None))
         needs = sums is not None, need_documents, sums
         return self.backend.backward(gradient, self.Q, D, argmax, *batch, *self.options, *needs)[1]
