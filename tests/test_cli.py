@@ -223,7 +223,13 @@ sys.exit(main.main(["index", sys.argv[2], "--out", sys.argv[3]]))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     arguments = [sys.executable, "-c", source, os.path.dirname(__file__), tmp_path / "c.jsonl", tmp_path / "index"]
     with subprocess.Popen(
-        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        arguments,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Background jobs of a shell start with interrupts ignored, and so would the child.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as child:
         for _ in range(5):
             assert child.stdout.readline() == "batch\n"
