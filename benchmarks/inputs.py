@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
 from benchmarks.contenders import blocked
 from benchmarks.machine import last_level_cache_bytes
+from edgecolbert_kernels import PackedEmbeddings
 from tests.cases import embeddings
 
 MOST_COPIES = 16
@@ -25,6 +26,11 @@ class Inputs:
     queries_f32: torch.Tensor
     documents: list[torch.Tensor]  # each [Nd, Ld, d] float16
     documents_f32: list[torch.Tensor]
+
+    @cached_property
+    def documents_i8(self) -> list[PackedEmbeddings]:
+        """The same in int8 with a scale a document, packed."""
+        return [PackedEmbeddings.from_padded(each, dtype="int8") for each in self.documents]
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,15 @@ class Shape:
             given = self.inputs()
             documents = given.documents_f32[turn % len(given.documents_f32)]
             return score(given.queries_f32, documents, **options)
+
+        return call
+
+    def on_i8(self, score: Callable, **options) -> Callable[[int], torch.Tensor]:
+        """``score`` on the values rounded to int8 beforehand."""
+
+        def call(turn: int) -> torch.Tensor:
+            given = self.inputs()
+            return score(given.queries, given.documents_i8[turn % len(given.documents_i8)], **options)
 
         return call
 

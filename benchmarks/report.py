@@ -72,6 +72,7 @@ TARGETS = [
             (128, "maxsim-cpu", "exact", 4),
         )
     ),
+    Target("rerank, d=48: torch eager fp32 / int8 fast", "x", 25, ("rerank", "d=48, int8", EAGER), over("int8 fast")),
     Target("32 queries, exact: of the fp32 FMA peak", " %", 90, ("batch", "d=48", "exact"), percent_of_peak),
     Target("AVX2, exact: of its FMA peak", " %", 75, ("isa", "1 query", "exact avx2"), percent_of_peak),
     *(
@@ -180,7 +181,7 @@ def plot(rows: Rows, path: Path) -> None:
         by_dim = {row["dim"]: row for row in timed if row["contender"] == name}
         at = [index + place * width for index, dim in enumerate(dims) if dim in by_dim]
         times.bar(at, [by_dim[dim]["p50"] for dim in dims if dim in by_dim], width, label=name)
-        if name in ("exact", "fast"):
+        if name in ("exact", "fast", "int8 fast"):
             found = [by_dim[dim]["percent_of_peak"]["p50"] for dim in dims]
             shares.plot(dims, found, marker="o", label=name)
     times.set(ylabel="ms", title="1 query, 1000 documents of 300 tokens, one thread")

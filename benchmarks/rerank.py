@@ -11,6 +11,7 @@ from benchmarks.inputs import Shape
 from benchmarks.interleave import Contender
 
 DIMS = (48, 64, 96, 128)
+INT8_ERROR = 0.1  # of a score of 32 tokens, mostly from storing in 8 bits
 
 
 def case(name: str, shape: Shape, rounds: tuple[int, int]) -> suite.Case:
@@ -41,9 +42,31 @@ def case(name: str, shape: Shape, rounds: tuple[int, int]) -> suite.Case:
     )
 
 
+def int8_case(name: str, shape: Shape, rounds: tuple[int, int]) -> suite.Case:
+    """Documents stored in int8, against PyTorch on fp32."""
+    ours, missing = contenders.fused, contenders.missing("edgecolbert_kernels")
+    return suite.Case(
+        name=name,
+        parameters=shape.parameters,
+        references=("int8 fast", "int8 exact"),
+        rounds=rounds,
+        expected=shape.float64_scores,
+        tolerance=INT8_ERROR,
+        contenders=[
+            contenders.peak("i8"),
+            Contender("int8 fast", shape.on_i8(ours, precision="fast"), shape.operations, "peak i8", missing=missing),
+            contenders.peak("f32"),
+            Contender("int8 exact", shape.on_i8(ours), shape.operations, "peak f32", missing=missing),
+            Contender("torch eager fp32", shape.on_f32(contenders.eager), shape.operations, "peak f32"),
+        ],
+    )
+
+
 def cases() -> Iterator[suite.Case]:
     for dim in DIMS:
         yield case(f"d={dim}", Shape(1, 32, 1000, 300, dim), rounds=(41, 13))
+    for dim in DIMS:
+        yield int8_case(f"d={dim}, int8", Shape(1, 32, 1000, 300, dim), rounds=(41, 13))
 
 
 if __name__ == "__main__":
