@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import os
 import re
+
 try:
     import tomllib
 except ImportError:  # Python 3.10
@@ -207,9 +208,14 @@ def put(raw: dict[str, Any], override: str) -> None:
 
 def differences(before: Config, now: Config) -> list[str]:
     """The settings of two configurations that differ and would change the run."""
-    a, b = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(now))
+    a, b = flat(before), flat(now)
     keys = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key) and key not in MAY_CHANGE)
     return [f"{key} was {a.get(key)!r}, is {b.get(key)!r}" for key in keys]
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting under its full name."""
+    return _flat(dataclasses.asdict(config))
 
 
 def _flat(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -266,7 +272,9 @@ def _read(kind: Any, value: Any, place: str, key: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise wrong({"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}[kind.__name__])
+        raise wrong(
+            {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}[kind.__name__]
+        )
     return _expand(value, place, key) if kind is str else value
 
 

@@ -62,7 +62,13 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     """`forward` takes what `tokenize` makes, and returns unit vectors: `[n, L, d]` with a head, else `[n, 1, hidden]`."""
 
-    def __init__(self, backbone: nn.Module, tokenizer: Any, reading: Reading, head: nn.Sequential | None = None) -> None:
+    backbone: Any
+    tokenizer: Any
+    head: Any
+
+    def __init__(
+        self, backbone: nn.Module, tokenizer: Any, reading: Reading, head: nn.Sequential | None = None
+    ) -> None:
         super().__init__()
         self.backbone, self.tokenizer, self.reading, self.head = backbone, tokenizer, reading, head
         # Nothing here uses a pooler; frozen, it stays in the file, and data parallelism does not wait for its gradient.
@@ -93,13 +99,16 @@ class Encoder(nn.Module):
             hidden = self.head(hidden)
         return nn.functional.normalize(hidden, dim=-1)
 
-    def tokenize(self, texts: Sequence[str], is_query: bool, prompt: str = "") -> Features:
-        """`input_ids`, `attention_mask` and `score_mask` `[n, L]`: the tokens that get a vector."""
+    def tokenize(self, texts: Sequence[str], is_query: bool, prompt: str | None = None) -> Features:
+        """`input_ids`, `attention_mask` and `score_mask` `[n, L]`: the tokens that get a vector.
+
+        prompt: text before each; None: a dense model's own.
+        """
         reading = self.reading
         length = reading.query_length if is_query else reading.document_length
         dense = self.head is None
-        if dense:
-            prompt = prompt or (reading.query_prefix if is_query else reading.document_prefix)
+        if prompt is None:
+            prompt = (reading.query_prefix if is_query else reading.document_prefix) if dense else ""
         prefix = [] if dense else self.prefix_ids[is_query]
         lists = self.tokenizer(
             [prompt + text for text in texts],
@@ -148,8 +157,9 @@ class Encoder(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         self.backbone.save_pretrained(folder)
         reading, dense = self.reading, self.head is None
-        pad, self.tokenizer.pad_token = self.tokenizer.pad_token, (
-            self.tokenizer.pad_token if dense or not self.tokenizer.mask_token else self.tokenizer.mask_token
+        pad, self.tokenizer.pad_token = (
+            self.tokenizer.pad_token,
+            (self.tokenizer.pad_token if dense or not self.tokenizer.mask_token else self.tokenizer.mask_token),
         )
         self.tokenizer.save_pretrained(folder)
         self.tokenizer.pad_token = pad
@@ -220,7 +230,9 @@ def create(wanted: settings.Model, stage: str) -> Encoder:
     longest = min(getattr(backbone.config, "max_position_embeddings", 1 << 30), tokenizer.model_max_length)
     for name in ("query_length", "document_length"):
         if not 4 <= getattr(reading, name) <= longest:
-            raise settings.ConfigError(f"model.{name} is {getattr(reading, name)}; this encoder reads 4 to {longest} tokens")
+            raise settings.ConfigError(
+                f"model.{name} is {getattr(reading, name)}; this encoder reads 4 to {longest} tokens"
+            )
     if wanted.lowercase:
         lowercase(tokenizer)
     if not dense:
@@ -232,7 +244,7 @@ def create(wanted: settings.Model, stage: str) -> Encoder:
 
 def load(folder: str | Path) -> Encoder:
     """A ColBERT in PyLate's or sentence-transformers' format, or a dense encoder with mean pooling."""
-    saved, layers = read_checkpoint(Path(folder))
+    _, layers = read_checkpoint(Path(folder))
     return create(settings.Model(base=str(folder)), "colbert" if layers else "contrastive").eval()
 
 
@@ -389,7 +401,9 @@ def add_prefixes(tokenizer: Any, backbone: Any, prefixes: Sequence[str]) -> None
 
     missing = [prefix for prefix in prefixes if prefix and tokenizer.tokenize(prefix) != [prefix]]
     if missing:
-        tokenizer.add_tokens([AddedToken(each, normalized=False, special=True) for each in missing], special_tokens=True)
+        tokenizer.add_tokens(
+            [AddedToken(each, normalized=False, special=True) for each in missing], special_tokens=True
+        )
     if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
         backbone.resize_token_embeddings(len(tokenizer))
 
