@@ -164,9 +164,9 @@ class Encoder(nn.Module):
         self.tokenizer.save_pretrained(folder)
         self.tokenizer.pad_token = pad
         modules = [("", "sentence_transformers.models.Transformer")]
+        longest = max(reading.query_length, reading.document_length) if dense else longest_text(self.backbone)
         facts: dict[str, Any] = {"__version__": versions(), "default_prompt_name": None}
         if dense:
-            longest = max(reading.query_length, reading.document_length)
             modules += [("1_Pooling", "sentence_transformers.models.Pooling")]
             modules += [("2_Normalize", "sentence_transformers.models.Normalize")]
             pooling = {"word_embedding_dimension": self.dimension, "pooling_mode_mean_tokens": True}
@@ -176,7 +176,6 @@ class Encoder(nn.Module):
             facts |= {"similarity_fn_name": "cosine", "query_length": reading.query_length}
             facts |= {"document_length": reading.document_length}
         else:
-            longest = reading.document_length
             for prefix in filter(None, (reading.query_prefix, reading.document_prefix)):
                 if token_ids(self.tokenizer, [prefix]) != self.tokenizer(prefix, add_special_tokens=False)["input_ids"]:
                     raise ValueError(f"PyLate's format needs the prefix {prefix!r} to be one token of the tokenizer")
@@ -227,7 +226,7 @@ def create(wanted: settings.Model, stage: str) -> Encoder:
         attend_to_expansion=not dense and choose("attend_to_expansion", "attend_to_expansion_tokens", False),
         skiplist=() if dense else tuple(skiplist),
     )
-    longest = min(getattr(backbone.config, "max_position_embeddings", 1 << 30), tokenizer.model_max_length)
+    longest = longest_text(backbone)
     for name in ("query_length", "document_length"):
         if not 4 <= getattr(reading, name) <= longest:
             raise settings.ConfigError(
@@ -418,6 +417,10 @@ def lowercase(tokenizer: Any) -> None:
         own.lowercase = True
     if backend.normalizer is None or backend.normalizer.normalize_str("A") != "a":
         backend.normalizer = normalizers.Sequence([*([] if own is None else [own]), normalizers.Lowercase()])
+
+
+def longest_text(backbone: Any) -> int:
+    return int(getattr(backbone.config, "max_position_embeddings", 0)) or 1 << 30
 
 
 def token_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:

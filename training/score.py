@@ -114,7 +114,7 @@ def vectors(source: Source, rows: Rows | Stream, teacher: Teacher) -> np.ndarray
             name = str(importlib.import_module(name.removeprefix("package:")).get_model_path())
         model = SentenceTransformer(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part, width = path.with_suffix(f".{os.getpid()}.part.npy"), model.get_sentence_embedding_dimension()
+        part, width = path.with_suffix(f".{os.getpid()}.part.npy"), model.get_embedding_dimension()
         array = np.lib.format.open_memmap(part, "w+", np.float16, (len(texts), int(width or 0)))
         with tqdm(total=len(texts), desc=f"Teacher's vectors of {Path(source.path).name}", mininterval=1) as bar:
             for start in range(0, len(texts), 16 * teacher.batch):

@@ -29,7 +29,7 @@ from edgecolbert_kernels import GradCache
 from training import checkpoint, data, model, optim, stages
 from training import config as settings
 
-PCA_TEXTS = 512
+PCA_TEXTS = 256
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
