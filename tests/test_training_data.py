@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 import tiny
 
 pytest.importorskip("accelerate")
@@ -150,11 +151,11 @@ def test_broken_and_missing_files(task, tmp_path):
     with pytest.raises(config.ConfigError, match=r"corpus.jsonl does not exist, with or without .gz"):
         data.read_beir(copy, "test")
     (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:-9])
-    with pytest.raises(data.BadRow, match="t.jsonl.gz"):
+    with pytest.raises(data.BadRow, match=r"t\.jsonl\.gz"):
         data.open_rows(config.Source(str(tmp_path / "t.jsonl.gz")))
     with pytest.raises(config.ConfigError, match="does not exist"):
         data.open_rows(config.Source(str(tmp_path / "nowhere.jsonl")))
-    with pytest.raises(config.ConfigError, match="60 rows; want at least train.batch, which is 100"):
+    with pytest.raises(config.ConfigError, match=r"60 rows; want at least train.batch, which is 100"):
         batches(config.Source(str(task)), batch=100)
 
 

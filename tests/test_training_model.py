@@ -1,4 +1,4 @@
-"""Model files: what is written loads in PyLate and in sentence-transformers to the same bits, and what they write loads here."""
+"""Model files: ours load in PyLate and in sentence-transformers to the same bits, and theirs load here."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import os
 import subprocess
 from pathlib import Path
 
-import colbert
 import pytest
-import tiny
 import torch
+
+import colbert
+import tiny
 
 pytest.importorskip("accelerate")
 pytest.importorskip("sentence_transformers")
@@ -212,5 +213,5 @@ def test_errors(base, options, message):
 
 
 def test_a_missing_folder_is_named():
-    with pytest.raises(config.ConfigError, match="model.base './nowhere'"):
+    with pytest.raises(config.ConfigError, match=r"model.base './nowhere'"):
         model.create(config.Model(base="./nowhere"), "colbert")

@@ -7,12 +7,15 @@ import json
 import math
 import os
 import shutil
-import tomllib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import tiny
+import tomllib
 import torch
+
+import tiny
 
 pytest.importorskip("accelerate")
 pytest.importorskip("ir_measures")
@@ -176,6 +179,38 @@ def test_a_run_killed_again_and_again_has_the_same_losses_and_weights(place, tmp
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_two_processes_have_the_losses_of_one(place, tmp_path):
+    """The whole batch and the documents of all ranks, whoever encodes them; without dropout, which ranks draw apart."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f"""stage = "colbert"
+output = "{two}"
+[model]
+base = "{place / "base"}"
+dimension = 16
+document_length = 32
+[data]
+sources = [{{path = "{place / "tuples.jsonl"}"}}]
+[loss]
+kind = "contrastive"
+[train]
+batch = 8
+mini_batch = 2
+steps = 4
+log_every = 1
+dropout = 0.0
+"""
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "training.train", str(path)]
+    paths = {"PYTHONPATH": str(Path(train.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env={**os.environ, **paths}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    train.run(config.load(path, [f"output={one}"]))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+
+
 def test_another_configuration_does_not_go_on(place, tmp_path):
     train.run(quick(place, tmp_path))
     with pytest.raises(config.ConfigError, match=r"optimizer.lr was 5e-05, is 0.1"):
@@ -265,7 +300,7 @@ def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path, place):
     (tmp_path / "broken.toml").write_text("stage = ")
     with pytest.raises(SystemExit, match=r"error: .*broken.toml: Invalid value"):
         train.main([str(tmp_path / "broken.toml")])
-    with pytest.raises(SystemExit, match="error: .*does not exist"):
+    with pytest.raises(SystemExit, match=r"error: .*does not exist"):
         evaluate.main(["bm25", str(tmp_path)])
 
 

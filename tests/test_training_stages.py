@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from torch.nn import functional as F
 
+import tiny
+
 pytest.importorskip("accelerate")
 from accelerate import Accelerator
+
 from training import config, data, losses, model, stages, train
 
 

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import colbert
 import numpy as np
 import torch
+
+import colbert
 
 TOPICS = 12
 

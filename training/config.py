@@ -11,7 +11,6 @@ import difflib
 import os
 import re
 import sys
-
 import types
 import typing
 from collections.abc import Mapping, Sequence

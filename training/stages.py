@@ -100,7 +100,10 @@ class Contrastive(Stage):
 
 
 class Finetune(Contrastive):
-    """AnglE on triplets: InfoNCE within the batch, InfoNCE with hard negatives, and the order of angles (and of cosines)."""
+    """AnglE on triplets: InfoNCE within the batch, InfoNCE with hard negatives, and the order of angles (and of cosines).
+
+    The last two are over a device's own triplets, so they depend a little on how many devices there are.
+    """
 
     temperature = 0.05
 

@@ -46,6 +46,7 @@ def run(config: settings.Config) -> Path:
     """Train as configured; the folder of the finished model."""
     output, train = Path(config.output), config.train
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # without it several CPU processes would each believe to be alone
         mixed_precision="no" if train.precision == "fp32" else train.precision,
         log_with=train.trackers or None,
         project_dir=output,
