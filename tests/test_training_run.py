@@ -1,0 +1,344 @@
+"""Whole runs: every configuration file, a run that is killed at any moment, errors and what they say."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+import torch
+
+import tiny
+
+pytest.importorskip("accelerate")
+pytest.importorskip("ir_measures")
+from training import checkpoint, config, data, evaluate, mine, model, score, stages, train
+
+CONFIGS = sorted((Path(train.__file__).parent / "configs").glob("*.toml"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """What the configurations name, in small: data sets, an encoder, mined and scored rows."""
+    place = tmp_path_factory.mktemp("place")
+    for name in ("scifact", "nfcorpus", "medquad", "msmarco"):
+        task = tiny.beir(place / "data" / "beir" / name, packed=name != "scifact")
+        rows = place / f"{name}.jsonl"
+        mine.mine(str(task), "bm25", rows, negatives=7, threshold=None)
+        for out in (f"{name}-scored.jsonl", f"{name}-16way.jsonl"):
+            score.score(rows, "bm25", place / "runs" / "data" / out, corpus=str(task))
+    tiny.tuples(place / "tuples.jsonl")
+    (place / "data" / "pairs").mkdir()
+    tiny.tuples(place / "data" / "pairs" / "wordnet.jsonl")
+    tiny.encoder(place / "base")
+    torch.manual_seed(0)
+    teacher = model.create(config.Model(base=str(place / "base")), "contrastive")
+    teacher.save(place / "teacher")
+    return place
+
+
+@pytest.fixture(autouse=True)
+def another_run():
+    """Accelerate's state is one a process, precision included."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def quick(place: Path, output: Path, stage: str = "colbert", **tables) -> config.Config:
+    return config.build(tiny.settings(stage, place / "base", place / "tuples.jsonl", output, **tables))
+
+
+def losses(output: Path) -> list[float]:
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_runs_two_steps(place, tmp_path, monkeypatch, path):
+    monkeypatch.setenv("EDGECOLBERT_DATA", str(place / "data"))
+    monkeypatch.chdir(place)
+    wordnet = place / "data" / "pairs" / "wordnet.jsonl.gz"
+    if not wordnet.exists():
+        import gzip
+
+        wordnet.write_bytes(gzip.compress(wordnet.with_suffix("").read_bytes()))
+    config.load(path)
+    small = [
+        f"model.base={place / 'base'}",
+        f"output={tmp_path}",
+        "train.steps=2",
+        "train.batch=8",
+        "train.mini_batch=4",
+    ]
+    raw = tomllib.loads(path.read_text())
+    # The encoder here is narrower, and the hub is out of reach.
+    if "head" in raw["model"]:
+        small += ["model.head.widths=[64, 48]" if len(raw["model"]["head"]["widths"]) > 1 else "model.head.widths=[48]"]
+        small += ["model.head.widths=[16]", "model.dimension=16"] if len(raw["model"]["head"]["widths"]) == 1 else []
+    if raw["model"].get("random"):
+        small += ["model.random=false", f"model.tokenizer={place / 'base'}"]
+    if any(source["path"].startswith("hub:") for source in raw["data"]["sources"]):
+        stream = any(source.get("streaming") for source in raw["data"]["sources"])
+        source = f'{{path = "{place / "tuples.jsonl"}", weight = 1, streaming = {str(stream).lower()}}}'
+        if raw["stage"] == "distill":
+            source = f'{{path = "{place / "data/beir/scifact"}", kind = "texts"}}'
+        small += [f"data.sources=[{source}]"]
+    if raw["stage"] == "distill":
+        small += [f"teacher.model={place / 'teacher'}", "teacher.dimension=24", f"teacher.cache={tmp_path / 'cache'}"]
+    folder = train.run(config.load(path, small))
+    found = losses(tmp_path)
+    assert found and all(math.isfinite(loss) for loss in found)
+    loaded = model.load(folder)
+    assert (loaded.head is not None) == (raw["stage"] == "colbert")
+
+
+def test_training_learns_and_is_evaluated(place, tmp_path):
+    """Thirty steps of a contrastive warm-up on a task where words of a topic stand for each other."""
+    task = place / "data" / "beir" / "scifact"
+    settings = quick(
+        place,
+        tmp_path,
+        data={"sources": [{"path": str(task)}]},
+        model={"head": {"widths": [16], "residual": False, "init": "pca"}},
+        loss={"kind": "contrastive", "temperature": 0.5},
+        train={"batch": 16, "mini_batch": 16, "steps": 30},
+        optimizer={"lr": 3e-3, "schedule": "constant"},
+        eval={"sets": [f"{task}:dev"], "every": 15},
+    )
+    train.run(settings)
+    found = losses(tmp_path)
+    assert sum(found[-5:]) < 0.8 * sum(found[:5])
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "eval" in record] == [15, 30]
+    again = evaluate.evaluate_encoder(model.load(tmp_path / "model"), task, "dev")
+    assert again["nDCG@10"] == records[-1]["nDCG@10"]
+    kept = (tmp_path / "eval" / "step-000000030" / "scifact-dev.jsonl").read_text().splitlines()
+    assert len(kept) == 10 and set(json.loads(kept[0])) == {"query_id", *evaluate.MEASURES}
+
+
+KILLED = """
+import os, random, signal, sys, time
+import torch
+from training import config, train
+raw = {raw!r}
+def child(output, after):
+    # A fork of a process that has run nothing in parallel yet: one import serves all runs.
+    process = os.fork()
+    if not process:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        torch.set_num_threads(1)
+        try:
+            train.run(config.build(raw | {{"output": output}}))
+        finally:
+            os._exit(0)
+    if after is not None:
+        path, size = os.path.join(output, "metrics.jsonl"), 0
+        while True:
+            size = open(path).read().count("\\n") if os.path.exists(path) else 0
+            if size >= after[0] or os.waitpid(process, os.WNOHANG)[0]:
+                break
+            time.sleep(0.005)
+        time.sleep(after[1])
+        try:
+            os.kill(process, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+    os.waitpid(process, 0)
+child({whole!r}, None)
+rng = random.Random(0)
+for after in ((2, 0.0), (4, 0.03), (6, 0.0), (7, 0.05), (9, 0.01)):
+    child({killed!r}, after)
+child({killed!r}, None)
+"""
+
+
+@pytest.mark.parametrize("stage, loss", [("colbert", {"kind": "contrastive"})])
+def test_a_run_killed_again_and_again_has_the_same_losses_and_weights(place, tmp_path, python, stage, loss):
+    raw = tiny.settings(
+        stage,
+        place / "base",
+        place / "tuples.jsonl",
+        tmp_path,
+        loss=loss,
+        optimizer={"name": "muon"},
+        train={"steps": 14, "save_every": 2, "precision": "fp32"},
+    )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    python(KILLED.format(raw=raw, whole=str(whole), killed=str(killed)), timeout=200)
+    assert len(losses(whole)) == 14 and losses(killed) == losses(whole)
+    a, b = (model.load(folder / "model").state_dict() for folder in (whole, killed))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_two_processes_have_the_losses_of_one(place, tmp_path):
+    """The whole batch and the documents of all ranks, whoever encodes them; without dropout, which ranks draw apart."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f"""stage = "colbert"
+output = "{two}"
+[model]
+base = "{place / "base"}"
+dimension = 16
+document_length = 32
+[data]
+sources = [{{path = "{place / "tuples.jsonl"}"}}]
+[loss]
+kind = "contrastive"
+[train]
+batch = 8
+mini_batch = 2
+steps = 4
+log_every = 1
+dropout = 0.0
+"""
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "training.train", str(path)]
+    paths = {"PYTHONPATH": str(Path(train.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env={**os.environ, **paths}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    train.run(config.load(path, [f"output={one}"]))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+
+
+def test_another_configuration_does_not_go_on(place, tmp_path):
+    train.run(quick(place, tmp_path))
+    with pytest.raises(config.ConfigError, match=r"optimizer.lr was 5e-05, is 0.1"):
+        train.run(quick(place, tmp_path, optimizer={"lr": 0.1}))
+    train.run(quick(place, tmp_path, train={"save_every": 7}))  # nothing that changes a step
+
+
+def test_a_full_disk_leaves_the_checkpoints_there_are(place, tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    settings = quick(place, tmp_path, train={"steps": 6, "save_every": 2})
+    real = Accelerator.save_state
+
+    def full(self, folder, **options):
+        if "000000004" in folder:
+            (Path(folder) / "half").write_bytes(b"x" * 100)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, folder, **options)
+
+    monkeypatch.setattr(Accelerator, "save_state", full)
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"step 4 could not be written .*No space left.*step-000000002"
+    ):
+        train.run(settings)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000002"]
+    monkeypatch.undo()
+    train.run(settings)
+    other = tmp_path / "other"
+    train.run(quick(place, other, train={"steps": 6, "save_every": 2}))
+    assert losses(tmp_path) == losses(other)
+
+
+@pytest.mark.parametrize("stage, loss", [("colbert", {}), ("contrastive", {})])
+def test_a_loss_that_is_not_a_number_stops_before_the_step(place, tmp_path, monkeypatch, stage, loss):
+    settings = quick(place, tmp_path, stage, train={"steps": 4, "save_every": 2})
+    real, calls = stages.Stage.encode, []
+
+    def broken(self, **features):
+        vectors, mask = real(self, **features)
+        calls.append(1)
+        return (vectors * math.nan if len(list((tmp_path / "checkpoints").glob("step*"))) else vectors), mask
+
+    monkeypatch.setattr(stages.Stage, "encode", broken)
+    with pytest.raises(
+        FloatingPointError, match=r"step 3, .*tuples.jsonl, rows \d+.*nan.*step-000000002, is untouched"
+    ):
+        train.run(settings)
+
+
+def test_a_broken_checkpoint_is_named(place, tmp_path):
+    train.run(quick(place, tmp_path))
+    (last,) = checkpoint.existing(tmp_path)
+    (last / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(checkpoint.CheckpointError, match="step-000000002 cannot be read"):
+        train.run(quick(place, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("train.stepz=3", r"a.toml: train.stepz is not a setting; did you mean steps\?"),
+        ("train.steps=many", "a.toml: train.steps is 'many'; want a whole number"),
+        ("train.batch=0", "train.batch is 0; want more than 0"),
+        ("stage=fifth", "a.toml: stage is 'fifth'; want 'contrastive' or"),
+        ("data.sources=[{name='x'}]", r"a.toml: data.sources\[0\].path is missing"),
+        ("data.sources=[]", "data.sources is empty"),
+        ("optimizer.name=sgd", "optimizer.name is 'sgd'; want 'adamw' or 'muon'"),
+        ("model.base=$NOT_SET_ANYWHERE/x", "model.base is .* NOT_SET_ANYWHERE is not set"),
+        ("train", "want key=value"),
+        ("loss.kind=kl", None),
+        ("model.head.widths=[4.5]", r"model.head.widths\[0\] is 4.5; want a whole number"),
+    ],
+)
+def test_settings_that_are_wrong(tmp_path, change, message):
+    path = tmp_path / "a.toml"
+    path.write_text('stage = "colbert"\noutput = "x"\n[model]\nbase = "b"\n[data]\nsources = [{path = "p"}]\n')
+    if message is None:
+        assert config.load(path, [change]).loss.kind == "kl"
+        return
+    with pytest.raises(config.ConfigError, match=message):
+        config.load(path, [change])
+
+
+def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path, place):
+    with pytest.raises(SystemExit, match=r"error: .*nowhere.toml: there is no such file"):
+        train.main([str(tmp_path / "nowhere.toml")])
+    (tmp_path / "broken.toml").write_text("stage = ")
+    with pytest.raises(SystemExit, match=r"error: .*broken.toml: Invalid value"):
+        train.main([str(tmp_path / "broken.toml")])
+    with pytest.raises(SystemExit, match=r"error: .*does not exist"):
+        evaluate.main(["bm25", str(tmp_path)])
+
+
+def test_a_bad_row_stops_the_run_with_its_line(place, tmp_path):
+    lines = (place / "tuples.jsonl").read_text().splitlines()
+    lines[5] = lines[5][:20]
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines))
+    settings = config.build(tiny.settings("colbert", place / "base", tmp_path / "bad.jsonl", tmp_path / "out"))
+    settings.train.steps = 5
+    with pytest.raises(data.BadRow, match=r"bad.jsonl:6: not JSON"):
+        train.run(settings)
+
+
+def test_schedules():
+    from training import optim
+
+    wanted = config.Optimizer(schedule="cosine", warmup=10)
+    shares = [optim.factor(step, 110, wanted) for step in range(110)]
+    assert shares[0] == 0.1 and shares[9] == 1 and shares[60] == pytest.approx(0.5) and shares[109] < 0.001
+    assert optim.factor(5, 100, config.Optimizer(schedule="constant")) == 1
+    assert optim.factor(75, 100, config.Optimizer(schedule="linear", warmup=0.5)) == pytest.approx(0.5)
+
+
+def test_muon_takes_hidden_matrices_alone(place):
+    from training import optim
+
+    encoder = model.create(config.Model(base=str(place / "base"), dimension=16), "colbert")
+    adamw, muon = optim.build(encoder, config.Optimizer(name="muon"))
+    names = {id(p): name for name, p in encoder.named_parameters()}
+    taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    assert taken and all("encoder.layer" in name and name.endswith("weight") for name in taken)
+    rest = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert not taken & rest and len(taken | rest) == sum(p.requires_grad for p in encoder.parameters())
+
+
+def test_clean_removes_only_what_is_unfinished(tmp_path):
+    for name in (".unfinished-000000004", "step-000000002"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    checkpoint.clean(tmp_path)
+    assert os.listdir(tmp_path / "checkpoints") == ["step-000000002"]
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,249 @@
+"""What is particular to a stage: how rows become a batch, what is trained, and the loss of its representations.
+
+A batch is `inputs`, one dict of token tensors a side, and `options`, what else the loss wants. Its gradients come from
+training.train.gradients: in parts where the loss is a mean over rows (`separable`), through GradCache where it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgecolbert_kernels import contrastive_loss, distillation_loss, gather_with_gradient
+from training import losses
+from training.config import Config, ConfigError
+from training.data import Row
+from training.model import Encoder, Features
+
+Encoded = tuple[Tensor, Tensor]
+Batch = dict[str, Any]
+
+
+class Stage:
+    """The base: queries and documents through one encoder. `model` is what is called, wrapped for several devices or not."""
+
+    separable = False
+
+    def __init__(self, config: Config, encoder: Encoder) -> None:
+        self.config, self.encoder = config, encoder
+        self.model: Any = self.module()
+
+    def module(self) -> nn.Module:
+        """What is trained."""
+        return self.encoder
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor, score_mask: Tensor) -> Encoded:
+        """Unit vectors `[n, L, d]` and which of them score, `[n, L]`; cut to the longest text of these n."""
+        longest = max(1, int((attention_mask.bool() | score_mask).any(0).sum()))
+        vectors = self.model(input_ids[:, :longest], attention_mask[:, :longest])
+        # One vector a text is never masked.
+        kept = score_mask[:, :longest] if vectors.shape[1] == longest and self.encoder.head is not None else None
+        return vectors, torch.ones_like(vectors[..., 0], dtype=torch.bool) if kept is None else kept
+
+    def collate(self, rows: Sequence[Row], source: int) -> Batch:
+        inputs, options = self.batch(rows, source)
+        names = [row.index for row in rows]
+        return {"inputs": inputs, "options": options, "source": self.config.data.sources[source].path, "rows": names}
+
+    def batch(self, rows: Sequence[Row], source: int) -> tuple[list[Features], dict[str, Tensor | None]]:
+        raise NotImplementedError
+
+    def loss(self, *inputs: Any, **options: Any) -> Tensor:
+        raise NotImplementedError
+
+    def texts(self, texts: Sequence[str], is_query: bool, source: int) -> Features:
+        own = self.config.data.sources[source]
+        return self.encoder.tokenize(texts, is_query, (own.query_prompt if is_query else own.document_prompt) or None)
+
+
+class Contrastive(Stage):
+    """InfoNCE over the documents of the batch, hard negatives included: pooled vectors, or MaxSim for a model with a head."""
+
+    temperature = 0.02
+
+    def batch(self, rows: Sequence[Row], source: int) -> tuple[list[Features], dict[str, Tensor | None]]:
+        """Documents are all positives, then all negatives: rows may have unequal numbers of them."""
+        for row in rows:
+            if not row.query or not row.documents:
+                raise ConfigError(
+                    f"{self.config.data.sources[source].path}: row {row.index + 1} has no query or no document"
+                )
+        documents = [row.documents[0] for row in rows] + [text for row in rows for text in row.documents[1:]]
+        keys = [row.keys[0] for row in rows] + [key for row in rows for key in row.keys[1:]]
+        owners = [n for n, row in enumerate(rows) for _ in row.documents[1:]]
+        inputs = [self.texts([row.query for row in rows], True, source), self.texts(documents, False, source)]
+        return inputs, {"exclude": false_negatives(rows, keys), "owners": torch.tensor(owners, dtype=torch.long)}
+
+    def loss(self, queries: Encoded, documents: Encoded, exclude: Tensor | None, owners: Tensor) -> Tensor:
+        (Q, q_mask), (D, d_mask) = queries, documents
+        own = self.config.loss
+        offset, weight = 0, 1.0
+        count = len(D)
+        if self.config.train.gather:
+            D, d_mask, offset, weight = gather_with_gradient(D, d_mask)
+        if own.symmetric and len(D) != count:
+            raise ConfigError("loss.symmetric needs the queries of all devices: run on one, or without train.gather")
+        if exclude is not None:
+            exclude = F.pad(exclude, (offset, len(D) - offset - count))
+        target = offset + torch.arange(len(Q), device=Q.device)
+        more: dict[str, Any] = {"exclude": exclude, "margin": own.margin, "symmetric": own.symmetric}
+        if self.encoder.head is None:
+            return losses.info_nce(Q[:, 0], D[:, 0], target, own.temperature or self.temperature, **more) * weight
+        temperature = own.temperature or 1.0
+        options: dict[str, Any] = {"target": target, "temperature": temperature, "mask_mode": own.mask_mode, **more}
+        return contrastive_loss(Q, D, q_mask, d_mask, **options) * weight
+
+
+class Finetune(Contrastive):
+    """AnglE on triplets: InfoNCE within the batch, InfoNCE with hard negatives, and the order of angles (and of cosines).
+
+    The last two are over a device's own triplets, so they depend a little on how many devices there are.
+    """
+
+    temperature = 0.05
+
+    def loss(self, queries: Encoded, documents: Encoded, exclude: Tensor | None, owners: Tensor) -> Tensor:
+        own, (Q, _) = self.config.loss, queries
+        D, count = documents[0][:, 0], len(Q)
+        with_negatives = super().loss(queries, documents, exclude, owners)
+        positives = (documents[0][:count], documents[1][:count])
+        among = None if exclude is None else exclude[:, :count]
+        in_batch = super().loss(queries, positives, among, owners)
+        loss = (own.in_batch * in_batch + own.contrastive * with_negatives) / 2
+        if len(owners) and (own.angle or own.cosine):
+            z, w = torch.cat([Q[:, 0], Q[owners, 0]]), D
+            labels = (torch.arange(len(w), device=w.device) < count).to(w.dtype)
+            loss = loss + own.angle * losses.angle(z, w, labels)
+            loss = loss + own.cosine * losses.cosine_order(z, w, labels) if own.cosine else loss
+        return loss
+
+
+class Distill(Stage):
+    """A teacher's vectors through an FFN that is thrown away afterwards: squared distance, or all of Stella's terms."""
+
+    def __init__(self, config: Config, encoder: Encoder, vectors: Sequence[np.ndarray]) -> None:
+        """vectors: for each source, `[rows, dimension]`."""
+        self.vectors = vectors
+        self.separable = not config.loss.stella
+        super().__init__(config, encoder)
+
+    def module(self) -> nn.Module:
+        return Student(self.encoder, self.config.loss.inner, self.vectors[0].shape[1])
+
+    def batch(self, rows: Sequence[Row], source: int) -> tuple[list[Features], dict[str, Tensor | None]]:
+        wanted = np.stack([self.vectors[source][row.index] for row in rows]).astype(np.float32)
+        own, reading = self.config.data.sources[source], self.encoder.reading
+        texts = [
+            (own.query_prompt or reading.query_prefix) + row.query
+            if row.query
+            else (own.document_prompt or reading.document_prefix) + row.documents[0]
+            for row in rows
+        ]
+        # Queries and documents in one batch, cut at the documents' length; their prompts are in the texts already.
+        features = self.encoder.tokenize(texts, False, prompt="")
+        return [features], {"wanted": F.normalize(torch.from_numpy(wanted), dim=-1)}
+
+    def loss(self, students: Encoded, wanted: Tensor) -> Tensor:
+        given = students[0][:, 0]
+        if self.config.loss.stella:
+            return losses.stella(given, wanted)
+        return (F.normalize(given, dim=-1) - wanted).square().sum(-1).mean()
+
+
+class Student(nn.Module):
+    """The encoder and two layers with SiLU to the teacher's dimension."""
+
+    def __init__(self, encoder: Encoder, inner: int | None, outputs: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        inner = inner or 2 * encoder.dimension
+        self.projector = nn.Sequential(nn.Linear(encoder.dimension, inner), nn.SiLU(), nn.Linear(inner, outputs))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.projector(self.encoder(input_ids, attention_mask))
+
+
+class Colbert(Stage):
+    """KL divergence to a teacher's scores over each query's own documents."""
+
+    separable = True
+
+    def batch(self, rows: Sequence[Row], source: int) -> tuple[list[Features], dict[str, Tensor | None]]:
+        most = max(len(row.documents) for row in rows)
+        for row in rows:
+            if row.scores is None or not row.query or len(row.documents) < 2:
+                path = self.config.data.sources[source].path
+                raise ConfigError(f"{path}: row {row.index + 1} needs a query, two documents or more, and scores")
+        documents = [text for row in rows for text in row.documents + [""] * (most - len(row.documents))]
+        scores = torch.tensor([[*(row.scores or []), *[0.0] * (most - len(row.documents))] for row in rows])
+        there = torch.arange(most) < torch.tensor([len(row.documents) for row in rows])[:, None]
+        inputs = [self.texts([row.query for row in rows], True, source), self.texts(documents, False, source)]
+        return inputs, {"teacher_scores": scores, "there": None if there.all() else there}
+
+    def loss(self, queries: Encoded, documents: Encoded, teacher_scores: Tensor, there: Tensor | None) -> Tensor:
+        (Q, q_mask), (D, d_mask), own = queries, documents, self.config.loss
+        return distillation_loss(
+            Q,
+            D.unflatten(0, teacher_scores.shape),
+            teacher_scores,
+            q_mask,
+            d_mask.unflatten(0, teacher_scores.shape),
+            candidate_mask=there,
+            student_normalization=own.student_normalization,
+            teacher_normalization=own.teacher_normalization,
+            temperature=own.temperature or 1.0,
+            teacher_temperature=own.teacher_temperature,
+            mask_mode=own.mask_mode,
+        )
+
+
+def build(config: Config, encoder: Encoder, vectors: Sequence[np.ndarray] = ()) -> Stage:
+    if config.stage == "distill":
+        return Distill(config, encoder, vectors)
+    if config.stage == "finetune":
+        return Finetune(config, encoder)
+    if config.stage == "contrastive" or config.loss.kind == "contrastive":
+        return Contrastive(config, encoder)
+    return Colbert(config, encoder)
+
+
+def false_negatives(rows: Sequence[Row], keys: Sequence[str]) -> Tensor | None:
+    """bool `[rows, documents]`: documents of other rows that are right for this one too; None if there are none."""
+    columns: dict[str, list[int]] = {}
+    for column, key in enumerate(keys):
+        columns.setdefault(key, []).append(column)
+    same: dict[str, list[int]] = {}
+    for n, row in enumerate(rows):
+        same.setdefault(row.query, []).append(n)
+    pairs = []
+    for n, row in enumerate(rows):
+        right = set(row.relevant).union(row.keys[:1], *(rows[m].relevant for m in same[row.query]))
+        pairs += [(n, column) for key in right for column in columns.get(key, ()) if column != n]
+    if not pairs:
+        return None
+    excluded = torch.zeros(len(rows), len(keys), dtype=torch.bool)
+    excluded[tuple(torch.tensor(pairs).T)] = True
+    return excluded
+
+
+def parts(batch: Mapping[str, Any], size: int) -> list[tuple[list[Features], dict[str, Any], float]]:
+    """A batch cut by rows so that about `size` texts a side are encoded at a time: inputs, options and share of the rows."""
+    inputs, options = batch["inputs"], batch["options"]
+    counts = [len(each["input_ids"]) for each in inputs]
+    rows = min(counts)
+    step = max(1, size * rows // max(counts))
+    cut = []
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        sides = [
+            {name: value[start * n // rows : stop * n // rows] for name, value in each.items()}
+            for each, n in zip(inputs, counts, strict=True)
+        ]
+        own = {name: value if value is None else value[start:stop] for name, value in options.items()}
+        cut.append((sides, own, (stop - start) / rows))
+    return cut
