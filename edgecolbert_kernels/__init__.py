@@ -15,6 +15,10 @@ from edgecolbert_kernels.scoring import maxsim, maxsim_indexed, maxsim_pairs, ma
 if TYPE_CHECKING:
     from edgecolbert_kernels.distributed import gather_with_gradient as gather_with_gradient
     from edgecolbert_kernels.gradcache import GradCache as GradCache
+    from edgecolbert_kernels.integrations.functions import colbert_kd_scores as colbert_kd_scores
+    from edgecolbert_kernels.integrations.functions import colbert_scores as colbert_scores
+    from edgecolbert_kernels.integrations.functions import colbert_scores_pairwise as colbert_scores_pairwise
+    from edgecolbert_kernels.integrations.functions import maxsim_st as maxsim_st
     from edgecolbert_kernels.losses import contrastive_loss as contrastive_loss
     from edgecolbert_kernels.losses import distillation_loss as distillation_loss
     from edgecolbert_kernels.modules import MaxSimScorer as MaxSimScorer
@@ -23,9 +27,13 @@ if TYPE_CHECKING:
 _LATER = {
     "GradCache": "gradcache",
     "MaxSimScorer": "modules",
+    "colbert_kd_scores": "integrations.functions",
+    "colbert_scores": "integrations.functions",
+    "colbert_scores_pairwise": "integrations.functions",
     "contrastive_loss": "losses",
     "distillation_loss": "losses",
     "gather_with_gradient": "distributed",
+    "maxsim_st": "integrations.functions",
 }
 
 __all__ = [
@@ -34,12 +42,16 @@ __all__ = [
     "MaxSimScorer",
     "__version__",
     "backend",
+    "colbert_kd_scores",
+    "colbert_scores",
+    "colbert_scores_pairwise",
     "contrastive_loss",
     "distillation_loss",
     "gather_with_gradient",
     "maxsim",
     "maxsim_indexed",
     "maxsim_pairs",
+    "maxsim_st",
     "maxsim_varlen",
 ]
 

@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "gradcache": {"checks", "replay"},
     "distributed": {"checks"},
     "modules": {"checks", "distributed", "gradcache", "losses", "scoring"},
+    "integrations": {"backends", "checks", "ops", "scoring"},
     "scoring": {"arrays", "backends", "checks", "ops"},
-    "__init__": {"_version", "backends", "distributed", "gradcache", "losses", "modules", "scoring"},
+    "__init__": {"_version", "backends", "distributed", "gradcache", "integrations", "losses", "modules", "scoring"},
     "env": {"_version", "backends"},
 }
 

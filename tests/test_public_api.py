@@ -17,12 +17,16 @@ NAMES = {
     "MaxSimScorer",
     "__version__",
     "backend",
+    "colbert_kd_scores",
+    "colbert_scores",
+    "colbert_scores_pairwise",
     "contrastive_loss",
     "distillation_loss",
     "gather_with_gradient",
     "maxsim",
     "maxsim_indexed",
     "maxsim_pairs",
+    "maxsim_st",
     "maxsim_varlen",
 }
 OPTIONS = {"normalize": False, "mask_mode": "exclude", "precision": "exact", "out_dtype": (None, torch.float32)}
@@ -59,12 +63,25 @@ def test_gradcache_signature():
     assert list(inspect.signature(ek.gather_with_gradient).parameters) == ["embeddings", "mask", "group"]
 
 
+def test_the_hosts_signatures():
+    """Of the functions that stand in for PyLate's and sentence-transformers'; tested against theirs where they are."""
+    scores = ["queries_embeddings", "documents_embeddings", "queries_mask", "documents_mask", "backend"]
+    wanted = {
+        "colbert_scores": [*scores, "mask_mode"],
+        "colbert_kd_scores": [*scores, "mask_mode"],
+        "colbert_scores_pairwise": [*scores[:2], "backend"],
+        "maxsim_st": ["a", "b", "a_mask", "b_mask", "chunk_elements", "length_normalize", "device"],
+    }
+    for name, parameters in wanted.items():
+        assert list(inspect.signature(getattr(ek, name)).parameters) == parameters
+
+
 @pytest.mark.parametrize("name", sorted(NAMES - {"__version__"}))
 def test_docstring(name):
     """Shapes, dtypes and errors are said where a user looks."""
     text = inspect.getdoc(getattr(ek, name))
     assert text
-    if name.startswith("maxsim"):
+    if name in POSITIONAL:
         for word in ("Lq", "Ld", "d]", "float16", "ValueError", "TypeError", "mask"):
             assert word in text or name != "maxsim", word
         assert re.search(r"\[[^\]]+\]", text), "no shape"

@@ -68,7 +68,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         at = Path(folder)
-        find = "import importlib.metadata as m; print(m.version({!r}))".format(options.host)
+        find = f"import importlib.metadata as m; print(m.version({options.host!r}))"
         version = run([options.python, "-c", find], at).strip()
         try:
             tests = source(options, version, at)
@@ -91,7 +91,10 @@ def suite(options: argparse.Namespace, name: str, arguments: list[str], tests: P
         return False
     lost = sorted(test for test, outcome in before["tests"].items() if outcome == "passed" != after["tests"].get(test))
     hits = sum(after["hits"].values())
-    counts = ", ".join(f"{list(run['tests'].values()).count('passed')} {how}" for run, how in ((before, "as it is"), (after, "patched")))
+    counts = ", ".join(
+        f"{list(run['tests'].values()).count('passed')} {how}"
+        for run, how in ((before, "as it is"), (after, "patched"))
+    )
     good = not lost and hits > 0
     print(f"  {name}: {'ok' if good else 'FAILED'}: passed {counts}; of {len(after['tests'])}; {hits} kernel hits")
     for target, count in after["hits"].items():
@@ -120,7 +123,9 @@ def one(options: argparse.Namespace, arguments: list[str], tests: Path, at: Path
     # In place of the options in the host's own file, which want plugins for coverage: the same tests of it.
     command += ["-m", "not web and not slow and not custom", *arguments]
     try:
-        done = subprocess.run(command, cwd=tests, env=environment, capture_output=True, text=True, timeout=options.timeout)
+        done = subprocess.run(
+            command, cwd=tests, env=environment, capture_output=True, text=True, timeout=options.timeout
+        )
     except subprocess.TimeoutExpired:
         return None
     if not result.exists():
@@ -135,7 +140,18 @@ def source(options: argparse.Namespace, version: str, at: Path) -> Path:
         shutil.copytree(options.source, to, ignore=shutil.ignore_patterns(".git"))
     elif options.source:
         to.mkdir()
-        command = ["git", "-C", str(options.source), "archive", "--format=tar", "-o", str(at / "source.tar"), options.revision, "tests", "pyproject.toml"]
+        command = [
+            "git",
+            "-C",
+            str(options.source),
+            "archive",
+            "--format=tar",
+            "-o",
+            str(at / "source.tar"),
+            options.revision,
+            "tests",
+            "pyproject.toml",
+        ]
         subprocess.run(command, check=True, capture_output=True, text=True)
         with tarfile.open(at / "source.tar") as archive:
             archive.extractall(to, filter="data")
@@ -173,7 +189,11 @@ def make_models(hub: Path) -> None:
         folder = snapshot(hub, name)
         torch.manual_seed(0)
         config = BertConfig(
-            vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=512,
         )
         BertModel(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

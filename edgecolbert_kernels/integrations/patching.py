@@ -20,10 +20,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FunctionType, MappingProxyType
+from types import CodeType, FunctionType, MappingProxyType
 from typing import Any
 
 _MISSING = object()
+KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 # One lock for all hosts: patching is rare, and some hosts import one another.
 _lock = threading.RLock()
 
@@ -202,7 +203,11 @@ def _change(target: Target, undo: list[Callable[[], None]]) -> str | None:
         return f"it is a {type(function).__name__}, not a Python function"
     if function.__code__.co_freevars:
         return "it is a closure"
-    before, body = function.__code__, _body(function, target.name)
+    # Not what a decorator says of what it wraps: the parameters that the code has.
+    parameters = list(inspect.signature(function, follow_wrapped=False).parameters.values())
+    if any(each.kind not in KINDS for each in parameters):
+        return "it takes *args, **kwargs or positional-only arguments"
+    before, body = function.__code__, _body(function.__name__, parameters, target.name)
     copy = FunctionType(before, function.__globals__, function.__name__, function.__defaults__, None)
     copy.__kwdefaults__ = function.__kwdefaults__
     _originals[target.name], _replacements[target.name] = copy, target.replacement
@@ -218,24 +223,20 @@ def _change(target: Target, undo: list[Callable[[], None]]) -> str | None:
     return None
 
 
-def _body(function: FunctionType, name: str) -> Any:
-    """Code with the function's own parameters, so that defaults and signature hold, that calls the replacement."""
-    parameters = inspect.signature(function).parameters.values()
-    kinds = inspect.Parameter
-    if any(p.kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD, kinds.POSITIONAL_ONLY) for p in parameters):
-        raise TypeError(f"{name} takes *args, **kwargs or positional-only arguments")
-    names = [p.name for p in parameters if p.kind is kinds.POSITIONAL_OR_KEYWORD]
-    only = [p.name for p in parameters if p.kind is kinds.KEYWORD_ONLY]
+def _body(function: str, parameters: list[inspect.Parameter], name: str) -> CodeType:
+    """Code with these parameters, so that the function's defaults and signature hold, that calls the replacement."""
+    names = [p.name for p in parameters if p.kind is KINDS[0]]
+    only = [p.name for p in parameters if p.kind is KINDS[1]]
     signature = ", ".join([*names, *(["*", *only] if only else [])])
     arguments = ", ".join(f"{each}={each}" for each in (*names, *only))
     source = (
-        f"def {function.__name__}({signature}):\n"
+        f"def {function}({signature}):\n"
         f"    from {__name__} import replacement as _edgecolbert\n"
         f"    return _edgecolbert({name!r})({arguments})\n"
     )
     made: dict[str, Any] = {}
     exec(compile(source, f"<{name} on edgecolbert_kernels>", "exec"), made)
-    return made[function.__name__].__code__
+    return made[function].__code__
 
 
 def _set(target: Target, undo: list[Callable[[], None]]) -> str | None:

@@ -11,6 +11,7 @@ takes (a GPU without one, float64) or that is wrong: PyLate answers it, or compl
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -57,10 +58,8 @@ def using_pylate(*, mask_mode: str = "zero", average_cached_gradients: bool = Tr
 
 def _targets(mask_mode: str, average_cached_gradients: bool) -> Sequence[Target]:
     checks.options(mask_mode, "exact")
-    import pylate.scores
-
-    module = pylate.scores.colbert_scores.__module__  # 1.4 has another file
-    scores = {
+    module = importlib.import_module("pylate.scores").colbert_scores.__module__  # 1.4 has another file
+    scores: dict[str, Callable[..., Tensor]] = {
         "colbert_scores": partial(functions.colbert_scores, mask_mode=mask_mode),
         "colbert_kd_scores": partial(functions.colbert_kd_scores, mask_mode=mask_mode),
         "colbert_scores_pairwise": functions.colbert_scores_pairwise,
@@ -102,7 +101,7 @@ def _rerank(documents_ids: Any, queries_embeddings: Any, documents_embeddings: A
     if os.environ.get(VARIABLE, "auto") == "auto":
         try:
             # All before the first is answered, so that the host is asked for everything or nothing.
-            every = [_one(*each, device) for each in zip(*batches, strict=False)]
+            every = [_one(query, documents, device) for query, documents in zip(*batches, strict=False)]
         except (TypeError, ValueError, _NotFused):
             pass
         else:

@@ -10,6 +10,7 @@ go to the host's own code.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -70,9 +71,7 @@ def _scorer(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]
 
 def _without_tokens(scores: Tensor, empty: Tensor) -> Tensor:
     """The host's own score and warning for a document without a token."""
-    from sentence_transformers.util import similarity
-
-    fill: Any = getattr(similarity, "_fill_empty_document_scores", None)
+    fill: Any = getattr(sys.modules[MODULE], "_fill_empty_document_scores", None)
     return scores.masked_fill(empty, functions.EMPTY_DOCUMENT) if fill is None else fill(scores, empty)
 
 
