@@ -121,6 +121,15 @@ def test_lists_of_unequal_lengths():
             torch.testing.assert_close(scores.colbert_scores(kind(Q), kind(D)), ek.maxsim(Q, D), **CLOSE)
 
 
+def test_lists_with_masks():
+    Q, D = embeddings(2, 3, 8, seed=1), embeddings(4, 5, 8, seed=2)
+    q_mask, d_mask = holes(2, 3, seed=3), holes(4, 5, seed=4)
+    arrays = [x.numpy() for x in Q], [x.numpy() for x in D]
+    wanted, found, hits = both(lambda: scores.colbert_scores(*arrays, q_mask, d_mask))
+    torch.testing.assert_close(found, wanted, **CLOSE)
+    assert hits == 1
+
+
 def test_mask_mode():
     Q, D = torch.ones(1, 3, 4), -torch.ones(1, 5, 4)
     mask = torch.tensor([[True, True, False, False, True]])

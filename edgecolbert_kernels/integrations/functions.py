@@ -55,7 +55,7 @@ def colbert_scores(
         if not isinstance(X, list) and X.ndim != 3:
             raise checks.wrong_shape(name, X.shape, "three dimensions, or a list of [L, d]")
     with _on(backend):
-        return _tensor(maxsim(Q, D, _kept(queries_mask, Q), _kept(documents_mask, D), **_options(Q, D, mask_mode)))
+        return _score(Q, D, _kept(queries_mask, Q), _kept(documents_mask, D), **_options(Q, D, mask_mode))
 
 
 def colbert_kd_scores(
@@ -86,7 +86,7 @@ def colbert_kd_scores(
     if Q.ndim != 3 or D.ndim != 4:
         raise checks.wrong_shape("documents_embeddings", D.shape, "[Nq, K, Ld, d], for queries_embeddings [Nq, Lq, d]")
     with _on(backend):
-        return _tensor(maxsim(Q, D, _kept(queries_mask, Q), _kept(documents_mask, D), **_options(Q, D, mask_mode)))
+        return _score(Q, D, _kept(queries_mask, Q), _kept(documents_mask, D), **_options(Q, D, mask_mode))
 
 
 def colbert_scores_pairwise(queries_embeddings: Any, documents_embeddings: Any, backend: str | None = None) -> Tensor:
@@ -144,7 +144,7 @@ def maxsim_st(
         d_mask = D.any(-1)
     there = home if device is None else torch.device(device)
     moved = (_move(X, there) for X in (Q, D, q_mask, d_mask))
-    scores = _tensor(maxsim(*moved)).to(home)
+    scores = _score(*moved).to(home)
     empty = _empty(D, d_mask)
     if empty.any():
         scores = scores.masked_fill(empty.to(home), EMPTY_DOCUMENT)
@@ -230,6 +230,12 @@ def _binary(mask: Tensor) -> Tensor:
 def _options(Q: Any, D: Any, mask_mode: str) -> dict[str, Any]:
     double = any(isinstance(X, Tensor) and X.dtype == torch.float64 for X in (Q, D))
     return {"mask_mode": mask_mode, "out_dtype": torch.float64 if double else None}
+
+
+def _score(Q: Any, D: Any, q_mask: Any, d_mask: Any, **options: Any) -> Tensor:
+    if q_mask is not None or d_mask is not None:  # These are tensors, and `maxsim` takes no tensors next to arrays only.
+        Q, D = ([_whole(x) for x in X] if isinstance(X, list) else X for X in (Q, D))
+    return _tensor(maxsim(Q, D, q_mask, d_mask, **options))
 
 
 def _tensor(scores: Any) -> Tensor:
