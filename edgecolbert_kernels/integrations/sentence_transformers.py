@@ -1,0 +1,78 @@
+"""sentence-transformers 6 on these kernels: `maxsim`, `maxsim_pairwise`, their means, evaluators, losses and `similarity`.
+
+All of these score in two functions, a chunk of documents at a time; these two are patched. So everything around them stays:
+`a_mask`, `b_mask`, `chunk_elements`, `length_normalize` and `device`, devices, warnings, and -1e9 for a document without a
+token. XTR scores are no MaxSim and stay.
+
+A call that no kernel takes (a GPU without one, float64), query masks that are weights other than 0 and 1, and wrong input
+go to the host's own code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgecolbert_kernels.integrations import functions
+from edgecolbert_kernels.integrations.patching import Patch, Report, Target, hit, original
+from edgecolbert_kernels.scoring import maxsim, maxsim_pairs
+
+MODULE = "sentence_transformers.util.similarity"
+
+
+def patch_sentence_transformers() -> Report:
+    """Let sentence-transformers 6 score on these kernels, until `unpatch_sentence_transformers`; twice is harmless.
+
+    Returns:
+        What was reached, and the calls that the kernels answered (`hits`). What could not be reached is a warning.
+
+    Raises:
+        ImportError: sentence-transformers is not installed.
+    """
+    return _patch.apply()
+
+
+def unpatch_sentence_transformers() -> None:
+    """Give sentence-transformers its own functions back, once no `using_sentence_transformers` block is open."""
+    _patch.undo()
+
+
+def using_sentence_transformers() -> AbstractContextManager[Report]:
+    """`patch_sentence_transformers` for a `with` block; for all threads."""
+    return _patch.using()
+
+
+def _targets() -> Sequence[Target]:
+    names = {"_maxsim_score_documents": maxsim, "_maxsim_score_pairs": maxsim_pairs}
+    return [Target(f"{MODULE}:{name}", _scorer(f"{MODULE}:{name}", function)) for name, function in names.items()]
+
+
+def _scorer(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def scorer(a: Tensor, b: Tensor, a_mask: Tensor | None, b_mask: Tensor | None) -> Tensor:
+        if b.shape[1] and functions.fused(a, b):
+            try:
+                kept = None if b_mask is None else b_mask.bool()
+                scores = function(a, b, None if a_mask is None else functions._binary(a_mask), kept)
+            except (TypeError, ValueError):
+                pass  # An input that is not what we take: the host takes it, or says so in its own words.
+            else:
+                if not torch.compiler.is_compiling():
+                    hit(name)
+                return scores if kept is None else _without_tokens(scores, ~kept.any(-1))
+        return original(name)(a, b, a_mask, b_mask)
+
+    return scorer
+
+
+def _without_tokens(scores: Tensor, empty: Tensor) -> Tensor:
+    """The host's own score and warning for a document without a token."""
+    fill: Any = getattr(sys.modules[MODULE], "_fill_empty_document_scores", None)
+    return scores.masked_fill(empty, functions.EMPTY_DOCUMENT) if fill is None else fill(scores, empty)
+
+
+_patch = Patch("sentence-transformers", _targets, ("6.0", "7"))
