@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format module objects fuzz spills emulate sanitize matrix clean
+.PHONY: help demo test train bench lint format module objects fuzz spills emulate sanitize matrix clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ demo: $(BIN)/.demo module  ## search over real text, with quality and speed (DEM
 
 test: $(BIN)/.test module  ## all tests (PYTEST="-k masks" to choose)
 	$(BIN)/python -m pytest tests $(PYTEST)
+
+train: $(BIN)/.train module  ## one stage of training (CONFIG=training/configs/NAME.toml, SET="key=value ...")
+	$(BIN)/python -m training.train $(CONFIG) $(SET)
 
 bench: $(BIN)/.bench module  ## all benchmarks and the table of targets (BENCH=--quick for a short run)
 	$(BIN)/python -m benchmarks.all $(BENCH)
@@ -81,7 +84,7 @@ $(BIN)/.base: pyproject.toml setup.py
 	EDGECOLBERT_BUILD=0 $(PIP) install --no-build-isolation --editable .
 	@touch $@
 
-$(BIN)/.demo $(BIN)/.test $(BIN)/.bench $(BIN)/.lint: $(BIN)/.%: $(BIN)/.base
+$(BIN)/.demo $(BIN)/.test $(BIN)/.train $(BIN)/.bench $(BIN)/.lint: $(BIN)/.%: $(BIN)/.base
 	@echo "== $(VENV): requirements of make $*"
 	EDGECOLBERT_BUILD=0 $(PIP) install --no-build-isolation --editable ".[$*]"
 	@touch $@
