@@ -275,7 +275,7 @@ class _RowSums:
         largest = torch.maximum(self.largest, scores.amax(1))
         base = _finite(largest)
         exponential = (scores - base[:, None].to(self.dtype)).div_(self.temperature).exp_()
-        self.sum = self.sum * ((self.largest - base) / self.temperature).exp() + exponential.sum(1)
+        self.sum = self.sum * ((self.largest - base) / self.temperature).exp() + exponential.sum(1, dtype=torch.float64)
         self.largest = largest
         negative = scores.masked_fill(entries.positive, -torch.inf).amax(1)
         self.largest_negative = torch.maximum(self.largest_negative, negative)
@@ -341,11 +341,11 @@ class _Weights:
             return torch.zeros_like(entries.scores)
         smoothing = self.problem.label_smoothing
         scores = entries.among_candidates(-torch.inf)
-        # Chosen, not multiplied by 0: a gradient that is not finite stays with its query.
-        positive = self._column_vector(self.each_positive * (1 - smoothing)).where(entries.positive, 0)
+        wanted = self.each_positive * (1 - smoothing)
         offset = scores - self._column_vector(_finite(self.rows.largest))
-        softmax = (offset / self.temperature).sub_(self._column_vector(self.rows.log_sum)).exp_()
-        gradient = softmax.mul_(self._column_vector(self.grad)).sub_(positive)
+        logits = (offset / self.temperature).sub_(self._column_vector(self.rows.log_sum))
+        rest = self._column_vector(self.grad - wanted)
+        gradient = _difference(logits, self._column_vector(self.grad), rest, entries.positive)
         if smoothing:
             gradient -= self._smoothed(entries, self._column_vector(smoothing * self.grad / self.rows.candidates))
         # Such a row may have no candidate either, and so no sum.
@@ -356,8 +356,9 @@ class _Weights:
             largest, log_sum, queries = (each[some] for each in self.columns)
             weight = self.each_positive[:, None].where(entries.positive, 0).sum(0)
             offset = scores - _finite(largest).to(self.dtype)
-            softmax = (offset / self.temperature).sub_(log_sum.to(self.dtype)).exp_()
-            column = softmax.mul_(weight.to(self.dtype)).sub_(positive)
+            logits = (offset / self.temperature).sub_(log_sum.to(self.dtype))
+            rest = (weight - wanted[:, None]).to(self.dtype)
+            column = _difference(logits, weight.to(self.dtype), rest, entries.positive)
             if smoothing:
                 column -= self._smoothed(entries, (smoothing * weight / queries.clamp_min(1)).to(self.dtype))
             # A document that is nobody's positive has no column loss, nor one without a candidate a sum.
@@ -384,6 +385,14 @@ class _Weights:
         product = (gradient * offset).masked_fill_(gradient == 0, 0)
         total = sum(part.sum() for part in product.sum(1, dtype=torch.float64).split(UNSPLIT))
         self.grad_temperature -= total / self.temperature.square()
+
+
+def _difference(logits: Tensor, weight: Tensor, rest: Tensor, positive: Tensor) -> Tensor:
+    """weight * softmax, and at a positive, where `weight - rest` is wanted, the difference from that.
+
+    e^x - 1 in one: where the softmax is nearly sure of its positive, the difference of both would be rounding alone.
+    """
+    return torch.where(positive, logits.expm1().mul_(weight).add_(rest), logits.exp().mul_(weight))
 
 
 def _positives(problem: Problem) -> Tensor:
