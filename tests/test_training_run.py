@@ -49,6 +49,7 @@ def another_run():
     """Accelerate's state is one a process, precision included."""
     from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -155,7 +156,7 @@ def child(output, after):
     os.waitpid(process, 0)
 child({whole!r}, None)
 rng = random.Random(0)
-for after in ((2, 0.0), (4, 0.03), (6, 0.0), (7, 0.05), (9, 0.01)):
+for after in ((2, 0.0), (4, 0.03), (7, 0.01)):
     child({killed!r}, after)
 child({killed!r}, None)
 """
@@ -170,11 +171,11 @@ def test_a_run_killed_again_and_again_has_the_same_losses_and_weights(place, tmp
         tmp_path,
         loss=loss,
         optimizer={"name": "muon"},
-        train={"steps": 14, "save_every": 2, "precision": "fp32"},
+        train={"steps": 10, "save_every": 2, "precision": "fp32"},
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     python(KILLED.format(raw=raw, whole=str(whole), killed=str(killed)), timeout=200)
-    assert len(losses(whole)) == 14 and losses(killed) == losses(whole)
+    assert len(losses(whole)) == 10 and losses(killed) == losses(whole)
     a, b = (model.load(folder / "model").state_dict() for folder in (whole, killed))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
