@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-import colbert
 import edgecolbert_kernels as ek
+import tiny_colbert
 from cases import embeddings, holes, ragged
 from edgecolbert_kernels.backends import native
 
 pytest.importorskip("pylate")
 pytestmark = pytest.mark.skipif(native.module() is None, reason="the compiled module is not built")
 
-from pylate import evaluation, losses, rank, scores
-from pylate.models import ColBERT
-from pylate.scores import SimilarityFunction
+from pylate import evaluation, losses, rank, scores  # noqa: E402
+from pylate.models import ColBERT  # noqa: E402
+from pylate.scores import SimilarityFunction  # noqa: E402
 
-from edgecolbert_kernels.integrations.pylate import patch_pylate, unpatch_pylate, using_pylate
+from edgecolbert_kernels.integrations.pylate import patch_pylate, unpatch_pylate, using_pylate  # noqa: E402
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 MASKS = [None, torch.bool, torch.float32, torch.int64]
@@ -39,7 +39,7 @@ def unpatched():
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> ColBERT:
-    return colbert.make(tmp_path_factory.mktemp("model"), query_length=8, document_length=20, dropout=0.0)
+    return tiny_colbert.make(tmp_path_factory.mktemp("model"), query_length=8, document_length=20, dropout=0.0)
 
 
 def both(call):
@@ -217,8 +217,8 @@ def test_rerank_of_nothing():
 
 
 def features(encoder, count=6, documents=2):
-    queries = encoder.tokenize(colbert.texts(count, 6, seed=1), is_query=True)
-    each = (colbert.texts(count, 18, seed=2 + n) for n in range(documents))
+    queries = encoder.tokenize(tiny_colbert.texts(count, 6, seed=1), is_query=True)
+    each = (tiny_colbert.texts(count, 18, seed=2 + n) for n in range(documents))
     return [dict(queries), *(dict(encoder.tokenize(lines, is_query=False, pad=True)) for lines in each)]
 
 
@@ -235,7 +235,7 @@ def make(name, encoder, **options):
         options = {"mini_batch_size": 4, **options}
     inputs, labels = features(encoder), None
     if name == "Distillation":
-        documents = encoder.tokenize(colbert.texts(24, 18, seed=2), is_query=False, pad=True)
+        documents = encoder.tokenize(tiny_colbert.texts(24, 18, seed=2), is_query=False, pad=True)
         inputs = [inputs[0], dict(documents)]
         labels = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
     return getattr(losses, name)(encoder, **options), inputs, labels
@@ -345,7 +345,7 @@ def test_the_kernels_are_in_the_compiled_graph():
 
 def test_every_caller(encoder):
     """What the requirement lists: similarity, evaluators; the losses, rerank and scores are above."""
-    texts = colbert.texts(6, 6, seed=1)
+    texts = tiny_colbert.texts(6, 6, seed=1)
     Q, D = encoder.encode(texts, is_query=True), encoder.encode(texts, is_query=False)
     same = [D[0]] * 3
     similar, pairs = (getattr(SimilarityFunction, f"to_similarity_{each}")("MaxSim") for each in ("fn", "pairwise_fn"))

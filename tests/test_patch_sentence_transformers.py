@@ -17,9 +17,9 @@ if not hasattr(similarity, "maxsim"):
     pytest.skip("sentence-transformers before 6", allow_module_level=True)
 pytestmark = pytest.mark.skipif(native.module() is None, reason="the compiled module is not built")
 
-from sentence_transformers.multi_vector_encoder import losses, scoring
+from sentence_transformers.multi_vector_encoder import losses, scoring  # noqa: E402
 
-from edgecolbert_kernels.integrations.sentence_transformers import (
+from edgecolbert_kernels.integrations.sentence_transformers import (  # noqa: E402
     patch_sentence_transformers,
     unpatch_sentence_transformers,
     using_sentence_transformers,

@@ -233,7 +233,9 @@ def _options(Q: Any, D: Any, mask_mode: str) -> dict[str, Any]:
 
 
 def _score(Q: Any, D: Any, q_mask: Any, d_mask: Any, **options: Any) -> Tensor:
-    if q_mask is not None or d_mask is not None:  # These are tensors, and `maxsim` takes no tensors next to arrays only.
+    if (
+        q_mask is not None or d_mask is not None
+    ):  # These are tensors, and `maxsim` takes no tensors next to arrays only.
         Q, D = ([_whole(x) for x in X] if isinstance(X, list) else X for X in (Q, D))
     return _tensor(maxsim(Q, D, q_mask, d_mask, **options))
 
