@@ -28,6 +28,11 @@ from pylate.scores import SimilarityFunction  # noqa: E402
 from edgecolbert_kernels.integrations.pylate import patch_pylate, unpatch_pylate, using_pylate  # noqa: E402
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+# From 1.5.1 and from 1.5 on.
+needs_backends = pytest.mark.skipif(
+    "backend" not in inspect.signature(scores.colbert_scores).parameters, reason="this PyLate has one backend only"
+)
+needs_groups = pytest.mark.skipif(not hasattr(scores, "ColBERTScores"), reason="this PyLate has no ColBERTScores")
 MASKS = [None, torch.bool, torch.float32, torch.int64]
 
 
@@ -68,6 +73,13 @@ def test_scores(dtype):
     torch.testing.assert_close(found, wanted, **CLOSE)
     torch.testing.assert_close(ek.colbert_scores(Q, D, q_mask, d_mask), wanted, **CLOSE)
     assert hits == 1
+
+
+@needs_groups
+@pytest.mark.parametrize("dtype", MASKS, ids=str)
+def test_groups(dtype):
+    Q, D = embeddings(5, 7, 16, seed=1).abs(), negative(6, 9, 16, seed=2)
+    q_mask, d_mask = (None, None) if dtype is None else (holes(5, 7, seed=3).to(dtype), holes(6, 9, seed=4).to(dtype))
     groups = D.view(3, 2, 9, 16).transpose(0, 1), None if d_mask is None else d_mask.view(3, 2, 9).transpose(0, 1)
     wanted, found, hits = both(lambda: scores.ColBERTScores()(Q, groups[0], q_mask, groups[1]))
     torch.testing.assert_close(found, wanted, **CLOSE)
@@ -143,6 +155,7 @@ def test_mask_mode():
         patch_pylate(mask_mode="none")
 
 
+@needs_backends
 def test_what_stays_with_the_host(monkeypatch):
     Q, D = embeddings(2, 3, 8, seed=1), embeddings(4, 5, 8, seed=2)
     weights = torch.rand(2, 3, generator=torch.Generator().manual_seed(1))
@@ -302,6 +315,7 @@ def test_losses_pickle(encoder, name):
         torch.testing.assert_close(value, wanted, **CLOSE)
 
 
+@needs_groups
 def test_a_compiled_training_step():
     """fullgraph: the patched scores break no graph. Compiled while patched, before and after: always the same values."""
 
@@ -391,6 +405,7 @@ def test_restored_exactly():
         assert (dict(vars(scores)), dict(vars(rank)), dict(vars(losses.CachedContrastive))) == names
 
 
+@needs_backends
 @pytest.mark.parametrize("name", ["colbert_scores", "colbert_kd_scores", "colbert_scores_pairwise"])
 def test_signatures(name):
     ours, theirs = (inspect.signature(getattr(where, name)).parameters for where in (ek, scores))

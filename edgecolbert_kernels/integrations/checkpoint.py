@@ -40,21 +40,11 @@ class Checkpoint:
         return sorted(enumerate(scores), key=lambda pair: -pair[1])[:count]
 
     def _encode(self, texts: list[str], is_query: bool) -> list[Any]:
-        options: dict[str, Any] = {
-            "batch_size": self.batch_size,
-            "show_progress_bar": False,
-            "convert_to_tensor": False,
-        }
-        if hasattr(self.model, "encode_query"):
-            name = "encode_query" if is_query else "encode_document"
-            if not _takes_is_query(self.model):
-                return list(getattr(self.model, name)(texts, **options))
+        options: dict[str, Any] = {"batch_size": self.batch_size, "show_progress_bar": False, "convert_to_numpy": True}
+        if type(self.model).__name__ == "MultiVectorEncoder":
+            encode = self.model.encode_query if is_query else self.model.encode_document
+            return list(encode(texts, **options))
         return list(self.model.encode(texts, is_query=is_query, **options))
-
-
-def _takes_is_query(model: Any) -> bool:
-    """PyLate's model; it inherits `encode_query` of an older sentence-transformers, which knows no ColBERT."""
-    return any(kind.__module__.startswith("pylate.") for kind in type(model).__mro__)
 
 
 def _load(name: str, device: str | None) -> Any:
