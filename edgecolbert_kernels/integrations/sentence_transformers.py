@@ -77,8 +77,8 @@ LISTS = f"{MODULE}:maxsim"
 def _score_lists(
     a: Any, b: Any, a_mask: Any, b_mask: Any, chunk_elements: int | None, length_normalize: bool, device: Any
 ) -> Tensor:
-    whole = isinstance(b, list) and b_mask is None and device is None and not torch.compiler.is_compiling()
-    # Of an empty document the host warns.
+    # Who asks for chunks of a size gets the host's; of an empty document the host warns.
+    whole = isinstance(b, list) and b_mask is device is chunk_elements is None and not torch.compiler.is_compiling()
     if whole and len(a) and b and all(len(document) for document in b) and functions.fused(a, b):
         try:
             scores = functions.maxsim_st(a, b, a_mask, length_normalize=length_normalize)
