@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import contenders, machine, suite
 from benchmarks.interleave import Contender, Samples
-from tests import colbert
+from tests import tiny_colbert
 
 BATCHES = (8, 16, 32, 64)
 THREADS = 2
@@ -40,15 +40,15 @@ QUERY_LENGTH, DOCUMENT_LENGTH, DIM, CANDIDATES, CHUNK = 32, 180, 48, 4, 8
 def model() -> torch.nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         options = {"query_length": QUERY_LENGTH, "document_length": DOCUMENT_LENGTH}
-        return colbert.make(Path(folder), hidden=128, layers=2, dim=DIM, **options).train()
+        return tiny_colbert.make(Path(folder), hidden=128, layers=2, dim=DIM, **options).train()
 
 
 @lru_cache(maxsize=1)
 def batch(loss: str, size: int) -> tuple[list[dict], torch.Tensor | None]:
     """Tokenized queries and documents, and the teacher's scores where the loss has a teacher."""
     candidates = CANDIDATES if loss == "Distillation" else 1
-    queries = model().tokenize(colbert.texts(size, 24, seed=0), is_query=True)
-    texts = colbert.texts(size * candidates, DOCUMENT_LENGTH, seed=1)
+    queries = model().tokenize(tiny_colbert.texts(size, 24, seed=0), is_query=True)
+    texts = tiny_colbert.texts(size * candidates, DOCUMENT_LENGTH, seed=1)
     documents = model().tokenize(texts, is_query=False, pad=True)
     teacher = torch.randn(size, candidates, generator=torch.Generator().manual_seed(2))
     return [queries, documents], teacher if loss == "Distillation" else None

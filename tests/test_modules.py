@@ -10,8 +10,8 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import colbert
 import edgecolbert_kernels as ek
+import tiny_colbert
 from cases import embeddings, holes
 from edgecolbert_kernels import modules
 from encoders import Encoder, gradients, texts
@@ -250,12 +250,12 @@ def pylate():
 
 @pytest.fixture(scope="module")
 def encoder(pylate, tmp_path_factory):
-    return colbert.make(tmp_path_factory.mktemp("model"), query_length=8, document_length=20)
+    return tiny_colbert.make(tmp_path_factory.mktemp("model"), query_length=8, document_length=20)
 
 
 def tokenized(encoder, count, documents):
-    queries = encoder.tokenize(colbert.texts(count, 6, seed=1), is_query=True)
-    each = (colbert.texts(count, 18, seed=2 + n) for n in range(documents))
+    queries = encoder.tokenize(tiny_colbert.texts(count, 6, seed=1), is_query=True)
+    each = (tiny_colbert.texts(count, 18, seed=2 + n) for n in range(documents))
     return [dict(queries), *(dict(encoder.tokenize(lines, is_query=False, pad=True)) for lines in each)]
 
 
@@ -310,8 +310,8 @@ def test_distillation_of_pylate(pylate, encoder, expansion, monkeypatch):
     from pylate import losses
 
     monkeypatch.setattr(encoder.train(), "do_query_expansion", expansion)
-    queries = encoder.tokenize(colbert.texts(4, 6, seed=1), is_query=True)
-    documents = encoder.tokenize(colbert.texts(20, 18, seed=2), is_query=False, pad=True)
+    queries = encoder.tokenize(tiny_colbert.texts(4, 6, seed=1), is_query=True)
+    documents = encoder.tokenize(tiny_colbert.texts(20, 18, seed=2), is_query=False, pad=True)
     teacher = torch.randn(4, 5, generator=torch.Generator().manual_seed(3))
     ours, theirs = (
         run(where.Distillation(encoder), [dict(queries), dict(documents)], teacher) for where in (modules, losses)
@@ -327,10 +327,10 @@ def test_a_training_script_changes_one_import(pylate, tmp_path, name):
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
     def train(library):
-        encoder = colbert.make(tmp_path / "model", query_length=8, document_length=20)
-        data = {"query": colbert.texts(8, 6, seed=1), "document": colbert.texts(8, 18, seed=2)}
+        encoder = tiny_colbert.make(tmp_path / "model", query_length=8, document_length=20)
+        data = {"query": tiny_colbert.texts(8, 6, seed=1), "document": tiny_colbert.texts(8, 18, seed=2)}
         if name == "Distillation":
-            data = {"query": data["query"], "documents": [colbert.texts(3, 18, seed=n) for n in range(8)]}
+            data = {"query": data["query"], "documents": [tiny_colbert.texts(3, 18, seed=n) for n in range(8)]}
             data["scores"] = torch.randn(8, 3, generator=torch.Generator().manual_seed(3)).tolist()
         options = {"mini_batch_size": 2} if name == "CachedContrastive" else {}
         arguments = SentenceTransformerTrainingArguments(

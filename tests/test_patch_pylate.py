@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-import colbert
 import edgecolbert_kernels as ek
+import tiny_colbert
 from cases import embeddings, holes, ragged
 from edgecolbert_kernels.backends import native
 
@@ -28,6 +28,11 @@ from pylate.scores import SimilarityFunction
 from edgecolbert_kernels.integrations.pylate import patch_pylate, unpatch_pylate, using_pylate
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+# From 1.5.1 and from 1.5 on.
+needs_backends = pytest.mark.skipif(
+    "backend" not in inspect.signature(scores.colbert_scores).parameters, reason="this PyLate has one backend only"
+)
+needs_groups = pytest.mark.skipif(not hasattr(scores, "ColBERTScores"), reason="this PyLate has no ColBERTScores")
 MASKS = [None, torch.bool, torch.float32, torch.int64]
 
 
@@ -39,7 +44,7 @@ def unpatched():
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> ColBERT:
-    return colbert.make(tmp_path_factory.mktemp("model"), query_length=8, document_length=20, dropout=0.0)
+    return tiny_colbert.make(tmp_path_factory.mktemp("model"), query_length=8, document_length=20, dropout=0.0)
 
 
 def both(call):
@@ -68,6 +73,13 @@ def test_scores(dtype):
     torch.testing.assert_close(found, wanted, **CLOSE)
     torch.testing.assert_close(ek.colbert_scores(Q, D, q_mask, d_mask), wanted, **CLOSE)
     assert hits == 1
+
+
+@needs_groups
+@pytest.mark.parametrize("dtype", MASKS, ids=str)
+def test_groups(dtype):
+    Q, D = embeddings(5, 7, 16, seed=1).abs(), negative(6, 9, 16, seed=2)
+    q_mask, d_mask = (None, None) if dtype is None else (holes(5, 7, seed=3).to(dtype), holes(6, 9, seed=4).to(dtype))
     groups = D.view(3, 2, 9, 16).transpose(0, 1), None if d_mask is None else d_mask.view(3, 2, 9).transpose(0, 1)
     wanted, found, hits = both(lambda: scores.ColBERTScores()(Q, groups[0], q_mask, groups[1]))
     torch.testing.assert_close(found, wanted, **CLOSE)
@@ -143,6 +155,7 @@ def test_mask_mode():
         patch_pylate(mask_mode="none")
 
 
+@needs_backends
 def test_what_stays_with_the_host(monkeypatch):
     Q, D = embeddings(2, 3, 8, seed=1), embeddings(4, 5, 8, seed=2)
     weights = torch.rand(2, 3, generator=torch.Generator().manual_seed(1))
@@ -217,8 +230,8 @@ def test_rerank_of_nothing():
 
 
 def features(encoder, count=6, documents=2):
-    queries = encoder.tokenize(colbert.texts(count, 6, seed=1), is_query=True)
-    each = (colbert.texts(count, 18, seed=2 + n) for n in range(documents))
+    queries = encoder.tokenize(tiny_colbert.texts(count, 6, seed=1), is_query=True)
+    each = (tiny_colbert.texts(count, 18, seed=2 + n) for n in range(documents))
     return [dict(queries), *(dict(encoder.tokenize(lines, is_query=False, pad=True)) for lines in each)]
 
 
@@ -235,7 +248,7 @@ def make(name, encoder, **options):
         options = {"mini_batch_size": 4, **options}
     inputs, labels = features(encoder), None
     if name == "Distillation":
-        documents = encoder.tokenize(colbert.texts(24, 18, seed=2), is_query=False, pad=True)
+        documents = encoder.tokenize(tiny_colbert.texts(24, 18, seed=2), is_query=False, pad=True)
         inputs = [inputs[0], dict(documents)]
         labels = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
     return getattr(losses, name)(encoder, **options), inputs, labels
@@ -302,6 +315,7 @@ def test_losses_pickle(encoder, name):
         torch.testing.assert_close(value, wanted, **CLOSE)
 
 
+@needs_groups
 def test_a_compiled_training_step():
     """fullgraph: the patched scores break no graph. Compiled while patched, before and after: always the same values."""
 
@@ -345,7 +359,7 @@ def test_the_kernels_are_in_the_compiled_graph():
 
 def test_every_caller(encoder):
     """What the requirement lists: similarity, evaluators; the losses, rerank and scores are above."""
-    texts = colbert.texts(6, 6, seed=1)
+    texts = tiny_colbert.texts(6, 6, seed=1)
     Q, D = encoder.encode(texts, is_query=True), encoder.encode(texts, is_query=False)
     same = [D[0]] * 3
     similar, pairs = (getattr(SimilarityFunction, f"to_similarity_{each}")("MaxSim") for each in ("fn", "pairwise_fn"))
@@ -391,6 +405,7 @@ def test_restored_exactly():
         assert (dict(vars(scores)), dict(vars(rank)), dict(vars(losses.CachedContrastive))) == names
 
 
+@needs_backends
 @pytest.mark.parametrize("name", ["colbert_scores", "colbert_kd_scores", "colbert_scores_pairwise"])
 def test_signatures(name):
     ours, theirs = (inspect.signature(getattr(where, name)).parameters for where in (ek, scores))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import colbert
 import tiny
+import tiny_colbert
 
 pytest.importorskip("accelerate")
 pytest.importorskip("sentence_transformers")
@@ -171,7 +171,7 @@ def test_lower_casing_is_in_the_file(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {word: n for n, word in enumerate([*colbert.VOCABULARY, "[END]"])}
+    words = {word: n for n, word in enumerate([*tiny_colbert.VOCABULARY, "[END]"])}
     backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {

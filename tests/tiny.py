@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import colbert
+import tiny_colbert
 
 TOPICS = 12
 
@@ -20,11 +20,11 @@ def encoder(folder: Path, *, hidden: int = 32, dropout: float = 0.1) -> Path:
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(colbert.VOCABULARY))
-    BertTokenizerFast(vocab={word: n for n, word in enumerate(colbert.VOCABULARY)}).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(tiny_colbert.VOCABULARY))
+    BertTokenizerFast(vocab={word: n for n, word in enumerate(tiny_colbert.VOCABULARY)}).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(colbert.VOCABULARY),
+        vocab_size=len(tiny_colbert.VOCABULARY),
         hidden_size=hidden,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -40,7 +40,7 @@ def beir(folder: Path, *, seed: int = 0, documents: int = 48, packed: bool = Fal
     """Documents about topics, a word of their topic in every query: train and test queries differ."""
     rng = np.random.default_rng(seed)
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    words = np.array(colbert.WORDS)
+    words = np.array(tiny_colbert.WORDS)
 
     def about(topic: int, length: int) -> str:
         own = words[topic * 8 : topic * 8 + 8]
@@ -69,7 +69,7 @@ def beir(folder: Path, *, seed: int = 0, documents: int = 48, packed: bool = Fal
 def tuples(path: Path, *, rows: int = 40, ways: int = 4, seed: int = 0) -> Path:
     """Texts with a teacher's scores."""
     rng = np.random.default_rng(seed)
-    texts = colbert.texts(rows * (ways + 1), 12, seed=seed)
+    texts = tiny_colbert.texts(rows * (ways + 1), 12, seed=seed)
     with path.open("w") as file:
         for n in range(rows):
             query, *documents = texts[n * (ways + 1) : (n + 1) * (ways + 1)]

@@ -2,7 +2,8 @@
 
 All of these score in two functions, a chunk of documents at a time; these two are patched. So everything around them stays:
 `a_mask`, `b_mask`, `chunk_elements`, `length_normalize` and `device`, devices, warnings, and -1e9 for a document without a
-token. XTR scores are no MaxSim and stay.
+token. XTR scores are no MaxSim and stay. `maxsim` itself is patched for one case, a list of documents as `encode_document`
+returns it: it is scored where it lies, without padding, chunks or a mask.
 
 A call that no kernel takes (a GPU without one, float64), query masks that are weights other than 0 and 1, and wrong input
 go to the host's own code.
@@ -49,7 +50,8 @@ def using_sentence_transformers() -> AbstractContextManager[Report]:
 
 def _targets() -> Sequence[Target]:
     names = {"_maxsim_score_documents": maxsim, "_maxsim_score_pairs": maxsim_pairs}
-    return [Target(f"{MODULE}:{name}", _scorer(f"{MODULE}:{name}", function)) for name, function in names.items()]
+    chunks = [Target(f"{MODULE}:{name}", _scorer(f"{MODULE}:{name}", function)) for name, function in names.items()]
+    return [*chunks, Target(LISTS, _score_lists)]
 
 
 def _scorer(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -67,6 +69,25 @@ def _scorer(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]
         return original(name)(a, b, a_mask, b_mask)
 
     return scorer
+
+
+LISTS = f"{MODULE}:maxsim"
+
+
+def _score_lists(
+    a: Any, b: Any, a_mask: Any, b_mask: Any, chunk_elements: int | None, length_normalize: bool, device: Any
+) -> Tensor:
+    # Who asks for chunks of a size gets the host's; of an empty document the host warns.
+    whole = isinstance(b, list) and b_mask is device is chunk_elements is None and not torch.compiler.is_compiling()
+    if whole and len(a) and b and all(len(document) for document in b) and functions.fused(a, b):
+        try:
+            scores = functions.maxsim_st(a, b, a_mask, length_normalize=length_normalize)
+        except (TypeError, ValueError):
+            pass
+        else:
+            hit(LISTS)
+            return scores
+    return original(LISTS)(a, b, a_mask, b_mask, chunk_elements, length_normalize, device)
 
 
 def _without_tokens(scores: Tensor, empty: Tensor) -> Tensor:
