@@ -29,7 +29,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from host_suites import copy, download, run
+from host_suites import copy, download
 
 ROOT = Path(__file__).resolve().parents[1]
 ALIASES = ROOT / "tools" / "aliases"
@@ -179,14 +179,24 @@ def prepare(options: argparse.Namespace, peer: Peer, at: Path) -> None:
 def tests(options: argparse.Namespace, peer: Peer, at: Path) -> dict | None:
     result = at / "result.json"
     paths = [str(ROOT), str(ROOT / "tools"), str(at)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), VARIABLE: str(result), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        VARIABLE: str(result),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     command = [options.python, "-m", "pytest", "-q", "-p", "peer_suites", "-p", "no:cacheprovider", "-o", "addopts="]
-    command += ["-c", os.devnull, "--rootdir", str(at), *peer.select, *(["-k", options.choose] if options.choose else [])]
+    command += [
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(at),
+        *peer.select,
+        *(["-k", options.choose] if options.choose else []),
+    ]
     command += [f"tests/test_{file}.py" for files in peer.groups.values() for file in files]
     try:
-        done = subprocess.run(
-            command, cwd=at, env=environment, capture_output=True, text=True, timeout=options.timeout
-        )
+        done = subprocess.run(command, cwd=at, env=environment, capture_output=True, text=True, timeout=options.timeout)
     except subprocess.TimeoutExpired:
         return None
     (at / "log.txt").write_text(done.stdout + done.stderr)

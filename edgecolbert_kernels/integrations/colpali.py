@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgecolbert_kernels.integrations import functions
+from edgecolbert_kernels.integrations import inputs
 from edgecolbert_kernels.integrations.patching import Patch, Report, Target, hit, original
 from edgecolbert_kernels.scoring import maxsim, maxsim_pairs
 
@@ -64,7 +64,7 @@ def _scorer(name: str) -> Callable[..., Tensor]:
 
     def scorer(query: Tensor, doc: Tensor) -> Tensor:
         auto = os.environ.get(VARIABLE, "auto") == "auto"
-        if auto and (query.ndim, doc.ndim) == ranks and doc.shape[-2] and functions.fused(query, doc):
+        if auto and (query.ndim, doc.ndim) == ranks and doc.shape[-2] and inputs.fused(query, doc):
             try:
                 scores = maxsim(query, doc)
             except (TypeError, ValueError):
@@ -80,7 +80,7 @@ def _scorer(name: str) -> Callable[..., Tensor]:
 
 def _score_multi_vector(qs: Any, ps: Any, batch_size: int, device: Any) -> Tensor:
     cpu = (device is None and not torch.cuda.is_available()) or str(device) == "cpu"
-    if cpu and len(qs) and len(ps) and functions.fused(qs, ps):
+    if cpu and len(qs) and len(ps) and inputs.fused(qs, ps):
 
         def batches(X: Any) -> list[Tensor]:
             pad = torch.nn.utils.rnn.pad_sequence
@@ -120,7 +120,7 @@ class _Similarities:
         return self
 
     def sum(self, dim: int) -> Tensor:
-        if self.doc.shape[-2] and functions.fused(self.query, self.doc):
+        if self.doc.shape[-2] and inputs.fused(self.query, self.doc):
             try:
                 pairs = len(self.equation.split("->")[1]) == 3
                 scores = (maxsim_pairs if pairs else maxsim)(self.query, self.doc)
