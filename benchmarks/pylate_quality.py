@@ -24,7 +24,7 @@ from edgecolbert_kernels.cli import corpus
 from edgecolbert_kernels.cli.encoders import principal_directions
 
 CACHE = Path("build/quality")
-DIM, DOCUMENT_TOKENS, FITTED, CANDIDATES = 48, 180, 200, 100
+DIM, DOCUMENT_TOKENS, FITTED, CANDIDATES = 48, 180, 100, 100
 # Documents that PyLate's evaluator scores at a time: as it is, it holds all their similarities.
 CHUNK = 64
 TOLERANCE = 1e-4
