@@ -15,7 +15,7 @@ import tiny_colbert
 
 pytest.importorskip("accelerate")
 pytest.importorskip("sentence_transformers")
-from training import config, model
+from training import backbones, config, model, tokens
 
 TEXTS = ["word1 word2, word3.", "Word4 word5! word6 word7 (word8) word9 word10", "word11"]
 HEADS = {
@@ -182,7 +182,7 @@ def test_lower_casing_is_in_the_file(tmp_path):
         "mask_token": "[MASK]",
     }
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-    model.lowercase(tokenizer)
+    tokens.lowercase(tokenizer)
     tokenizer.save_pretrained(tmp_path)
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert (
@@ -195,7 +195,7 @@ def test_random_ettin_has_the_papers_size(name, count):
     from transformers import AutoModel
 
     with torch.device("meta"):
-        assert sum(p.numel() for p in AutoModel.from_config(model.ettin(name)).parameters()) == count
+        assert sum(p.numel() for p in AutoModel.from_config(backbones.ettin(name)).parameters()) == count
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import tiny
 
 pytest.importorskip("accelerate")
 pytest.importorskip("ir_measures")
-from training import checkpoint, config, data, evaluate, mine, model, score, stages, train
+from training import checkpoint, config, evaluate, files, mine, model, score, stages, train
 
 CONFIGS = sorted((Path(train.__file__).parent / "configs").glob("*.toml"))
 
@@ -311,7 +311,7 @@ def test_a_bad_row_stops_the_run_with_its_line(place, tmp_path):
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
     settings = config.build(tiny.settings("colbert", place / "base", tmp_path / "bad.jsonl", tmp_path / "out"))
     settings.train.steps = 5
-    with pytest.raises(data.BadRow, match=r"bad.jsonl:6: not JSON"):
+    with pytest.raises(files.BadRow, match=r"bad.jsonl:6: not JSON"):
         train.run(settings)
 
 

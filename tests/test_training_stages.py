@@ -15,7 +15,7 @@ import tiny
 pytest.importorskip("accelerate")
 from accelerate import Accelerator
 
-from training import config, data, losses, model, stages, train
+from training import config, data, files, losses, model, sources, stages, train
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +98,9 @@ def test_the_contrastive_loss_is_cross_entropy_over_the_batch(folder):
 
 def test_right_documents_of_other_rows_are_no_negatives():
     rows = [
-        data.Row("a", ["x", "n"], None, ["x", "y"], frozenset(["x", "y"])),
-        data.Row("b", ["y"], None, ["y"], frozenset(["y"])),
-        data.Row("c", ["z"], None, ["z"], frozenset(["z"])),
+        sources.Row("a", ["x", "n"], None, ["x", "y"], frozenset(["x", "y"])),
+        sources.Row("b", ["y"], None, ["y"], frozenset(["y"])),
+        sources.Row("c", ["z"], None, ["z"], frozenset(["z"])),
     ]
     excluded = stages.false_negatives(rows, ["x", "y", "z", "y"])
     assert excluded.tolist() == [
@@ -157,9 +157,9 @@ def test_stella_is_zero_only_in_its_first_terms_for_the_teacher_itself():
 
 def test_rows_with_fewer_documents_leave_the_others_alone(folder, tmp_path):
     lines = (folder / "tuples.jsonl").read_text().splitlines()
-    record = data._object(lines[0], "here")
+    record = files.parse_object(lines[0], "here")
     short = {**record, "documents": record["documents"][:2], "scores": record["scores"][:2]}
-    rows = [data.parse(each, "here", config.Source("x"), None) for each in (record, short)]
+    rows = [sources.parse(each, "here", config.Source("x"), None) for each in (record, short)]
     built, _ = build(folder, "colbert", "tuples.jsonl")
     inputs, options = built.batch(rows, 0)
     both = built.loss(*(built.encode(**each) for each in inputs), **options)

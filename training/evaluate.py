@@ -15,9 +15,10 @@ import ir_measures
 import numpy as np
 
 from training import rankers
+from training.beir import Beir, read_beir
 from training.checkpoint import CheckpointError
 from training.config import ConfigError
-from training.data import BadRow, Beir, read_beir
+from training.files import BadRow
 from training.model import Encoder
 
 MEASURES = ("nDCG@10", "RR@10", "AP@100", "R@10", "R@100")

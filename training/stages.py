@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from edgecolbert_kernels import contrastive_loss, distillation_loss, gather_with_gradient
 from training import losses
 from training.config import Config, ConfigError
-from training.data import Row
 from training.model import Encoder, Features
+from training.sources import Row
 
 Encoded = tuple[Tensor, Tensor]
 Batch = dict[str, Any]

@@ -26,8 +26,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from edgecolbert_kernels import GradCache
-from training import checkpoint, data, model, optim, stages
+from training import checkpoint, data, formats, model, optim, stages
 from training import config as settings
+from training.files import BadRow
+from training.sources import Stream
 
 PCA_TEXTS = 256
 
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"{__doc__}\nSettings and their defaults: training/config.py")
     try:
         run(settings.load(given[0], given[1:]))
-    except (settings.ConfigError, data.BadRow, checkpoint.CheckpointError, FloatingPointError) as error:
+    except (settings.ConfigError, BadRow, checkpoint.CheckpointError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
@@ -193,7 +195,7 @@ def principal_directions(encoder: model.Encoder, batches: data.Batches, device: 
     """
     rng, texts = np.random.default_rng(0), []
     for rows in batches.rows:
-        if isinstance(rows, data.Stream):
+        if isinstance(rows, Stream):
             texts += [text for row in rows.rows(0, PCA_TEXTS) for text in row.documents]
         else:
             chosen = rng.permutation(len(rows))[:PCA_TEXTS]
@@ -242,7 +244,7 @@ def export(encoder: model.Encoder, config: settings.Config, folder: Path) -> Non
     facts |= {"batch": config.train.batch, "optimizer": config.optimizer.name, "seed": config.train.seed}
     text = "## Training\n\nTrained with edgecolbert_kernels.\n\n" + "\n".join(f"- {k}: {v}" for k, v in facts.items())
     try:
-        encoder.save(unfinished, model.model_card(encoder, text))
+        encoder.save(unfinished, formats.model_card(encoder, text))
         checkpoint.publish(unfinished, folder)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
