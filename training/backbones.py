@@ -80,4 +80,11 @@ def ettin(name: str) -> ModernBertConfig:
 
 
 def longest_text(backbone: Any) -> int:
+    """Tokens it can read: as many as it has learned positions; where they are computed (rotary), beyond its training too."""
+    learned = any("position" in name for name, each in backbone.named_modules() if isinstance(each, torch.nn.Embedding))
+    return trained_length(backbone) if learned else 1 << 30
+
+
+def trained_length(backbone: Any) -> int:
+    """Tokens that it was made to read."""
     return int(getattr(backbone.config, "max_position_embeddings", 0)) or 1 << 30

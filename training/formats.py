@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from training.backbones import longest_text
+from training.backbones import trained_length
 from training.files import read_json, write_json
 from training.head import Layer, load_layer, save_layer
 from training.tokens import token_ids
@@ -30,7 +30,8 @@ def save(encoder: Encoder, folder: str | Path, card: str = "") -> None:
     encoder.tokenizer.save_pretrained(folder)
     encoder.tokenizer.pad_token = pad
     modules = [("", "sentence_transformers.models.Transformer")]
-    longest = max(reading.query_length, reading.document_length) if dense else longest_text(encoder.backbone)
+    longest = max(reading.query_length, reading.document_length)
+    longest = longest if dense else max(longest, trained_length(encoder.backbone))
     facts: dict[str, Any] = {"__version__": versions(), "default_prompt_name": None}
     if dense:
         modules += [("1_Pooling", "sentence_transformers.models.Pooling")]

@@ -88,7 +88,7 @@ class Contrastive(Stage):
             D, d_mask, offset, weight = gather_with_gradient(D, d_mask)
         if own.symmetric and len(D) != count:
             raise ConfigError("loss.symmetric needs the queries of all devices: run on one, or without train.gather")
-        if exclude is not None:
+        if exclude is not None and len(D) != count:
             exclude = F.pad(exclude, (offset, len(D) - offset - count))
         target = offset + torch.arange(len(Q), device=Q.device)
         more: dict[str, Any] = {"exclude": exclude, "margin": own.margin, "symmetric": own.symmetric}
