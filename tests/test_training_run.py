@@ -21,7 +21,8 @@ pytest.importorskip("accelerate")
 pytest.importorskip("ir_measures")
 from training import checkpoint, config, evaluate, files, mine, model, score, stages, train
 
-CONFIGS = sorted((Path(train.__file__).parent / "configs").glob("*.toml"))
+ROOT = Path(train.__file__).parent.parent
+CONFIGS = sorted([*(ROOT / "training" / "configs").glob("*.toml"), *(ROOT / "demo" / "recipe").glob("*.toml")])
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,13 @@ def place(tmp_path_factory) -> Path:
     tiny.tuples(place / "tuples.jsonl")
     (place / "data" / "pairs").mkdir()
     tiny.tuples(place / "data" / "pairs" / "wordnet.jsonl")
+    # What demo/recipe names, in the same folder.
+    tiny.tuples(place / "data" / "names.jsonl")
+    tiny.beir(place / "data" / "train")
+    mine.mine(str(place / "data" / "train"), "bm25", place / "data" / "mined.jsonl", negatives=7, threshold=None)
+    score.score(
+        place / "data" / "mined.jsonl", "bm25", place / "data" / "scored.jsonl", corpus=str(place / "data" / "train")
+    )
     tiny.encoder(place / "base")
     torch.manual_seed(0)
     teacher = model.create(config.Model(base=str(place / "base")), "contrastive")
@@ -66,6 +74,7 @@ def losses(output: Path) -> list[float]:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_runs_two_steps(place, tmp_path, monkeypatch, path):
     monkeypatch.setenv("EDGECOLBERT_DATA", str(place / "data"))
+    monkeypatch.setenv("DEMO", str(place))
     monkeypatch.chdir(place)
     wordnet = place / "data" / "pairs" / "wordnet.jsonl.gz"
     if not wordnet.exists():
