@@ -7,6 +7,8 @@ Formats of a source:
   {query_id, document_ids, scores} with `corpus`, a BEIR folder; {text}. What training.mine and training.score write.
 - a BEIR folder (corpus.jsonl, queries.jsonl, qrels/<split>.tsv, each plain or .gz): a row is a query with one of its relevant
   documents, drawn anew each epoch. `kind = "titles"`: title -> text of each document; "texts": all queries and documents.
+- a folder that training.teach wrote, with `corpus`: a row is a query with some of its relevant documents and some of those
+  that the teacher puts first, and other queries about these documents; scores are those of all pairs in the batch.
 - `hub:owner/name`: a data set of the Hugging Face hub, with the columns above.
 
 A batch comes from one source. Rows of a source are a new permutation each epoch; `streaming` instead reads in order and
@@ -51,6 +53,7 @@ class Row:
     keys: list[str] = field(default_factory=list)  # what tells documents apart: ids, or the texts
     relevant: frozenset[str] = frozenset()  # keys of documents that are no negatives of this query
     index: int = 0  # in its source
+    others: tuple[int, ...] = ()  # in-batch distillation: the numbers of other queries, one or more about each document
 
 
 class BadRow(ValueError):
@@ -67,6 +70,7 @@ class Beir:
     queries: dict[str, str]
     qrels: dict[str, dict[str, int]]
     notes: list[str]
+    held_out: frozenset[str] = frozenset()  # what the queries of test say, as `plain` has it; for another split
 
 
 def read_beir(folder: str | Path, split: str = "test", *, judged: bool = True) -> Beir:
@@ -91,8 +95,8 @@ def read_beir(folder: str | Path, split: str = "test", *, judged: bool = True) -
     name, start, stop = match[1], float(match[2] or 0), float(match[3] or 1)
     qrels = _qrels(folder, name, queries, documents)
     if name != "test" and _exists(folder / "qrels" / "test.tsv"):
-        held_out = {_plain(queries[each]) for each in _qrels(folder, "test", queries, documents)}
-        seen = [each for each in qrels if _plain(queries[each]) in held_out]
+        task.held_out = frozenset(plain(queries[each]) for each in _qrels(folder, "test", queries, documents))
+        seen = [each for each in qrels if plain(queries[each]) in task.held_out]
         for each in seen:
             del qrels[each]
         if seen:
@@ -123,7 +127,8 @@ def _qrels(
     return qrels
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """The words alone, so that texts are the same whatever their case and punctuation."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
@@ -163,7 +168,7 @@ class TitleRows(Rows):
         self.ids = [
             each
             for each, (title, text) in task.titles.items()
-            if len(title.split()) > 2 and len(text.split()) > 9 and _plain(title) not in avoid
+            if len(title.split()) > 2 and len(text.split()) > 9 and plain(title) not in avoid
         ]
 
     def __len__(self) -> int:
@@ -199,6 +204,54 @@ class RecordRows(Rows):
 
     def row(self, index: int, rng: np.random.Generator) -> Row:
         return parse(self.records[index], f"{self.source.path}:{index + 1}", self.source, self.task, index)
+
+
+class TaughtRows(Rows):
+    """What training.teach wrote. A row is a judged query; of the others, those about its documents come along."""
+
+    def __init__(self, folder: Path, source: Source) -> None:
+        if source.corpus is None:
+            raise ConfigError(f"{folder}: data.sources needs corpus, the BEIR folder that was taught")
+        self.task, self.source = read_beir(source.corpus, judged=False), source
+        self.ids = list(self.task.documents)
+        self.numbers = {key: n for n, key in enumerate(self.ids)}
+        lines = Lines(folder / "queries.jsonl")
+        records = [lines[n] for n in range(len(lines))]
+        self.scores = np.load(folder / "scores.npy", mmap_mode="r")
+        if self.scores.shape != (len(records), len(self.ids)):
+            raise ConfigError(
+                f"{folder}: scores.npy has the shape {self.scores.shape}; want {len(records)} queries and the {len(self.ids)}"
+                f" documents of {source.corpus}"
+            )
+        self.queries = [record["query"] for record in records]
+        self.relevant = [record["relevant"] for record in records]
+        self.judged = [n for n, grades in enumerate(self.relevant) if grades]
+        self.about: dict[str, list[int]] = {}
+        for n, record in enumerate(records):
+            if record["about"] is not None:
+                self.about.setdefault(record["about"], []).append(n)
+
+    def __len__(self) -> int:
+        return len(self.judged)
+
+    def row(self, index: int, rng: np.random.Generator) -> Row:
+        number, source = self.judged[index], self.source
+        grades = self.relevant[number]
+        own = list(grades)
+        keys = [own[n] for n in rng.permutation(len(own))[: source.positives]]
+        # The first of the teacher's are the hard ones, relevant by its lights or not.
+        best = np.argsort(-self.scores[number].astype(np.float32), kind="stable")
+        hard = [self.ids[n] for n in best[: source.depth + len(own)] if self.ids[n] not in grades][: source.depth]
+        keys += [hard[n] for n in rng.permutation(len(hard))[: source.hard]]
+        others = [n for key in keys for n in rng.permutation(self.about.get(key, []))[: source.about].tolist()]
+        documents = [self.task.documents[key] for key in keys]
+        return Row(self.queries[number], documents, None, keys, frozenset(grades), number, tuple(others))
+
+    def targets(self, queries: Sequence[int], keys: Sequence[str], bonus: float) -> np.ndarray:
+        """float32 `[queries, keys]`: the teacher's scores, and `bonus` times the grade where there is one."""
+        scores = self.scores[np.ix_(queries, [self.numbers[key] for key in keys])].astype(np.float32)
+        grades = [[self.relevant[n].get(key, 0) for key in keys] for n in queries]
+        return scores + bonus * np.array(grades, np.float32)
 
 
 class Lines:
@@ -279,11 +332,13 @@ def open_rows(source: Source, limit: int | None = None) -> Rows:
         return rows
     if path.is_dir():
         split = source.split
-        if source.kind == "titles":
+        if (path / "scores.npy").exists():
+            rows = TaughtRows(path, source)
+        elif source.kind == "titles":
             task = read_beir(path, judged=False)
             has_test = _exists(path / "qrels" / "test.tsv")
             held_out = _qrels(path, "test", task.queries, task.documents) if has_test else {}
-            rows = TitleRows(task, frozenset(_plain(task.queries[each]) for each in held_out))
+            rows = TitleRows(task, frozenset(plain(task.queries[each]) for each in held_out))
         else:
             task = read_beir(path, split)
             rows = TextRows(task) if source.kind == "texts" else BeirRows(task)
