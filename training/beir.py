@@ -22,6 +22,7 @@ class Beir:
     queries: dict[str, str]
     qrels: dict[str, dict[str, int]]
     notes: list[str]
+    held_out: frozenset[str] = frozenset()  # what the queries of test say, as `plain` has it; for another split
 
 
 def read_beir(folder: str | Path, split: str = "test", *, judged: bool = True) -> Beir:
@@ -46,8 +47,8 @@ def read_beir(folder: str | Path, split: str = "test", *, judged: bool = True) -
     name, start, stop = match[1], float(match[2] or 0), float(match[3] or 1)
     qrels = read_qrels(folder, name, queries, documents)
     if name != "test" and exists(folder / "qrels" / "test.tsv"):
-        held_out = {plain(queries[each]) for each in read_qrels(folder, "test", queries, documents)}
-        seen = [each for each in qrels if plain(queries[each]) in held_out]
+        task.held_out = frozenset(plain(queries[each]) for each in read_qrels(folder, "test", queries, documents))
+        seen = [each for each in qrels if plain(queries[each]) in task.held_out]
         for each in seen:
             del qrels[each]
         if seen:
@@ -79,4 +80,5 @@ def read_qrels(
 
 
 def plain(text: str) -> str:
+    """The words alone, so that texts are the same whatever their case and punctuation."""
     return " ".join(re.findall(r"\w+", text.casefold()))

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from training import config as settings
 from training import formats
 from training.backbones import HUB, load_backbone, longest_text
+from training.frozen import Frozen
 from training.head import build_head
 from training.tokens import add_prefixes, expansion_id, lowercase, token_ids
 
 Features = dict[str, Tensor]
+
+TEXTS_A_PIECE = 16
 
 
 @dataclass
@@ -54,6 +57,7 @@ class Encoder(nn.Module):
             if name.startswith("pooler."):
                 parameter.requires_grad_(False)
         self.base = ""
+        self.frozen: Frozen | None = None
         self._resolve()
 
     def _resolve(self) -> None:
@@ -69,7 +73,28 @@ class Encoder(nn.Module):
         return int(self.backbone.config.hidden_size if self.head is None else self.head[-1].linear.out_features)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if self.training and input_ids.device.type == "cpu":
+            return self._in_pieces(input_ids, attention_mask)
+        return self._encode(input_ids, attention_mask)
+
+    def _in_pieces(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Texts of like length together: a CPU gains nothing from more rows, and loses what it spends on padding."""
+        lengths = attention_mask.sum(1)
+        found: list[Tensor] = [input_ids] * len(input_ids)
+        for rows in lengths.argsort(stable=True).split(TEXTS_A_PIECE):
+            # Expansion tokens that nobody attends to stand behind the others, and have vectors.
+            longest = input_ids.shape[1] if self.reading.query_expansion else int(lengths[rows].max())
+            vectors = self._encode(input_ids[rows, :longest], attention_mask[rows, :longest])
+            missing = (input_ids.shape[1] if self.head is not None else 1) - vectors.shape[1]
+            for row, own in zip(rows.tolist(), nn.functional.pad(vectors, (0, 0, 0, missing)), strict=True):
+                found[row] = own
+        return torch.stack(found)
+
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.frozen is not None:
+            hidden = self.frozen(input_ids, attention_mask)
+        else:
+            hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         if self.head is None:
             weight = attention_mask[..., None].to(hidden.dtype)
             hidden = ((hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9))[:, None]
@@ -110,6 +135,18 @@ class Encoder(nn.Module):
         else:
             scored = real & ~torch.isin(input_ids, self.skipped) if not dense else real
         return {"input_ids": input_ids, "attention_mask": attended.long(), "score_mask": scored}
+
+    def freeze(self, layers: int, folder: Path | None = None) -> None:
+        """Train the head and what is above the first `layers` layers alone; `folder` keeps the states below between runs."""
+        if self.reading.query_expansion and not self.reading.attend_to_expansion:
+            raise settings.ConfigError("model.freeze: with model.query_expansion it wants model.attend_to_expansion")
+        self.frozen = Frozen(self.backbone, layers, folder)
+
+    def train(self, mode: bool = True) -> Encoder:
+        super().train(mode)
+        for module in self.frozen.modules if self.frozen else ():
+            module.eval()
+        return self
 
     @torch.no_grad()
     def start_at(self, directions: Tensor) -> None:
@@ -177,6 +214,8 @@ def create(wanted: settings.Model, stage: str) -> Encoder:
         add_prefixes(tokenizer, backbone, [reading.query_prefix, reading.document_prefix])
     encoder = Encoder(backbone, tokenizer, reading, head)
     encoder.base = HUB.get(wanted.base, wanted.base)
+    if wanted.freeze:
+        encoder.freeze(wanted.freeze, Path(wanted.states) if wanted.states else None)
     return encoder
 
 

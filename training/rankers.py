@@ -148,8 +148,10 @@ def encode(
                 if encoder.head is not None
                 else torch.ones_like(vectors[..., 0], dtype=torch.bool)
             )
-            for n, rows, mask in zip(chosen, vectors, kept, strict=True):
-                found[n] = rows[mask].half().cpu()
+            # In one piece: small ones between a batch's large ones would keep the memory of those from being used again.
+            tokens = vectors[kept].half().cpu().split(kept.sum(1).tolist())
+            for n, own in zip(chosen, tokens, strict=True):
+                found[n] = own
             start += len(chosen)
             bar.update(len(chosen))
     return found

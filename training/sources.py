@@ -7,6 +7,8 @@ Formats of a source:
   {query_id, document_ids, scores} with `corpus`, a BEIR folder; {text}. What training.mine and training.score write.
 - a BEIR folder (training/beir.py): a row is a query with one of its relevant documents, drawn anew each epoch.
   `kind = "titles"`: title -> text of each document; "texts": all queries and documents.
+- a folder that training.teach wrote, with `corpus`: a row is a query with some of its relevant documents and some of those
+  that the teacher puts first, and other queries about these documents; scores are those of all pairs in the batch.
 - `hub:owner/name`: a data set of the Hugging Face hub, with the columns above.
 """
 
@@ -47,6 +49,7 @@ class Row:
     keys: list[str] = field(default_factory=list)  # what tells documents apart: ids, or the texts
     relevant: frozenset[str] = frozenset()  # keys of documents that are no negatives of this query
     index: int = 0  # in its source
+    others: tuple[int, ...] = ()  # in-batch distillation: the numbers of other queries, one or more about each document
 
 
 class Rows:
@@ -123,6 +126,54 @@ class RecordRows(Rows):
         return parse(self.records[index], f"{self.source.path}:{index + 1}", self.source, self.task, index)
 
 
+class TaughtRows(Rows):
+    """What training.teach wrote. A row is a judged query; of the others, those about its documents come along."""
+
+    def __init__(self, folder: Path, source: Source) -> None:
+        if source.corpus is None:
+            raise ConfigError(f"{folder}: data.sources needs corpus, the BEIR folder that was taught")
+        self.task, self.source = read_beir(source.corpus, judged=False), source
+        self.ids = list(self.task.documents)
+        self.numbers = {key: n for n, key in enumerate(self.ids)}
+        lines = Lines(folder / "queries.jsonl")
+        records = [lines[n] for n in range(len(lines))]
+        self.scores = np.load(folder / "scores.npy", mmap_mode="r")
+        if self.scores.shape != (len(records), len(self.ids)):
+            raise ConfigError(
+                f"{folder}: scores.npy has the shape {self.scores.shape}; want {len(records)} queries and the {len(self.ids)}"
+                f" documents of {source.corpus}"
+            )
+        self.queries = [record["query"] for record in records]
+        self.relevant = [record["relevant"] for record in records]
+        self.judged = [n for n, grades in enumerate(self.relevant) if grades]
+        self.about: dict[str, list[int]] = {}
+        for n, record in enumerate(records):
+            if record["about"] is not None:
+                self.about.setdefault(record["about"], []).append(n)
+
+    def __len__(self) -> int:
+        return len(self.judged)
+
+    def row(self, index: int, rng: np.random.Generator) -> Row:
+        number, source = self.judged[index], self.source
+        grades = self.relevant[number]
+        own = list(grades)
+        keys = [own[n] for n in rng.permutation(len(own))[: source.positives]]
+        # The first of the teacher's are the hard ones, relevant by its lights or not.
+        best = np.argsort(-self.scores[number].astype(np.float32), kind="stable")
+        hard = [self.ids[n] for n in best[: source.depth + len(own)] if self.ids[n] not in grades][: source.depth]
+        keys += [hard[n] for n in rng.permutation(len(hard))[: source.hard]]
+        others = [n for key in keys for n in rng.permutation(self.about.get(key, []))[: source.about].tolist()]
+        documents = [self.task.documents[key] for key in keys]
+        return Row(self.queries[number], documents, None, keys, frozenset(grades), number, tuple(others))
+
+    def targets(self, queries: Sequence[int], keys: Sequence[str], bonus: float) -> np.ndarray:
+        """float32 `[queries, keys]`: the teacher's scores, and `bonus` times the grade where there is one."""
+        scores = self.scores[np.ix_(queries, [self.numbers[key] for key in keys])].astype(np.float32)
+        grades = [[self.relevant[n].get(key, 0) for key in keys] for n in queries]
+        return scores + bonus * np.array(grades, np.float32)
+
+
 def parse(record: Mapping[str, Any], place: str, source: Source, task: Beir | None, index: int = 0) -> Row:
     """A record in any of the forms above."""
 
@@ -175,7 +226,9 @@ def open_rows(source: Source, limit: int | None = None) -> Rows:
         return rows
     if path.is_dir():
         split = source.split
-        if source.kind == "titles":
+        if (path / "scores.npy").exists():
+            rows = TaughtRows(path, source)
+        elif source.kind == "titles":
             task = read_beir(path, judged=False)
             has_test = exists(path / "qrels" / "test.tsv")
             held_out = read_qrels(path, "test", task.queries, task.documents) if has_test else {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 
 def add_prefixes(tokenizer: Any, backbone: Any, prefixes: Sequence[str]) -> None:
     """Make each prefix one token, which neither lower-casing nor the text after it can break up."""
@@ -16,7 +18,10 @@ def add_prefixes(tokenizer: Any, backbone: Any, prefixes: Sequence[str]) -> None
             [AddedToken(each, normalized=False, special=True) for each in missing], special_tokens=True
         )
     if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
-        backbone.resize_token_embeddings(len(tokenizer))
+        with torch.random.fork_rng():
+            # Whatever the seed of a run: frozen layers then make the same of a text in each.
+            torch.manual_seed(0)
+            backbone.resize_token_embeddings(len(tokenizer))
 
 
 def lowercase(tokenizer: Any) -> None:

@@ -69,7 +69,7 @@ def run(config: settings.Config) -> Path:
     head = config.model.head
     if fresh and config.stage == "colbert" and head is not None and head.init == "pca":
         encoder.start_at(principal_directions(encoder, batches, accelerator.device))
-    stage = stages.build(config, encoder, teacher_vectors(config, batches, accelerator))
+    stage = stages.build(config, encoder, teacher_vectors(config, batches, accelerator), batches.rows)
     batches.collate = stage.collate
     optimizers = optim.build(stage.model, config.optimizer)
     stage.model, *optimizers = accelerator.prepare(stage.model, *optimizers)
@@ -126,6 +126,8 @@ def run(config: settings.Config) -> Path:
     if config.eval.sets:
         evaluate(config, encoder, accelerator, log, batches.steps)
     if main_process:
+        if encoder.frozen is not None:
+            encoder.frozen.save()
         export(encoder, config, output / "model")
         tell_all(accelerator, [f"the model is in {output / 'model'}"])
     accelerator.wait_for_everyone()
