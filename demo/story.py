@@ -22,7 +22,7 @@ from rich.console import Console
 
 from demo import held_out
 from demo.corpus import Task
-from training import config, evaluate, mine, model, rankers, score, train
+from training import config, evaluate, mine, model, rankers, teach, train
 from training.beir import read_beir
 
 RECIPES = sorted((Path(__file__).parent / "recipe").glob("*.toml"))
@@ -38,7 +38,7 @@ STAGES = (
     ("1 contrastive", "names and docstrings, one vector a text"),
     ("2 fine-tuned", "first sentences with hard negatives"),
     ("3 distilled", "towards the vectors of all six layers"),
-    ("4 ColBERT", "48 numbers a token, MaxSim, KL divergence"),
+    ("4 ColBERT", "48 numbers a token, scored by MaxSim"),
 )
 TRIAL = ["train.batch=16", "train.mini_batch=16", "train.steps=6"]  # of --quick
 
@@ -104,15 +104,24 @@ def prepare(task: Task, folder: Path, quick: bool) -> tuple[str, str]:
             _fresh(place, made)
     if _stale(data, made):
         counts.write_text(json.dumps(held_out.write(task, data)), encoding="utf-8")
-        teacher, mined = str(folder / "teacher"), data / "mined.jsonl"
-        mine.mine(str(data / "train"), teacher, mined, negatives=NEGATIVES)
-        score.score(mined, f"fusion:{teacher}:{DENSE}", data / "scored.jsonl", corpus=str(data / "train"))
+        ask_teacher(folder / "teacher", data)
         _fresh(data, made)
     found = json.loads(counts.read_text(encoding="utf-8"))
     return made, (
         f"Entries by their first sentence: {found['train']} to learn from, {found['dev']} to tune on, {found['test']} held "
         f"out to be measured on. Stage 1 learns from {found['names']} names with a docstring, none of them held out."
     )
+
+
+def ask_teacher(teacher: Path, data: Path) -> None:
+    """What the stages want of it: hard negatives, its vectors of all texts, and its scores of all pairs with BM25's."""
+    task = read_beir(data / "train", "train")
+    dense = rankers.Dense(str(teacher))
+    dense.index(list(task.documents.values()))
+    queries = dense.model.encode_query([task.queries[each] for each in task.qrels], normalize_embeddings=True)
+    np.save(data / "teacher.npy", np.concatenate([queries, dense.vectors]).astype(np.float16))
+    mine.mine(str(data / "train"), str(teacher), data / "mined.jsonl", negatives=NEGATIVES)
+    teach.teach(str(data / "train"), f"fusion:{teacher}:{DENSE}", data / "taught")
 
 
 def cut(folder: Path, kept: Sequence[int], length: int) -> None:
@@ -137,7 +146,7 @@ def measure(folder: Path, part: str, chapter: Chapter, made: str, ranker: Callab
     path = folder / "measured" / part / f"{chapter.name}.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if found.get("made") != made:
-        values = evaluate.evaluate_ranker(ranker(), read_beir(folder / "data" / part, part))
+        values, _ = evaluate.evaluate_ranker(ranker(), read_beir(folder / "data" / part, part))
         found = {"made": made, "values": [own[MEASURE] for own in values.values()]}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found), encoding="utf-8")

@@ -223,3 +223,41 @@ def test_measures_are_those_of_trec_eval():
 def test_bm25_on_scifact_is_the_published_figure():
     means = evaluate.evaluate(rankers.Bm25(), Path(REAL) / "beir/scifact")
     assert means["nDCG@10"] == pytest.approx(0.671, abs=0.002)
+
+
+def test_nanobeir_by_name(monkeypatch):
+    """The hub's tables, without the hub: an id that is a number, and judgements without scores."""
+    datasets = pytest.importorskip("datasets")
+    tables = {
+        "corpus": [{"_id": 1, "text": "one"}, {"_id": "b", "text": "two", "title": "T"}],
+        "queries": [{"_id": "q", "text": "which"}, {"_id": "unjudged", "text": "what"}],
+        "qrels": [{"query-id": "q", "corpus-id": "b"}, {"query-id": "q", "corpus-id": "gone"}],
+    }
+    asked = []
+
+    def load(name, part):
+        asked.append(name)
+        return {"train": tables[part]}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    task = beir.read_beir("NanoSciFact")
+    assert set(asked) == {"zeta-alpha-ai/NanoSciFact"} and len(beir.NANO_BEIR) == 13
+    assert task.documents == {"1": "one", "b": "T two"} and task.qrels == {"q": {"b": 1}}
+
+    def fail(name, part):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(config.ConfigError, match=r"hub:some/thing: corpus cannot be loaded: ConnectionError: no route"):
+        beir.read_beir("hub:some/thing", "test")
+    assert evaluate.split_of("hub:some/thing:dev") == ("hub:some/thing", "dev")
+    assert evaluate.split_of("/a/b") == ("/a/b", "test") and evaluate.label("hub:some/thing") == "thing"
+
+
+def test_costs_stand_beside_the_measures(task, capsys):
+    evaluate.main(["bm25", str(task), f"{task}:dev"])
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert heading.split() == [*evaluate.MEASURES, *evaluate.COSTS]
+    assert [line.split()[0] for line in lines] == [task.name, task.name, "mean"]
+    with pytest.raises(SystemExit, match="--document-length is for late-interaction models"):
+        evaluate.main(["bm25", str(task), "--document-length", "9"])

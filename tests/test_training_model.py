@@ -215,3 +215,14 @@ def test_errors(base, options, message):
 def test_a_missing_folder_is_named():
     with pytest.raises(config.ConfigError, match=r"model.base './nowhere'"):
         model.create(config.Model(base="./nowhere"), "colbert")
+
+
+def test_positions_that_are_computed_have_no_end(base):
+    """ModernBERT reads beyond what it was made for, and the folder says so; BERT has learned as many as it has."""
+    from transformers import ModernBertConfig, ModernBertModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    backbone = ModernBertModel(ModernBertConfig(vocab_size=99, max_position_embeddings=20, pad_token_id=0, **sizes))
+    assert backbones.trained_length(backbone) == 20 and backbones.longest_text(backbone) > 1 << 20
+    bert = build(base).backbone
+    assert backbones.longest_text(bert) == backbones.trained_length(bert) == 512

@@ -1,15 +1,31 @@
-"""Retrieval tasks in the layout of BEIR: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv, each plain or with .gz."""
+"""Retrieval tasks in the layout of BEIR: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv, each plain or with .gz; or on the hub.
+
+`hub:owner/name` is a data set with the configurations corpus, queries and qrels. The thirteen sets of NanoBEIR go by their
+names alone, such as NanoSciFact.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from training.config import ConfigError
 from training.files import BadRow, exists, lines, records, text_of
+
+NANO_BEIR = [
+    "NanoArguAna",
+    "NanoClimateFEVER",
+    "NanoDBPedia",
+    "NanoFEVER",
+    "NanoFiQA2018",
+    "NanoHotpotQA",
+    "NanoMSMARCO",
+]
+NANO_BEIR += ["NanoNFCorpus", "NanoNQ", "NanoQuoraRetrieval", "NanoSCIDOCS", "NanoSciFact", "NanoTouche2020"]
 
 
 @dataclass
@@ -31,6 +47,11 @@ def read_beir(folder: str | Path, split: str = "test", *, judged: bool = True) -
     split: test, dev or train; "train[0.0:0.9]" is a share of its queries, by the hash of their ids.
     judged: False for documents and queries without any qrels.
     """
+    name = str(folder)
+    if name in NANO_BEIR and not Path(name).exists():
+        name = f"hub:zeta-alpha-ai/{name}"
+    if name.startswith("hub:"):
+        return _read_hub(name.removeprefix("hub:"), split)
     folder = Path(folder)
     titles, queries = {}, {}
     for place, record in records(folder / "corpus.jsonl"):
@@ -59,6 +80,30 @@ def read_beir(folder: str | Path, split: str = "test", *, judged: bool = True) -
     if not task.qrels:
         raise ConfigError(f"{folder}: there is no query with a relevant document in split {split}")
     return task
+
+
+def _read_hub(name: str, split: str) -> Beir:
+    """Judgements of `split`, or of the only split there is. A judgement without a score is a 1."""
+    import datasets
+
+    def table(part: str) -> Iterable[Mapping[str, Any]]:
+        try:
+            found = datasets.load_dataset(name, part)
+        except Exception as error:  # the hub, a proxy, a cache: whatever it was, say which data set
+            raise ConfigError(f"hub:{name}: {part} cannot be loaded: {type(error).__name__}: {error}") from error
+        if split not in found and len(found) > 1 and part == "qrels":
+            raise ConfigError(f"hub:{name}: there is no split {split}, only {', '.join(found)}")
+        return found[split] if split in found else next(iter(found.values()))
+
+    titles = {str(row["_id"]): (row.get("title") or "", row["text"]) for row in table("corpus")}
+    queries = {str(row["_id"]): row["text"] for row in table("queries")}
+    qrels: dict[str, dict[str, int]] = {}
+    for row in table("qrels"):
+        query, document, grade = str(row["query-id"]), str(row["corpus-id"]), int(row.get("score", 1))
+        if grade > 0 and query in queries and document in titles:
+            qrels.setdefault(query, {})[document] = grade
+    documents = {key: f"{title} {text}".strip() for key, (title, text) in titles.items()}
+    return Beir(Path(name), documents, titles, queries, qrels, [])
 
 
 def read_qrels(

@@ -88,6 +88,10 @@ class Dense(Dots):
             self.kept[self.name] = digest, encode(list(documents), show_progress_bar=True, **options)
         self.vectors = self.kept[self.name][1]
 
+    @property
+    def nbytes(self) -> int:
+        return self.vectors.nbytes
+
     def all_scores(self, queries: Sequence[str]) -> np.ndarray:
         vectors = self.model.encode_query(list(queries), batch_size=self.batch, normalize_embeddings=True)
         return vectors @ self.vectors.T
@@ -101,6 +105,10 @@ class LateInteraction(Dots):
 
     def index(self, documents: Sequence[str]) -> None:
         self.documents = self._encode(documents, is_query=False)
+
+    @property
+    def nbytes(self) -> int:
+        return self.documents[0].nbytes
 
     def all_scores(self, queries: Sequence[str]) -> np.ndarray:
         values, offsets = self._encode(queries, is_query=True)

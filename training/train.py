@@ -223,15 +223,15 @@ def evaluate(
 ) -> None:
     """On the main process alone; the others wait."""
     if accelerator.is_main_process and log:
-        from training.evaluate import evaluate_encoder
+        from training.evaluate import evaluate_encoder, label, split_of
 
         # Evaluation draws no random number that training would miss.
         for name in config.eval.sets:
-            folder, _, split = name.partition(":")
+            folder, split = split_of(name)
             kept = Path(config.output) / "eval" / f"step-{step:09d}"
-            means = evaluate_encoder(encoder, folder, split or "test", batch=config.eval.batch, keep=kept)
+            means = evaluate_encoder(encoder, folder, split, batch=config.eval.batch, keep=kept)
             log.write(step, {"eval": name, **means})
-            accelerator.log({f"{Path(folder).name}/{metric}": value for metric, value in means.items()}, step=step)
+            accelerator.log({f"{label(folder)}/{metric}": value for metric, value in means.items()}, step=step)
     accelerator.wait_for_everyone()
 
 
