@@ -60,7 +60,11 @@ class Chapter:
 
 def tell(task: Task, folder: Path, console: Console, *, quick: bool = False, part: str = "test") -> list[Chapter]:
     """Train what is not trained yet; BM25, all six layers, the start and the four stages over the entries of `part`."""
-    os.environ["DEMO"] = str(folder)
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    os.environ["DEMO"] = str(folder)  # which the configurations name
     made, told = prepare(task, folder, quick)
     console.print(told, style="dim")
 
@@ -121,7 +125,8 @@ def ask_teacher(teacher: Path, data: Path) -> None:
     queries = dense.model.encode_query([task.queries[each] for each in task.qrels], normalize_embeddings=True)
     np.save(data / "teacher.npy", np.concatenate([queries, dense.vectors]).astype(np.float16))
     mine.mine(str(data / "train"), str(teacher), data / "mined.jsonl", negatives=NEGATIVES)
-    teach.teach(str(data / "train"), f"fusion:{teacher}:{DENSE}", data / "taught")
+    if not (data / "taught").exists():
+        teach.teach(str(data / "train"), f"fusion:{teacher}:{DENSE}", data / "taught")
 
 
 def cut(folder: Path, kept: Sequence[int], length: int) -> None:

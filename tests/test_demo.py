@@ -370,3 +370,24 @@ def test_a_folder_made_from_something_else_is_made_again(tmp_path):
     story._fresh(folder, "a")
     assert not story._stale(folder, "a")
     assert story._stale(folder, "b") and not (folder / "checkpoint").exists()
+
+
+@needs_training
+def test_a_trained_checkpoint_tells_where_its_vectors_stand(tmp_path):
+    """What training saves, as the command line loads it: a span a vector, prefix and punctuation accounted for."""
+    tiny = pytest.importorskip("tiny")
+    from training import config, model
+
+    wanted = config.Model(base=str(tiny.encoder(tmp_path / "base")), dimension=16, document_length=24)
+    trained = model.create(wanted, "colbert").eval()
+    trained.save(tmp_path / "model")
+    encoder = encoders.load_encoder(str(tmp_path / "model"), 24)
+    text = "word1, word2 word3. (word4)"
+    (vectors,) = encoder.encode_documents([text])
+    spans = encoder.spans(text)
+    assert len(spans) == len(vectors)
+    assert [text[start:stop] for start, stop in spans if stop > start] == ["word1", "word2", "word3", "word4"]
+    features = trained.tokenize([text], False)
+    with torch.no_grad():
+        expected = trained(features["input_ids"], features["attention_mask"])[0][features["score_mask"][0]]
+    torch.testing.assert_close(vectors.float(), expected, atol=1e-3, rtol=0)
