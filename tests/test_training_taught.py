@@ -60,7 +60,7 @@ def test_sentences_are_last_ones_without_their_opening():
 
 
 def test_a_batch_has_a_score_for_every_pair(folder):
-    stage, batches = build(folder)
+    _, batches = build(folder)
     rows, source = batches.rows_of(1), int(batches.choice[1])
     batch = batches[1]
     queries, documents = batch["inputs"]
@@ -108,7 +108,10 @@ def test_frozen_layers_and_pieces_change_no_gradient(folder, freeze):
     trained = [name for name, parameter in stage.model.named_parameters() if parameter.grad is not None]
     assert any("layer.1." in name for name in trained)
     assert any("layer.0." in name or "embeddings" in name for name in trained) == (not freeze)
-    got, want = (torch.cat([one[name].grad.flatten() for name in trained]) for one in (dict(stage.model.named_parameters()), expected))
+    got, want = (
+        torch.cat([one[name].grad.flatten() for name in trained])
+        for one in (dict(stage.model.named_parameters()), expected)
+    )
     # Frozen states are rounded to float16.
     assert float((got - want).norm() / want.norm()) < (2e-2 if freeze else 1e-5)
 

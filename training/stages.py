@@ -214,7 +214,9 @@ class InBatch(Stage):
         documents = {key: text for row in rows for key, text in zip(row.keys, row.documents, strict=True)}
         scores = own.targets(numbers, list(documents), self.config.loss.bonus)
         queries = self.texts([own.queries[n] for n in numbers], True, source)
-        return [queries, self.texts(list(documents.values()), False, source)], {"teacher_scores": torch.from_numpy(scores)}
+        return [queries, self.texts(list(documents.values()), False, source)], {
+            "teacher_scores": torch.from_numpy(scores)
+        }
 
     def loss(self, queries: Encoded, documents: Encoded, teacher_scores: Tensor) -> Tensor:
         (Q, q_mask), (D, d_mask) = queries, documents
