@@ -1,8 +1,8 @@
 """Quality of training runs: nDCG@10 with paired bootstrap intervals over test queries, and its plots.
 
-`python -m benchmarks.training_quality collect NAME=FOLDER ...` keeps each query's value in results/training_quality.jsonl: of runs of
-training.train (their outputs) or of what `training.evaluate --keep` wrote. Without arguments, the table and the plot of what is
-kept there.
+`python -m benchmarks.training_quality collect NAME=FOLDER ...` keeps each query's value in results/training_quality.jsonl: of
+runs of training.train (their outputs), or of what `training.evaluate --keep` wrote. Without arguments, the table and the plot
+of what is kept there.
 """
 
 from __future__ import annotations
