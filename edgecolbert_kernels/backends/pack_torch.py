@@ -1,0 +1,60 @@
+"""Packing in plain PyTorch, on any device: what `triton.pack` does, where that cannot run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edgecolbert_kernels.backends.torch_ import SMALLEST_NORM
+
+LARGEST_INT8 = 127
+# A document whose largest value is below this is one of zeros: the inverse of its scale would not be finite.
+SMALLEST_DOCUMENT = 2e-36
+
+
+def store_rows(
+    X: Tensor,
+    bounds: Tensor,
+    mask: Tensor | None,
+    target: Tensor | None,
+    normalize: bool,
+    tokens: Tensor,
+    scales: Tensor | None,
+    refused: Tensor,
+) -> None:
+    """As `triton.pack.store_rows`; here the number of kept rows comes to the host."""
+    where = None if mask is None or target is None else target[mask]
+    rows = X if mask is None else X[mask]
+    if rows.dtype != tokens.dtype or normalize:
+        rows = rows.to(torch.float32)
+    if normalize:
+        rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
+    if scales is not None:
+        document = torch.repeat_interleave(bounds.diff(), output_size=X.shape[0])
+        document = document if mask is None else document[mask]
+        rows = _quantized(rows, document, scales, refused)
+    stored = rows.to(tokens.dtype)
+    if scales is None and stored.dtype != rows.dtype:
+        refused |= (stored.isinf() & ~rows.isinf()).any()
+    if where is None:
+        tokens.copy_(stored)
+    else:
+        tokens[where] = stored
+
+
+def unpack_rows(tokens: Tensor, offsets: Tensor, scales: Tensor | None) -> Tensor:
+    """As `triton.pack.unpack_rows`."""
+    rows = tokens.to(torch.float32)
+    if scales is None:
+        return rows
+    return rows * scales.repeat_interleave(offsets.diff(), output_size=tokens.shape[0])[:, None]
+
+
+def _quantized(rows: Tensor, document: Tensor, scales: Tensor, refused: Tensor) -> Tensor:
+    """As integers, by the scale that each document gets."""
+    largest = torch.zeros_like(scales).scatter_reduce_(0, document, rows.abs().amax(1), "amax")
+    refused |= ~largest.isfinite().all()
+    counts = largest >= SMALLEST_DOCUMENT
+    torch.where(counts, largest / LARGEST_INT8, 0, out=scales)
+    inverse = torch.where(counts, LARGEST_INT8 / largest.where(counts, 1), 0)
+    return (rows * inverse[document][:, None]).round_()
