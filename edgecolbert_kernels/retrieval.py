@@ -195,7 +195,7 @@ def _scan(queries: _Queries, documents: PackedEmbeddings, allowed: Array | None,
     # With this few documents all of them would be scored twice. int8 wants the norm of every document's tokens, which
     # costs as much as scoring a few queries, once.
     fast = precision == "fast" and len(packed) > 4 * found.k
-    fast = fast and (packed.dtype != "int8" or len(queries) >= FEW_QUERIES or packed._norms is not None)
+    fast = fast and (packed.dtype != "int8" or len(queries) >= FEW_QUERIES or packed.norms_known)
     errors = queries.fast_errors(packed) if fast else _Errors(np.zeros(len(queries)))
     best = found.of(queries)
     # The k highest scores that documents so far have for certain; the k-th is what a newcomer must be able to reach.
@@ -297,7 +297,7 @@ def _allowed(documents: PackedEmbeddings, filter: Any, ids: Iterable[Any] | None
     """Sorted indices of the documents that may be found, None for all."""
     allowed = None
     if filter is not None:
-        allowed = np.unique(documents._indices(filter))
+        allowed = np.unique(documents.indices_of(filter))
     if ids is not None:
         named = np.unique(np.array([documents.position(name) for name in ids], np.int64))
         allowed = named if allowed is None else np.intersect1d(allowed, named, assume_unique=True)
