@@ -5,24 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from edgecolbert_kernels import checks
 from edgecolbert_kernels.backends import choose, pack_torch
-from edgecolbert_kernels.device.dtypes import STORAGE
+from edgecolbert_kernels.device.dtypes import SCALED, STORAGE
 from edgecolbert_kernels.ops import arguments
 
 # Of a projection that waits to be packed, at a time.
 PROJECTION_BYTES = 1 << 27
-
-
-class Packed(NamedTuple):
-    """Token vectors back to back, on a device."""
-
-    tokens: Tensor  # [T, d]
-    offsets: Tensor  # int64 [N + 1]
-    scales: Tensor | None  # float32 [N], for int8
 
 
 class _Rows(NamedTuple):
@@ -30,7 +23,7 @@ class _Rows(NamedTuple):
 
     X: Tensor  # [R, h]
     bounds: Tensor  # int64 [N + 1], on the device
-    starts: Sequence[int]  # the same, on the host
+    starts: np.ndarray  # the same, on the host
     mask: Tensor | None  # bool [R]
 
 
@@ -41,28 +34,29 @@ def applies(hidden: Any) -> bool:
 
 
 @torch.no_grad()
-def pack(hidden: Any, mask: Any, weight: Any, bias: Any, normalize: bool, dtype: str) -> Packed:
-    """As `edgecolbert_kernels.pack`, all of it on the device of `hidden`.
+def pack(
+    hidden: Any, mask: Any, weight: Any, bias: Any, normalize: bool, dtype: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `edgecolbert_kernels.pack`, all of it on the device of `hidden`: tokens, offsets and scales.
 
     The host waits for the device twice: for the number of kept tokens, where there is a mask, and for whether a value did
     not fit the storage.
     """
     rows = _rows(hidden, mask)
     width, project = _projection(rows.X, weight, bias)
+    device = rows.X.device
     target = None
     offsets, kept = rows.bounds, rows.X.shape[0]
     if rows.mask is not None:
-        ends = torch.zeros(kept + 1, dtype=torch.int64, device=rows.X.device)
+        ends = torch.zeros(kept + 1, dtype=torch.int64, device=device)
         torch.cumsum(rows.mask, 0, out=ends[1:])
         target, offsets, kept = ends[:-1], ends[rows.bounds], int(ends[-1])
-    device = rows.X.device
-    tokens = torch.empty(kept, width, dtype=STORAGE[dtype], device=device)
-    scales = torch.empty(len(rows.starts) - 1, dtype=torch.float32, device=device) if dtype == "int8" else None
-    refused = torch.zeros(1, dtype=torch.int32, device=device)
-    kernels = backend(device, width)
+    tokens, scales, refused = empty(kept, len(rows.starts) - 1, width, dtype, device)
+    kernels = backend(device, width, dtype)
+    most = rows.X.shape[0] if weight is None else PROJECTION_BYTES // (4 * width)
     with torch.autocast(device.type, enabled=False):
-        for begin, end in _blocks(rows.starts, width, whole=weight is None):
-            first, last = rows.starts[begin], rows.starts[end]
+        for begin, end in cuts(rows.starts, most):
+            first, last = int(rows.starts[begin]), int(rows.starts[end])
             part = slice(first, last)
             kernels.store_rows(
                 project(rows.X[part]),
@@ -76,12 +70,34 @@ def pack(hidden: Any, mask: Any, weight: Any, bias: Any, normalize: bool, dtype:
             )
     if refused.item():
         raise checks.storage_range("hidden", dtype)
-    return Packed(tokens, offsets, scales)
+    return tokens, offsets, scales
 
 
-def backend(device: torch.device, dim: int) -> Any:
-    """The module that packs and unpacks rows there."""
-    if choose("maxsim", device.type, "float32") == "triton":
+def empty(
+    tokens: int, documents: int, dim: int, dtype: str, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Room for tokens and scales, and the flag that a value did not fit."""
+    scales = torch.empty(documents, dtype=torch.float32, device=device) if dtype in SCALED else None
+    return (
+        torch.empty(tokens, dim, dtype=STORAGE[dtype], device=device),
+        scales,
+        torch.zeros(1, dtype=torch.int32, device=device),
+    )
+
+
+def cuts(starts: np.ndarray, tokens: int, documents: int | None = None) -> Iterator[tuple[int, int]]:
+    """Ranges of up to so many tokens, one document at least, and of up to so many documents; `starts` are boundaries."""
+    begin, count = 0, len(starts) - 1
+    while begin < count:
+        end = int(np.searchsorted(starts, starts[begin] + tokens, "right")) - 1
+        end = min(max(begin + 1, end), count if documents is None else begin + documents, count)
+        yield begin, end
+        begin = end
+
+
+def backend(device: torch.device, dim: int, dtype: str) -> Any:
+    """The module that packs and unpacks rows of a storage there."""
+    if dtype != "float8_e4m3fn" and choose("maxsim", device.type, "float32") == "triton":
         from edgecolbert_kernels.backends.triton import pack as kernels
 
         if kernels.takes(dim):
@@ -99,7 +115,7 @@ def _rows(hidden: Any, mask: Any) -> _Rows:
             mask = _on("mask", mask, hidden.device)
             checks.mask("mask", mask.shape, "hidden", hidden.shape)
         X = hidden.reshape(count * length, dim)
-        starts: Sequence[int] = range(0, count * length + 1, length) if length else [0] * (count + 1)
+        starts = np.arange(count + 1) * length
         bounds = torch.arange(count + 1, device=hidden.device) * length
         kept = None if mask is None else arguments.kept(mask).reshape(-1)
     else:
@@ -111,10 +127,8 @@ def _rows(hidden: Any, mask: Any) -> _Rows:
         checks.token_list("hidden", hidden)
         checks.at_least("h", hidden[0].shape[1], 1)
         X = torch.cat(list(hidden))
-        starts = [0]
-        for each in hidden:
-            starts.append(starts[-1] + each.shape[0])
-        bounds = torch.tensor(starts, dtype=torch.int64, device=X.device)
+        starts = np.cumsum([0, *(each.shape[0] for each in hidden)], dtype=np.int64)
+        bounds = torch.from_numpy(starts).to(X.device)
         kept = _joined_masks(mask, hidden)
     X = X.detach()
     if X.dtype is torch.float64:
@@ -160,17 +174,6 @@ def _projection(X: Tensor, weight: Any, bias: Any) -> tuple[int, Any]:
         return rows if bias is None else rows + bias
 
     return weight.shape[0], project
-
-
-def _blocks(starts: Sequence[int], width: int, whole: bool) -> Iterator[tuple[int, int]]:
-    """Ranges of documents whose projection is of PROJECTION_BYTES, one document at least."""
-    count, most, begin = len(starts) - 1, max(1, PROJECTION_BYTES // (4 * width)), 0
-    while begin < count:
-        end = count if whole else begin + 1
-        while end < count and starts[end + 1] - starts[begin] <= most:
-            end += 1
-        yield begin, end
-        begin = end
 
 
 def _on(name: str, seen: Any, device: torch.device) -> Tensor:

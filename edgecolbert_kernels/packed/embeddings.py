@@ -179,12 +179,22 @@ class PackedEmbeddings(PackedTokens):
 
     # Changing
 
-    def to(self, dtype: Any) -> PackedEmbeddings:
-        """The documents in another storage. The same view where it is that storage already."""
+    def to(self, dtype: Any) -> Any:
+        """The documents in another storage; the same view where it is that storage already. Or, for a torch device or the
+        name of one such as "cuda", a `DeviceEmbeddings` there: a copy, in the same storage.
+        """
+        if not isinstance(dtype, str) or dtype not in dtypes.STORAGE:
+            device = _device(dtype)
+            if device is not None:
+                return self._on(device)
         dtype = dtypes.name(dtype)
         if dtype == self._dtype:
             return self
         return PackedEmbeddings(dtype, *making.converted(self, dtype), self.ids)
+
+    def cuda(self) -> Any:
+        """`to("cuda")`."""
+        return self.to("cuda")
 
     def append(self, documents: Sequence[Any], ids: Iterable[Id] | None = None) -> PackedEmbeddings:
         """The view with `documents` (as in `from_list`) at its end; this one stays as it is.
@@ -260,6 +270,13 @@ class PackedEmbeddings(PackedTokens):
 
     # Inside
 
+    def _on(self, device: Any) -> Any:
+        if device.type == "cpu":
+            return self
+        from edgecolbert_kernels.device import embeddings
+
+        return embeddings.from_host(self, device, PackedEmbeddings.from_arrays)
+
     def indices_of(self, key: Any) -> Array:
         """Integers from 0 to N - 1, or a bool mask, as integers."""
         index = np.asarray(key.cpu() if hasattr(key, "cpu") else key)
@@ -332,3 +349,14 @@ class PackedEmbeddings(PackedTokens):
         with _LOOKUPS:
             positions, self._positions = self._lookup(), None
         return positions
+
+
+def _device(seen: Any) -> Any:
+    """What torch takes for a device; None for all else."""
+    if not isinstance(seen, str) and type(seen).__module__ != "torch":
+        return None
+    try:
+        from edgecolbert_kernels.device.embeddings import as_device
+    except ImportError:
+        return None
+    return as_device(seen)

@@ -110,6 +110,16 @@ class PackedTokens(Stored):
             where = order[np.searchsorted(ordered, begin) : np.searchsorted(ordered, end)]
             yield where, *part.floats(begin, end), index[where] - begin
 
+    def device_scores(self, *arguments: Any) -> Any:
+        from edgecolbert_kernels.device import scores
+
+        return scores.score(self, *arguments)
+
+    def device_pair_scores(self, *arguments: Any) -> Any:
+        from edgecolbert_kernels.device import scores
+
+        return scores.score_pairs(self, *arguments)
+
     def token_norms(self) -> Array:
         """float32 `[N]`: at least the largest Euclidean norm of a token of each document. Kept once it is known."""
         if self._norms is None:
