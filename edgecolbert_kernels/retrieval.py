@@ -75,7 +75,7 @@ def search(
     checks.options("exclude", precision)
     checks.at_least("k", k, 0)
     k = int(k)
-    packed = _packed_there(documents) if _on_accelerator(documents) else _packed(documents)
+    packed = _packed(documents)
     single = not isinstance(Q, (list, tuple)) and len(getattr(Q, "shape", ())) == 2
     if single:
         Q, q_mask = Q[None], None if q_mask is None else q_mask[None]
@@ -294,9 +294,11 @@ class _Best:
         self.indices[query[kept], place[kept]] = document[kept]
 
 
-def _packed(documents: Any) -> PackedEmbeddings:
-    if isinstance(documents, PackedEmbeddings):
+def _packed(documents: Any) -> Any:
+    if isinstance(documents, Stored):
         return documents
+    if _on_accelerator(documents):
+        return _packed_there(documents)
     if isinstance(documents, (list, tuple)):
         names = {dtypes.matrix(f"documents[{n}]", each)[1] for n, each in enumerate(documents)}
         return PackedEmbeddings.from_list(documents, dtype=names.pop() if len(names) == 1 else "float32")
@@ -306,7 +308,7 @@ def _packed(documents: Any) -> PackedEmbeddings:
     return PackedEmbeddings.from_arrays(rows.reshape(count * length, dim), np.arange(count + 1) * length)
 
 
-def _allowed(documents: PackedEmbeddings, filter: Any, ids: Iterable[Any] | None) -> Array | None:
+def _allowed(documents: Any, filter: Any, ids: Iterable[Any] | None) -> Array | None:
     """Sorted indices of the documents that may be found, None for all."""
     allowed = None
     if filter is not None:

@@ -58,6 +58,6 @@ def _scaled(rows: Tensor, document: Tensor, scales: Tensor, most: float, refused
     largest = torch.zeros_like(scales).scatter_reduce_(0, document, rows.abs().amax(1), "amax")
     refused |= ~largest.isfinite().all()
     counts = largest >= SMALLEST_DOCUMENT
-    torch.where(counts, largest / most, 0, out=scales)
-    inverse = torch.where(counts, most / largest.where(counts, 1), 0)
+    scales.copy_((largest / most).masked_fill_(~counts, 0))
+    inverse = (most / largest).masked_fill_(~counts, 0)
     return rows * inverse[document][:, None]
