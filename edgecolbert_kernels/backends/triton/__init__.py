@@ -39,12 +39,13 @@ def forward(
     mask_mode: str,
     precision: str,
     with_argmax: bool,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `cpu.forward`."""
+    """As `cpu.forward`. D may also be int8, or float8_e4m3fn, with float32 `scales` [documents] that multiply its scores."""
     from edgecolbert_kernels.backends.triton import scoring
 
     batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
-    return scoring.forward(Q, D, *batch, normalize, mask_mode, precision, with_argmax)
+    return scoring.forward(Q, D, *batch, normalize, mask_mode, precision, with_argmax, scales)
 
 
 def backward(

@@ -2,7 +2,8 @@
 
 It reads a loop bound that came from memory as an array of one element, which numpy 2.4 no longer turns into an integer, and
 it calls Python for every element of a reduction that it does not know. Its products of bfloat16 are wrong, so `widened`
-makes bfloat16 tensors float32 before a launch.
+makes bfloat16 tensors float32 before a launch. It patches triton.language again for every device function that a kernel
+calls, which takes longer than all the rest.
 """
 
 from __future__ import annotations
@@ -51,5 +52,21 @@ def patch() -> None:
         found = np.max(value.handle.data, axis=self.axis, keepdims=self.keep_dims)
         return self.to_tensor(found, tl.float32)
 
+    seen: set[Any] = set()  # namespaces patched for the kernel that runs
+    patch_namespaces, start = triton_interpreter._patch_lang, triton_interpreter.GridExecutor.__call__
+
+    def started(self: Any, *arguments: Any, **options: Any) -> Any:
+        seen.clear()
+        return start(self, *arguments, **options)
+
+    def called_inside(self: Any, *arguments: Any, **options: Any) -> Any:
+        namespace = self.fn.__module__.startswith("triton.")
+        if namespace not in seen:
+            seen.add(namespace)
+            patch_namespaces(self.fn)
+        return self.rewrite()(*arguments, **options)
+
     triton_interpreter._patch_lang_tensor = patched_attributes
     triton_interpreter.ReduceOps.apply_impl = patched_reduce
+    triton_interpreter.GridExecutor.__call__ = started
+    triton_interpreter.InterpretedFunction.__call__ = called_inside

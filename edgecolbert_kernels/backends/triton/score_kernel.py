@@ -16,6 +16,7 @@ from edgecolbert_kernels.backends.triton.tokens import (
     nan_max,
     read,
     square_sum,
+    values,
 )
 
 LATEST = tl.constexpr(2**31 - 1)
@@ -65,6 +66,7 @@ def score(
     SLOTS: tl.constexpr,  # the next power of two
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
+    E4M3: tl.constexpr,  # D is bytes of that float8
     Q_MASK: tl.constexpr,
     D_MASK: tl.constexpr,
     Q_PACKED: tl.constexpr,
@@ -195,22 +197,22 @@ def score(
                     if NORMALIZE:
                         d_squares += square_sum(d_raw)
                         q_squares += square_sum(q_raw)
-                    similarity = tl.dot(d_raw.to(COMPUTE), q_raw.to(COMPUTE).T, similarity, input_precision=PRECISION)
+                    similarity = tl.dot(values(d_raw, COMPUTE, E4M3), q_raw.to(COMPUTE).T, similarity, input_precision=PRECISION)
             else:
                 d_raw = read(d_ptrs, d_kept, 0, C0, DIM, ZERO, C0 <= DIM)
                 if NORMALIZE:
                     d_squares = square_sum(d_raw)
-                similarity = tl.dot(d_raw.to(COMPUTE), q0, input_precision=PRECISION)
+                similarity = tl.dot(values(d_raw, COMPUTE, E4M3), q0, input_precision=PRECISION)
                 if C1 > 0:
                     d_raw = read(d_ptrs, d_kept, C0, C1, DIM, ZERO, C0 + C1 <= DIM)
                     if NORMALIZE:
                         d_squares += square_sum(d_raw)
-                    similarity = tl.dot(d_raw.to(COMPUTE), q1, similarity, input_precision=PRECISION)
+                    similarity = tl.dot(values(d_raw, COMPUTE, E4M3), q1, similarity, input_precision=PRECISION)
                 if C2 > 0:
                     d_raw = read(d_ptrs, d_kept, C0 + C1, C2, DIM, ZERO, C0 + C1 + C2 <= DIM)
                     if NORMALIZE:
                         d_squares += square_sum(d_raw)
-                    similarity = tl.dot(d_raw.to(COMPUTE), q2, similarity, input_precision=PRECISION)
+                    similarity = tl.dot(values(d_raw, COMPUTE, E4M3), q2, similarity, input_precision=PRECISION)
             if NORMALIZE:
                 similarity *= inverse_norm(d_squares)[:, None]
             if ZERO:
@@ -253,6 +255,8 @@ def score(
             value = tl.where(q_kept & found, value, 0.0)
             sums += tl.sum(tl.where(which[None, :] == slot[:, None], value[None, :], 0.0), 1)
     if not SKIP:
+        if E4M3:
+            sums *= 256.0
         if SCALED:
             sums *= tl.load(d_scale_ptr + document)
         if LAYOUT == EVERY:

@@ -33,14 +33,14 @@ def forward(
     mask_mode: str,
     precision: str,
     with_argmax: bool,
-    d_scales: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `cpu.forward`. D may also be int8 with float32 `d_scales`, one for each document."""
+    """As `cpu.forward`. D may also be int8, or float8_e4m3fn, with float32 `scales` [documents] that multiply its scores."""
     shape = layout.scores_shape(Q, D, cu_q, cu_d, query_index)
     scores = torch.empty(shape, dtype=torch.float32, device=Q.device)
     argmax = empty_argmax(Q, D, shape, cu_q, cu_d) if with_argmax else None
     batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
-    _launch(Q, D, *batch, normalize, mask_mode, precision, d_scales, None, scores, argmax)
+    _launch(Q, D, *batch, normalize, mask_mode, precision, scales, None, scores, argmax)
     return scores, argmax
 
 
@@ -102,7 +102,7 @@ def _launch(
     normalize: bool,
     mask_mode: str,
     precision: str,
-    d_scales: Tensor | None,
+    scales: Tensor | None,
     grad: Tensor | None,
     scores: Tensor | None,
     argmax: Tensor | None,
@@ -121,16 +121,18 @@ def _launch(
     columns = min(MOST_COLUMNS, max(16, 1 << (group * tokens - 1).bit_length()))
     key = (
         *(Q.dtype, D.dtype, which, q_shape[-1], columns, group, Q.device.index),
-        *(q_mask is None, d_mask is None, cu_q is None, cu_d is None, d_scales is None, normalize, precision),
+        *(q_mask is None, d_mask is None, cu_q is None, cu_d is None, scales is None, normalize, precision),
         *(d_mask is not None and mask_mode == "zero", argmax is None, argmax is not None and argmax.dtype, grad is None),
         torch.backends.cuda.matmul.allow_tf32,
     )
     variant = _variants.get(key)
     if variant is None:
         variant = _variants[key] = _variant(key)
+    if D.dtype is torch.float8_e4m3fn:
+        D = D.view(torch.uint8)
     tensors = [
         *(Q, D, *(Q if each is None else each for each in (q_mask, d_mask, cu_q, cu_d, query_index, document_index))),
-        *(Q if each is None else each for each in (d_scales, grad, scores, argmax)),
+        *(Q if each is None else each for each in (scales, grad, scores, argmax)),
     ]
     q_strides, d_strides = strides(Q), strides(D)
     if which == native.INDEXED:
@@ -144,7 +146,7 @@ def _launch(
 
 def products(Q: torch.dtype, D: torch.dtype, precision: str, tf32: bool) -> tuple[Any, str]:
     """The dtype of the products, and how float32 is multiplied: as such, in three TF32 products, or in one if asked for."""
-    if torch.int8 in (Q, D):
+    if D in (torch.int8, torch.float8_e4m3fn):
         D = Q
     if Q is D and Q is not torch.float32 and not (INTERPRETED and Q is torch.bfloat16):
         return (tl.float16 if Q is torch.float16 else tl.bfloat16), "tf32"
@@ -165,7 +167,7 @@ def _variant(key: tuple[Any, ...]) -> Variant:
     blocks = config.blocks(kernel, capability(device), bits, dim, columns)
     constants = (
         *(which, dim, *config.pieces(dim), blocks.rows, blocks.columns, group, 1 << (group - 1).bit_length()),
-        *(compute, how, not no_q_mask, not no_d_mask, not q_padded, not d_padded, not unscaled),
+        *(compute, how, D is torch.float8_e4m3fn, not no_q_mask, not no_d_mask, not q_padded, not d_padded, not unscaled),
         *(normalize, zero, not no_argmax, not no_grad),
     )
     return Variant(score, constants, blocks.warps, blocks.stages, _ALIGNED)
