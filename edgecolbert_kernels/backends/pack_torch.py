@@ -58,6 +58,8 @@ def _scaled(rows: Tensor, document: Tensor, scales: Tensor, most: float, refused
     largest = torch.zeros_like(scales).scatter_reduce_(0, document, rows.abs().amax(1), "amax")
     refused |= ~largest.isfinite().all()
     counts = largest >= SMALLEST_DOCUMENT
-    scales.copy_((largest / most).masked_fill_(~counts, 0))
-    inverse = (most / largest).masked_fill_(~counts, 0)
+    # Divisions of two tensors: with a number PyTorch multiplies by an inverse, which rounds twice.
+    steps = torch.full_like(largest, most)
+    scales.copy_((largest / steps).masked_fill_(~counts, 0))
+    inverse = (steps / largest).masked_fill_(~counts, 0)
     return rows * inverse[document][:, None]

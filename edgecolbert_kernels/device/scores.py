@@ -105,9 +105,6 @@ def score_block(
         return tensors.score(Q, tokens, *batch, *options, out_dtype)
     if not reads_scaled(Q, options):
         return tensors.score(Q, unpack(block), *batch, *options, out_dtype)
-    if tokens.dtype is torch.float8_e4m3fn:
-        # Exact. GPUs before compute capability 8.9 have no such type.
-        tokens = tokens.to(torch.float16)
     forward = select("maxsim", Q.device.type, "float32").forward
     scores = forward(Q, tokens, *batch, *options, False, scales=scales)[0]
     return scores if out_dtype is None else scores.to(out_dtype)

@@ -7,10 +7,15 @@ time from the second-level cache. Dropped rows are not read. Nothing is added at
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from edgecolbert_kernels.backends.triton.launch import Variant
 
 # Elements that a program holds at a time: 8 KiB of float32, in registers.
 BLOCK = 2048
@@ -51,18 +56,18 @@ def store_rows(
         scales: float32 `[N]`, with int8: written.
         refused: int32 `[1]`: set to 1 where a finite value became infinite, or where int8 met one that is not finite.
     """
-    rows, dim = X.shape
-    width = triton.next_power_of_2(dim)
-    options = {"MASKED": mask is not None, "NORMALIZE": normalize, "WIDTH": width, "ROWS": max(1, BLOCK // width)}
+    (rows, dim), count = X.shape, bounds.shape[0] - 1
     # A pointer that is not read stands for what is not there.
-    source = X, X.stride(0), X if mask is None else mask, bounds if target is None else target
-    with torch.cuda.device_of(X):
-        if scales is not None and scales.numel():
-            # A contraction would round x * inverse once less than the other backends.
-            arguments = *source, bounds, tokens, scales, refused, dim
-            _to_int8[(scales.shape[0],)](*arguments, **options, enable_fp_fusion=False)
-        elif scales is None and rows:
-            _to_floats[(triton.cdiv(rows, options["ROWS"]),)](*source, tokens, refused, rows, dim, **options)
+    tensors = [X, X if mask is None else mask, bounds if target is None else target]
+    constants = mask is not None, normalize
+    if scales is None:
+        variant = _variant(_to_floats, X.dtype, tokens.dtype, dim, constants)
+        programs = -(-rows // _rows_of(dim))
+        if programs:
+            variant.launch(programs, 1, [*tensors, tokens, refused], (X.stride(0), dim, rows))
+    elif count:
+        variant = _variant(_to_int8, X.dtype, tokens.dtype, dim, constants)
+        variant.launch(count, 1, [*tensors, bounds, tokens, scales, refused], (X.stride(0), dim))
 
 
 def unpack_rows(tokens: Tensor, offsets: Tensor, scales: Tensor | None) -> Tensor:
@@ -70,13 +75,27 @@ def unpack_rows(tokens: Tensor, offsets: Tensor, scales: Tensor | None) -> Tenso
     if scales is None:
         return tokens.to(torch.float32)
     rows = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
-    count, width = scales.shape[0], triton.next_power_of_2(tokens.shape[1])
-    if count:
-        with torch.cuda.device_of(tokens):
-            _from_int8[(count,)](
-                tokens, offsets, scales, rows, tokens.shape[1], WIDTH=width, ROWS=max(1, BLOCK // width)
-            )
+    if scales.numel() and tokens.numel():
+        variant = _variant(_from_int8, tokens.dtype, rows.dtype, tokens.shape[1], ())
+        variant.launch(scales.shape[0], 1, [tokens, offsets, scales, rows], (tokens.shape[1],))
     return rows
+
+
+def _rows_of(dim: int) -> int:
+    """Rows that a program holds at a time."""
+    return max(1, BLOCK // _width(dim))
+
+
+def _width(dim: int) -> int:
+    return 1 << (dim - 1).bit_length()
+
+
+@cache
+def _variant(
+    function: Any, source: torch.dtype, stored: torch.dtype, dim: int, constants: tuple[bool, ...]
+) -> Variant:
+    """Of a kernel for a dtype on either side."""
+    return Variant(function, (*constants, _width(dim), _rows_of(dim)), 4, 1, _ALIGNED[function])
 
 
 @triton.jit
@@ -101,16 +120,16 @@ def _scaled(x, NORMALIZE: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["mask", "target", "refused", "rows"])
 def _to_floats(
     X,
-    stride,
     mask,
     target,
     tokens,
     refused,
-    rows,
-    dim,
+    stride: tl.int64,
+    dim: tl.int64,
+    rows: tl.int64,
     MASKED: tl.constexpr,
     NORMALIZE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -132,17 +151,17 @@ def _to_floats(
     tl.store(tokens + place[:, None] * dim + tl.arange(0, WIDTH)[None, :], stored, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["mask", "target", "bounds", "scales", "refused"])
 def _to_int8(
     X,
-    stride,
     mask,
     target,
     bounds,
     tokens,
     scales,
     refused,
-    dim,
+    stride: tl.int64,
+    dim: tl.int64,
     MASKED: tl.constexpr,
     NORMALIZE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -172,8 +191,8 @@ def _to_int8(
         tl.store(tokens + place[:, None] * dim + tl.arange(0, WIDTH)[None, :], value.to(tl.int8), mask=inside)
 
 
-@triton.jit
-def _from_int8(tokens, offsets, scales, rows, dim, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+@triton.jit(do_not_specialize=["offsets", "scales"])
+def _from_int8(tokens, offsets, scales, rows, dim: tl.int64, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     document = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     begin, end = tl.load(offsets + document), tl.load(offsets + document + 1)
@@ -184,3 +203,7 @@ def _from_int8(tokens, offsets, scales, rows, dim, WIDTH: tl.constexpr, ROWS: tl
         inside = (row < end)[:, None] & (column < dim)[None, :]
         x = tl.load(tokens + at, mask=inside, other=0).to(tl.float32)
         tl.store(rows + at, x * scale, mask=inside)
+
+
+# Whose divisibility by 16 the loads and stores depend on: rows, tokens and strides.
+_ALIGNED = {_to_floats: (0, 3, 5, 6), _to_int8: (0, 4, 7, 8), _from_int8: (0, 3, 4)}
