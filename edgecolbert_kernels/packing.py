@@ -100,7 +100,7 @@ def _pack_there(
     from edgecolbert_kernels.device import embeddings, packing
 
     name = dtypes.name(dtype) if device is None else device_dtypes.name(dtype)
-    packed = embeddings.from_device(*packing.pack(hidden, mask, weight, bias, normalize, name), PackedEmbeddings.from_arrays)
+    packed = embeddings.from_device(*packing.pack(hidden, mask, weight, bias, normalize, name), PackedEmbeddings)
     return packed.cpu() if device is None else packed.to(device)
 
 

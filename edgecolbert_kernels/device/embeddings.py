@@ -48,7 +48,7 @@ class DeviceEmbeddings(Stored):
 
     def __init__(self, arrays: Packed, starts: np.ndarray, ids: Sequence[Id] | None, host: Callable[..., Any]) -> None:
         """For this package: arrays that are checked. `starts` are the offsets on the host; `host` makes what `cpu()`
-        returns, from tokens, offsets, scales and ids.
+        returns, from the storage's name, tokens, offsets, scales and ids.
         """
         self.arrays, self._starts, self._host = arrays, starts, host
         self.ids = None if ids is None else list(ids)
@@ -141,7 +141,7 @@ class DeviceEmbeddings(Stored):
         if self.dtype == "float8_e4m3fn":
             raise checks.storage_dtype(self.dtype, tuple(name for name in dtypes.STORAGE if name != self.dtype))
         scales = None if self.scales is None else self.scales.cpu().numpy()
-        return self._host(dtypes.to_host(self.tokens), self._starts, scales, self.ids)
+        return self._host(self.dtype, dtypes.to_host(self.tokens), self._starts, scales, self.ids)
 
     def to(self, where: Any) -> Any:
         """On another device, or in another storage, which is rounded to on this device.

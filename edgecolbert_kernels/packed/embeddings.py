@@ -275,7 +275,7 @@ class PackedEmbeddings(PackedTokens):
             return self
         from edgecolbert_kernels.device import embeddings
 
-        return embeddings.from_host(self, device, PackedEmbeddings.from_arrays)
+        return embeddings.from_host(self, device, PackedEmbeddings)
 
     def indices_of(self, key: Any) -> Array:
         """Integers from 0 to N - 1, or a bool mask, as integers."""
