@@ -52,8 +52,6 @@ class Allocations(TorchDispatchMode):
 class Kernels:
     """What the GPU backend allocates, by its interface."""
 
-    calls: list
-
     def __init__(self):
         self.calls = []
 
@@ -67,15 +65,15 @@ class Kernels:
 
     def backward(self, grad, Q, D, argmax, *rest):
         self.calls.append("backward")
-        return self._gradients(Q, D, *rest[-3:])
+        return self._gradients(Q, D, *rest[9:])
 
     def backward_recompute(self, grad, Q, D, *rest):
         self.calls.append("backward_recompute")
         scratch = Q.new_empty(grad.numel() * Q.shape[1], dtype=torch.int16)
         del scratch
-        return self._gradients(Q, D, *rest[-3:])
+        return self._gradients(Q, D, *rest[9:])
 
-    def _gradients(self, Q, D, need_queries, need_documents, sums):
+    def _gradients(self, Q, D, need_queries, need_documents, sums=None):
         return (
             sums if sums is not None else torch.empty_like(Q) if need_queries else None,
             torch.empty_like(D) if need_documents else None,
@@ -140,12 +138,11 @@ def test_nothing_waits_for_a_value(kernels, name, kept):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "save_scores", "gigabytes"),
-    [(torch.float16, None, 2.0), (torch.float32, None, 3.0), (torch.float16, True, 4.5), (torch.float32, True, 6.0)],
-    ids=["half", "float", "half, scores kept", "float, scores kept"],
+    ("dtype", "save_scores", "symmetric", "gigabytes"),
+    [(torch.float16, None, False, 2.0), (torch.float32, True, True, 6.0)],
+    ids=["half", "float, symmetric, scores kept"],
 )
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_the_papers_batch_fits_in_8_gb(kernels, dtype, save_scores, gigabytes, symmetric):
+def test_the_papers_batch_fits_in_8_gb(kernels, monkeypatch, dtype, save_scores, symmetric, gigabytes):
     """24,576 queries of 32 tokens and documents of 220 at d = 48: inputs, gradients and all that comes between."""
     given = problem(24576, 24576, 32, 220, 48, dtype, symmetric=symmetric)
     most = run(given, save_scores=save_scores)
