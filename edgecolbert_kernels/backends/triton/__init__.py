@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor
 
 OLDEST = (8, 0)
+# Kernels that read inside their buffers whatever boundaries, indices and argmax say.
+GUARDED = True
 
 
 def supports(op: str, device: str, dtype: str) -> str | None:
@@ -42,10 +44,8 @@ def forward(
     scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `cpu.forward`. D may also be int8, or float8_e4m3fn, with float32 `scales` [documents] that multiply its scores."""
-    from edgecolbert_kernels.backends.triton import scoring
-
     batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
-    return scoring.forward(Q, D, *batch, normalize, mask_mode, precision, with_argmax, scales)
+    return _part("scoring").forward(Q, D, *batch, normalize, mask_mode, precision, with_argmax, scales)
 
 
 def backward(
@@ -67,11 +67,9 @@ def backward(
     sum_queries: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `cpu.backward`."""
-    from edgecolbert_kernels.backends.triton import gradients
-
     batch: tuple[Any, ...] = q_mask, d_mask, cu_q, cu_d, query_index, document_index
     options = normalize, mask_mode, precision
-    return gradients.backward(grad, Q, D, argmax, *batch, *options, need_queries, need_documents, sum_queries)
+    return _part("gradients").backward(grad, Q, D, argmax, *batch, *options, need_queries, need_documents, sum_queries)
 
 
 def backward_recompute(
@@ -95,12 +93,15 @@ def backward_recompute(
 
     Its scratch is one argmax of the documents passed, unwritten where it is not needed.
     """
-    from edgecolbert_kernels.backends.triton import gradients, scoring
-
     batch: tuple[Any, ...] = q_mask, d_mask, cu_q, cu_d, query_index, document_index
     options = normalize, mask_mode, precision
-    argmax = scoring.winners(grad, Q, D, *batch, *options)
-    return gradients.backward(grad, Q, D, argmax, *batch, *options, need_queries, need_documents, sum_queries)
+    argmax = _part("scoring").winners(grad, Q, D, *batch, *options)
+    return _part("gradients").backward(grad, Q, D, argmax, *batch, *options, need_queries, need_documents, sum_queries)
+
+
+@cache
+def _part(name: str) -> Any:
+    return importlib.import_module(f"{__name__}.{name}")
 
 
 @cache

@@ -26,7 +26,10 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def pieces(dim: int) -> tuple[int, int, int, bool]:
+Pieces = tuple[int, int, int, bool]
+
+
+def pieces(dim: int) -> Pieces:
     """d as at most three powers of two from 16 on, the last rounded up; and whether it takes a loop instead."""
     if dim > RESIDENT:
         return LOOPED, 0, 0, True
@@ -47,6 +50,16 @@ def pieces(dim: int) -> tuple[int, int, int, bool]:
     return found[0], found[1], found[2], False
 
 
+def shared_pieces(dim: int, normalize: bool) -> Pieces:
+    """The same for the backward; True: they are a part of d, and as many programs as it takes share a token.
+
+    That keeps more rows on chip. The Jacobian of `normalize` needs a whole token.
+    """
+    if dim > RESIDENT or (dim > SPLIT and dim % SPLIT == 0 and not normalize):
+        return SPLIT, 0, 0, True
+    return pieces(dim)
+
+
 @cache
 def table() -> dict[str, list[int]]:
     return json.loads(TABLE.read_text()) if TABLE.exists() else {}
@@ -65,8 +78,10 @@ def blocks(kernel: str, capability: int, bits: int, dim: int, columns: int) -> B
 
 def rule(kernel: str, bits: int, dim: int, columns: int) -> Blocks:
     """What holds everything in registers, by the compiler's report, on every capability."""
+    if kernel == "documents" and bits == 16:
+        return Blocks(128 if dim <= 64 else 64 if dim <= 128 else 32, min(columns, 32), 8 if dim <= 128 else 4, 2)
     if kernel == "documents":
-        return Blocks(128, min(columns, 32), 8, 2) if bits == 16 else Blocks(32, 16, 4, 1)
+        return Blocks(32 if dim <= 64 else 16, 16, 4, 1)
     if kernel == "queries":
         return Blocks(4, 16, 4, 1)
     if bits == 32:

@@ -185,12 +185,12 @@ def add_queries(
     for b in range(begin, end, BLOCK):
         number = b + tl.arange(0, BLOCK)
         if LAYOUT == EVERY:
-            pair = number.to(tl.int64) * num_documents + document
+            pairs = number.to(tl.int64) * num_documents + document
         elif LAYOUT == OWN:
-            pair = number.to(tl.int64)
+            pairs = number.to(tl.int64)
         else:
-            pair = tl.load(order_ptr + number, mask=number < end, other=0)
-        grads = tl.load(grad_ptr + pair, mask=number < end, other=0.0)
+            pairs = tl.load(order_ptr + number, mask=number < end, other=0)
+        grads = tl.load(grad_ptr + pairs, mask=number < end, other=0.0)
         if tl.sum((grads != 0).to(tl.int32)) > 0:
             stop = tl.minimum(b + BLOCK, end)
             if Q_PACKED:

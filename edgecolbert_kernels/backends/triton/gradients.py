@@ -12,7 +12,7 @@ from edgecolbert_kernels.backends import layout, native, torch_
 from edgecolbert_kernels.backends.triton import config
 from edgecolbert_kernels.backends.triton.gradient_kernels import FLAGS, documents, queries, unusual
 from edgecolbert_kernels.backends.triton.launch import Variant
-from edgecolbert_kernels.backends.triton.scoring import capability, products, rows, strides
+from edgecolbert_kernels.backends.triton.scoring import capability, products, rows, strides, tf32_allowed
 
 _variants: dict[Any, Variant] = {}
 
@@ -45,6 +45,11 @@ def backward(
     return grad_queries, call.documents() if need_documents else None
 
 
+def forget() -> None:
+    """Choose blocks anew."""
+    _variants.clear()
+
+
 class _Call:
     """What both kernels are given."""
 
@@ -66,6 +71,7 @@ class _Call:
         self.Q, self.D, self.d_mask, self.cu_q, self.cu_d = rows(Q), rows(D), d_mask, cu_q, cu_d
         self.query_index, self.document_index = query_index, document_index
         self.normalize, self.precision = normalize, precision
+        self.tf32 = Q.dtype is torch.float32 and tf32_allowed()
         self.which = layout.which(D, query_index)
         self.num_queries = (Q.shape[0] if Q.ndim == 3 else 1) if cu_q is None else cu_q.shape[0] - 1
         self.num_documents = D.shape[-3] if cu_d is None else cu_d.shape[0] - 1
@@ -79,12 +85,11 @@ class _Call:
         out = _empty(self.D, self.cu_d, self.D.dtype)
         count = self.num_documents * (self.num_queries if self.which == native.OWN else 1)
         length = self.D.shape[-2] if self.cu_d is None else -(-self.D.shape[-2] // max(1, count))
-        width = self._pieces()
-        key = "documents", *self._key(), self.d_mask is None, _bucket(length), width
+        key = "documents", *self._key(), self.d_mask is None, _bucket(length), _bucket(self.Q.shape[-2])
         variant = _variants.get(key)
         if variant is None:
-            variant = _variants[key] = self._documents_variant(width, _bucket(length))
-        tile = variant.constants[6]
+            variant = _variants[key] = self._documents_variant(_bucket(length))
+        width, tile = variant.constants[2:6], variant.constants[6]
         tiles = max(1, -(-length // tile))
         order, first = self._owners(self.document_index, self.num_documents)
         tensors = self._tensors(
@@ -98,7 +103,7 @@ class _Call:
         length = self.Q.shape[-2] if self.cu_q is None else -(-self.Q.shape[-2] // max(1, self.num_queries))
         # Tokens of a query that a program takes: few where there are few queries, so that the device is filled.
         tokens = 16 if self.num_queries * length >= 1 << 13 else 4
-        width = self._pieces()
+        width = config.shared_pieces(self.dim, self.normalize)
         key = "queries", *self._key(), tokens, width, sums is None
         variant = _variants.get(key)
         if variant is None:
@@ -114,25 +119,18 @@ class _Call:
         return [self.Q, self.D, self.grad, self.argmax, *(self.Q if each is None else each for each in optional)]
 
     def _key(self) -> tuple[Any, ...]:
-        how = self.normalize, self.precision, torch.backends.cuda.matmul.allow_tf32
+        how = self.normalize, self.precision, self.tf32
         packed = self.cu_q is None, self.cu_d is None
         dtypes = self.Q.dtype, self.D.dtype, self.argmax.dtype
         return (*dtypes, self.which, self.dim, self.device, *how, *packed)
 
-    def _pieces(self) -> tuple[int, int, int, bool]:
-        """As `config.pieces`, but with several programs for the dimensions of a token where that keeps more rows on chip."""
-        c0, c1, c2, _ = config.pieces(self.dim) if self.dim <= config.RESIDENT else (128, 0, 0, True)
-        if not self.normalize and self.dim > config.SPLIT and self.dim % config.SPLIT == 0:
-            return config.SPLIT, 0, 0, True
-        return c0, c1, c2, self.dim > config.RESIDENT
-
-    def _documents_variant(self, width: tuple[int, int, int, bool], length: int) -> Variant:
-        compute, how = products(self.Q.dtype, self.Q.dtype, self.precision, torch.backends.cuda.matmul.allow_tf32)
+    def _documents_variant(self, length: int) -> Variant:
+        compute, how = products(self.Q.dtype, self.Q.dtype, self.precision, self.tf32)
         bits = 32 if compute == tl.float32 else 16
-        columns = min(128, max(16, 1 << (self.Q.shape[-2] - 1).bit_length())) if self.cu_q is None else 32
-        blocks = config.blocks("documents", capability(self.device), bits, sum(width[:3]), columns)
+        columns = self.Q.shape[-2] if self.cu_q is None else 32
+        width, blocks = documents_blocks(capability(self.device), bits, self.dim, self.normalize, columns, length)
         flags = self.d_mask is not None, self.cu_q is not None, self.cu_d is not None, self.normalize
-        constants = self.which, self.dim, *width, min(blocks.rows, length), blocks.columns, compute, how, *flags
+        constants = self.which, self.dim, *width, blocks.rows, blocks.columns, compute, how, *flags
         return Variant(documents, constants, blocks.warps, blocks.stages, (0, 1, 11, 12, 13, 14, 15, 16))
 
     def _queries_variant(self, width: tuple[int, int, int, bool], tokens: int, add: bool) -> Variant:
@@ -161,6 +159,16 @@ class _Call:
         return order, torch.searchsorted(found, torch.arange(count + 1, device=index.device))
 
 
+def documents_blocks(
+    capability: int, bits: int, dim: int, normalize: bool, query_length: int, document_length: int
+) -> tuple[config.Pieces, config.Blocks]:
+    """The dimensions and the tokens that a program of `documents` owns."""
+    width = config.shared_pieces(dim, normalize)
+    columns = min(128, max(16, 1 << (query_length - 1).bit_length()))
+    blocks = config.blocks("documents", capability, bits, sum(width[:3]), columns)
+    return width, blocks._replace(rows=min(blocks.rows, document_length))
+
+
 def _empty(X: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
     make = torch.empty if cu_seqlens is None else torch.zeros
     return make(X.shape, dtype=dtype, device=X.device)
@@ -171,5 +179,5 @@ def _groups(dim: int, width: tuple[int, int, int, bool]) -> int:
 
 
 def _bucket(length: int) -> int:
-    """Document tokens of a tile at most: the next power of two, from 16 on."""
+    """The next power of two, from 16 on."""
     return max(16, 1 << max(0, length - 1).bit_length())

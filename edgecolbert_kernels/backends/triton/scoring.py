@@ -17,7 +17,7 @@ from edgecolbert_kernels.backends.triton.launch import INTERPRETED, MOST_PROGRAM
 MOST_COLUMNS = 128
 
 _ALIGNED = (0, 1, 12, 13, 14, 15, 16)  # q_ptr, d_ptr and the strides of `score`
-_variants: dict[Any, tuple[Variant, int]] = {}
+_variants: dict[Any, Variant] = {}
 
 
 def forward(
@@ -119,11 +119,12 @@ def _launch(
     else:
         tokens, group = q_length, 1
     columns = min(MOST_COLUMNS, max(16, 1 << (group * tokens - 1).bit_length()))
+    tf32 = torch.float32 in (Q.dtype, D.dtype) and tf32_allowed()
     key = (
         *(Q.dtype, D.dtype, which, q_shape[-1], columns, group, Q.device.index),
         *(q_mask is None, d_mask is None, cu_q is None, cu_d is None, scales is None, normalize, precision),
         *(d_mask is not None and mask_mode == "zero", argmax is None, argmax is not None and argmax.dtype, grad is None),
-        torch.backends.cuda.matmul.allow_tf32,
+        tf32,
     )
     variant = _variants.get(key)
     if variant is None:
@@ -151,6 +152,19 @@ def products(Q: torch.dtype, D: torch.dtype, precision: str, tf32: bool) -> tupl
     if Q is D and Q is not torch.float32 and not (INTERPRETED and Q is torch.bfloat16):
         return (tl.float16 if Q is torch.float16 else tl.bfloat16), "tf32"
     return tl.float32, "tf32" if tf32 else "tf32x3" if precision == "fast" else "ieee"
+
+
+def tf32_allowed() -> bool:
+    """PyTorch's own switch for float32 products."""
+    try:
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:  # it was set by the newer of its two names
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def forget() -> None:
+    """Choose blocks anew."""
+    _variants.clear()
 
 
 def capability(device: int | None) -> int:
