@@ -230,6 +230,8 @@ def score(
             at_best = (best == value[None, :]) | (best != best)
             winner = tl.min(tl.where(at_best, won + rows[:, None], LATEST), 0)
             winner = tl.minimum(tl.where(value == float("-inf"), begin, winner), end - 1)
+            if NORMALIZE:
+                winner = tl.where(q_squares - q_squares == 0, winner, begin)
             chosen = q_kept & found
             if D_MASK:
                 won_by_kept = tl.load(d_mask_ptr + d_mask_base + winner, mask=chosen, other=0) != 0
@@ -251,7 +253,8 @@ def score(
             tl.store(argmax_ptr + entry, winner.to(argmax_ptr.dtype.element_ty), mask=stored)
         if not SKIP:
             if NORMALIZE:
-                value *= inverse_norm(q_squares)
+                # A query token with an infinity is no direction: all its similarities are NaN, the first of which wins.
+                value = tl.where(q_squares - q_squares == 0, value * inverse_norm(q_squares), float("nan"))
             value = tl.where(q_kept & found, value, 0.0)
             sums += tl.sum(tl.where(which[None, :] == slot[:, None], value[None, :], 0.0), 1)
     if not SKIP:
