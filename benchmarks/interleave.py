@@ -22,7 +22,8 @@ class Contender:
     ``call(turn)`` does the work once; the number of the round picks the inputs, so that they can rotate past the
     caches. ``operations`` counts 2 per multiply-add, 0 where a rate means nothing. ``peak`` names the contender of the
     same case whose rate is the limit. A contender with ``returns_rate`` is such a limit: it times itself and returns
-    G operations/s. ``missing`` says why it cannot run here.
+    G operations/s. ``missing`` says why it cannot run here. ``tolerance`` stands for the case's where a contender is
+    inexact by design: its error is a column all the same.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Contender:
     peak: str | None = None
     returns_rate: bool = False
     missing: str | None = None
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
