@@ -6,6 +6,7 @@
 from collections.abc import Iterator
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from benchmarks import contenders, suite
@@ -32,6 +33,10 @@ def projected(_turn: int) -> torch.Tensor:
     return hidden @ weight.T
 
 
+def error(found: torch.Tensor | np.ndarray, expected: torch.Tensor) -> float:
+    return suite.largest_error(np.asarray(found, np.float64), expected)
+
+
 def cases() -> Iterator[suite.Case]:
     hidden, mask, weight = inputs()
     states = projected(0)
@@ -42,23 +47,25 @@ def cases() -> Iterator[suite.Case]:
         parameters=shared,
         references=("pack",),
         contenders=[
-            Contender("pack", lambda _turn: torch.from_numpy(pack(hidden, mask, weight).tokens), missing=missing),
+            Contender("pack", lambda _turn: pack(hidden, mask, weight).tokens, missing=missing),
             Contender("torch eager", lambda _turn: eager(hidden, mask, weight).half()),
             Contender("the matmul alone", lambda turn: projected(turn)[mask], tolerance=float("inf")),
         ],
         rounds=(21, 7),
         expected=lambda: eager(hidden.double(), mask, weight.double()),
+        error=error,
     )
     yield suite.Case(
         name="pack",
         parameters=shared,
         references=("pack",),
         contenders=[
-            Contender("pack", lambda _turn: torch.from_numpy(pack(states, mask).tokens), missing=missing),
+            Contender("pack", lambda _turn: pack(states, mask).tokens, missing=missing),
             Contender("torch eager", lambda _turn: torch.nn.functional.normalize(states, dim=-1)[mask].half()),
         ],
         rounds=(41, 13),
         expected=lambda: eager(hidden.double(), mask, weight.double()),
+        error=error,
     )
 
 

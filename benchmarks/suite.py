@@ -93,7 +93,7 @@ def rows(case: Case, contenders: Sequence[Contender], *, quick: bool, label: str
         values = samples.values[contender.name]
         row = {**shared, "contender": contender.name}
         if contender.returns_rate:
-            made.append({**row, "unit": "G operations/s", **quantiles(values)})
+            made.append({**row, "unit": contender.rate_unit, **quantiles(values)})
             continue
         row |= {"unit": "ms", **quantiles(1e3 * values)}
         row["error"] = float(f"{errors[contender.name]:.2g}")
