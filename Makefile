@@ -37,7 +37,7 @@ bench-quick: $(BIN)/.bench module  ## the main benchmarks in under 3 minutes; le
 	$(BIN)/python -m benchmarks.all --quick $(BENCH)
 
 docs: $(BIN)/.docs  ## the pages in build/site, every link checked (MKDOCS=serve to watch them)
-	$(BIN)/mkdocs $(MKDOCS) --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(MKDOCS) --strict
 
 lint: $(BIN)/.lint  ## ruff, clang-format and mypy; changes nothing
 	$(BIN)/ruff check .

@@ -128,9 +128,7 @@ def cases() -> Iterator[suite.Case]:
     yield suite.Case(
         name=f"batch {BATCH}, chunks of {CHUNK}",
         parameters={"batch": BATCH, "chunk": CHUNK, "dim": DIM, "hidden": HIDDEN, "layers": LAYERS, **LENGTHS},
-        contenders=[
-            Contender(name, lambda _turn, name=name: gradients(name), missing=missing) for name in STEPS
-        ],
+        contenders=[Contender(name, lambda _turn, name=name: gradients(name), missing=missing) for name in STEPS],
         references=("GradCache, fused loss", "one piece, fused loss"),
         rounds=(9, 3),
         expected=lambda: gradients("one piece, eager loss"),

@@ -62,9 +62,7 @@ def case(name: str, tokens: float, ours: Callable, eager: Callable, rounds: tupl
             contenders.peak("f32"),
             Contender("exact", lambda _turn: ours(inputs()), operations, "peak f32", missing=missing),
             contenders.peak("i16"),
-            Contender(
-                "fast", lambda _turn: ours(inputs(), precision="fast"), operations, "peak i16", missing=missing
-            ),
+            Contender("fast", lambda _turn: ours(inputs(), precision="fast"), operations, "peak i16", missing=missing),
             Contender("torch eager fp32", lambda _turn: eager(inputs()), operations, "peak f32"),
         ],
         rounds=rounds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ COLORS = {
 OTHERS = ("#0c8599", "#e67700", "#5f3dc4", "#66a80f", "#a61e4d", "#1971c2")
 
 
-def color(name: str) -> str:
-    return COLORS.get(name) or OTHERS[sum(map(ord, name)) % len(OTHERS)]
+def colors(names: Sequence[str]) -> dict[str, str]:
+    """A colour a contender: its own in every picture, or the next that is free in this one."""
+    free = itertools.cycle(OTHERS)
+    return {name: COLORS.get(name) or next(free) for name in dict.fromkeys(names)}
 
 
 @contextlib.contextmanager
@@ -81,10 +84,11 @@ def ratios(rows: Rows, path: Path) -> bool:
     bars["exact"] = 1.0
     names = sorted(bars, key=bars.__getitem__)
     with figure(path, height=0.8 + 0.28 * len(names)) as axes:
-        drawn = axes.barh(names, [bars[name] for name in names], color=[color(name) for name in names], height=0.65)
+        drawn = axes.barh(names, [bars[name] for name in names], color=list(colors(names).values()), height=0.65)
         axes.bar_label(drawn, [f" {bars[name]:.3g}x" for name in names], color=GREY, fontsize=8)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
+        axes.margins(x=0.08)
         axes.set(xlabel="time over that of exact (1 query x 1000 documents x 300 tokens, d = 48, one thread)")
     return True
 
@@ -107,9 +111,9 @@ def roofline(rows: Rows, path: Path) -> bool:
             axes.plot([4, top], [4 * bandwidth, top * bandwidth], color=GREY, linewidth=1)
             axes.annotate(f"{bandwidth:.3g} GB/s", (4.3, 4.6 * bandwidth), fontsize=8, color=GREY, rotation=35)
         labelled = set()
-        for row in rows:
-            if row["suite"] not in ("rerank", "batch") or row["unit"] != "ms":
-                continue
+        timed = [row for row in rows if row["suite"] in ("rerank", "batch") and row["unit"] == "ms"]
+        drawn_in = colors([row["contender"] for row in timed])
+        for row in timed:
             name, operations = row["contender"], 2.0 * row["num_queries"] * row["query_length"] * row["dim"]
             operations *= row["num_documents"] * row["length"]
             bytes_a_value = 1 if name.startswith("int8") else 4 if "fp32" in name or name == "maxsim-cpu" else 2
@@ -118,10 +122,10 @@ def roofline(rows: Rows, path: Path) -> bool:
             labelled.add(name)
             axes.plot(
                 operations / size, operations / row["p50"] / 1e6, "os"[row["suite"] == "batch"],
-                color=color(name), label=label, markersize=4.5, alpha=0.85,
+                color=drawn_in[name], label=label, markersize=4.5, alpha=0.85,
             )  # fmt: skip
         axes.set(xlabel="operations a byte of documents (circles: 1 query, squares: 32)", ylabel="G operations/s")
-        axes.legend(ncols=2, loc="lower right")
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return True
 
 
@@ -145,10 +149,12 @@ def lines(
     series = {name: points for name, points in series.items() if len(points) > 1}
     if not series:
         return False
+    drawn_in = colors(list(series))
     with figure(path) as axes:
         for name, points in series.items():
             places = sorted(points)
-            axes.plot(places, [points[place] for place in places], "o-", color=color(name), label=name, markersize=3.5)
+            values = [points[place] for place in places]
+            axes.plot(places, values, "o-", color=drawn_in[name], label=name, markersize=3.5)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         if log:
             axes.set(xscale="log", yscale="log")
@@ -222,12 +228,12 @@ def memory(rows: Rows, path: Path) -> bool:
     names = list(bars)
     with figure(path, height=0.8 + 0.28 * len(names)) as axes:
         ours = ("fused", "GradCache, fused")
-        colors = [COLORS["exact"] if name.startswith(ours) else COLORS["torch eager fp32"] for name in names]
-        drawn = axes.barh(names, [bars[name] for name in names], color=colors, height=0.65)
+        shades = [COLORS["exact"] if name.startswith(ours) else COLORS["torch eager fp32"] for name in names]
+        drawn = axes.barh(names, [bars[name] for name in names], color=shades, height=0.65)
         axes.bar_label(drawn, [f" {bars[name]:,.0f}" for name in names], color=GREY, fontsize=8)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        axes.set(xscale="log", xlabel="MB beside inputs and gradients")
+        axes.set(xscale="log", xlim=(1, 4 * max(bars.values())), xlabel="MB beside inputs and gradients")
     return True
 
 

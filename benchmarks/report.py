@@ -122,7 +122,10 @@ def targets_table(machines: Mapping[Machine, Rows], targets: Sequence[Target]) -
 
 
 def machines_table(machines: Mapping[Machine, Rows]) -> str:
-    lines = ["| machine | as the system names it | compiler | torch | measured | at commit |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| machine | as the system names it | compiler | torch | measured | at commit |",
+        "|---|---|---|---|---|---|",
+    ]
     for which, rows in machines.items():
         values = {
             name: ", ".join(sorted({str(row[name]) for row in rows if row.get(name)}))
@@ -210,8 +213,8 @@ INTRODUCTION = """\
 
 <!-- Written by python -m benchmarks.report from benchmarks/results: run it again instead of changing this page. -->
 
-    make bench          # every suite, the numbers to reach; under 30 minutes
-    make bench-quick    # the short form; under 3 minutes, changes no committed result
+    make bench          # every suite, under 30 minutes
+    make bench-quick    # the main ones, under 3 minutes; no committed result changes
 
 Contenders take turns in one process, each is checked against float64 before it is timed, and the peaks are measured in the
 same rounds; a ratio is the median over rounds of two times of one round. The numbers are p50 (p20 to p80). The machines were

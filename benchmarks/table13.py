@@ -108,7 +108,12 @@ def encode(folder: Path, size: str, documents: int) -> dict[str, Any]:
         encoder.save(folder / f"model-{dim}")
         encoder.backbone = None
     writers = {dim: PackedWriter(folder / f"packed-{dim}", dim=dim, dtype="float16") for dim in DIMS}
-    spent = {"tokenize": 0.0, "backbone": 0.0, **{f"head {dim}": 0.0 for dim in DIMS}, **{f"pack {dim}": 0.0 for dim in DIMS}}
+    spent = {
+        "tokenize": 0.0,
+        "backbone": 0.0,
+        **{f"head {dim}": 0.0 for dim in DIMS},
+        **{f"pack {dim}": 0.0 for dim in DIMS},
+    }
 
     def timed(name: str, call, *arguments, **options):
         start = time.perf_counter()
@@ -143,7 +148,10 @@ def score(folder: Path, dim: int) -> dict[str, Any]:
     with torch.inference_mode():
         given = encoder.tokenize(list(texts(QUERIES, QUERY_LENGTH, seed=2)), True)
         queries = torch.cat(
-            [encoder(i, m) for i, m in zip(given["input_ids"].split(BATCH), given["attention_mask"].split(BATCH), strict=True)]
+            [
+                encoder(i, m)
+                for i, m in zip(given["input_ids"].split(BATCH), given["attention_mask"].split(BATCH), strict=True)
+            ]
         )
     query_seconds = time.perf_counter() - start
     del encoder
@@ -204,7 +212,9 @@ def apart(python: str, *arguments: object) -> dict[str, Any]:
     """One of the functions above in a process of its own; what it shows, such as its progress, is seen."""
     command = [python, "-m", "benchmarks.table13", "--do", *map(str, arguments)]
     paths = os.pathsep.join(filter(None, [str(machine.ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "PYTHONPATH": paths})
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "PYTHONPATH": paths}
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 

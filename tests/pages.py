@@ -117,6 +117,8 @@ def problem(words: list[str]) -> str | None:
         return _script(arguments[0], [])
     if words[0].startswith(("tools/", ".ci/")):
         return _script(words[0], arguments)
+    if program in ("cd", "git"):
+        return None
     if program == "edgecolbert":
         return _edgecolbert(arguments)
     return f"{words[0]!r} is a command that tests/pages.py cannot check: mark the block"
@@ -145,7 +147,8 @@ def _script(path: str, arguments: list[str]) -> str | None:
 
 def _module(name: str, arguments: list[str]) -> str | None:
     if name in ("venv", "pip", "pytest"):
-        return next((f"there is no {word}" for word in arguments if word.startswith("tests/") and not (ROOT / word).exists()), None)
+        missing = [word for word in arguments if word.startswith("tests/") and not (ROOT / word).exists()]
+        return f"there is no {missing[0]}" if missing else None
     file = ROOT / Path(*name.split("."))
     files = [file.with_suffix(".py")] if file.with_suffix(".py").exists() else sorted(file.glob("*.py"))
     if not files:

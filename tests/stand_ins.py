@@ -30,7 +30,11 @@ def a_training_batch() -> dict:
 
 
 def candidates() -> dict:
-    return {"D": tokens(4, 3, 7, 8).requires_grad_(), "d_mask": torch.rand(4, 3, 7) < 0.8, "teacher_scores": torch.randn(4, 3)}
+    return {
+        "D": tokens(4, 3, 7, 8).requires_grad_(),
+        "d_mask": torch.rand(4, 3, 7) < 0.8,
+        "teacher_scores": torch.randn(4, 3),
+    }
 
 
 def an_encoder() -> dict:

@@ -7,11 +7,11 @@ import subprocess
 import sys
 import textwrap
 
-import pages
 import pytest
-import stand_ins
 import torch
 
+import pages
+import stand_ins
 from edgecolbert_kernels.integrations import pylate
 
 BLOCKS = {page: pages.blocks(page) for page in pages.PAGES}
@@ -43,7 +43,9 @@ def test_python(page, elsewhere, capsys):
         code = compile("\n" * (block.line - 1) + block.code, block.place.partition(":")[0], "exec")
         if block.not_run or not all(map(pages.installed, block.needs)):
             continue
-        keys = [key for key in (*stand_ins.GIVEN, *stand_ins.AFTERWARDS) if key[0] == page.name and key[1] in block.code]
+        keys = [
+            key for key in (*stand_ins.GIVEN, *stand_ins.AFTERWARDS) if key[0] == page.name and key[1] in block.code
+        ]
         for key in keys:
             names.update(stand_ins.GIVEN.get(key, dict)())
         exec(code, names)
@@ -147,5 +149,7 @@ def test_a_wrong_command_is_found(command, capsys):
 
 
 def test_broken_links_are_found(tmp_path, monkeypatch):
-    page = write(tmp_path, monkeypatch, "# A *title*\n\n[a](page.md#a-title) [b](page.md#b) [c](none.md) [d](#a-title)\n")
+    page = write(
+        tmp_path, monkeypatch, "# A *title*\n\n[a](page.md#a-title) [b](page.md#b) [c](none.md) [d](#a-title)\n"
+    )
     assert pages.broken_links(page) == ["page.md#b", "none.md"]

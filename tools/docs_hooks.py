@@ -37,7 +37,9 @@ def on_files(files, config):
         if suffix in BINARY:
             made = File.generated(config, place(path), content=(ROOT / path).read_bytes())
         elif suffix == ".md":
-            text = re.sub(r"\]\((?!https?:|#)[^)]*\)", "]", (ROOT / path).read_text())  # its own links lead nowhere here
+            text = re.sub(
+                r"\]\((?!https?:|#)[^)]*\)", "]", (ROOT / path).read_text()
+            )  # its own links lead nowhere here
             made = File.generated(config, place(path), content=text)
         else:
             code = (ROOT / path).read_text()
