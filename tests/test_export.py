@@ -56,7 +56,7 @@ def queries(documents):
 
 
 # Approximate indexes: with every cluster probed and every document scored, what is left is the rounding to 8 bits.
-ALL = {"n_ivf_probe": 10_000, "n_full_scores": 10_000}
+ALL = {"n_ivf_probe": 64, "n_full_scores": 4096}
 
 
 def test_fast_plaid(documents, queries, tmp_path):

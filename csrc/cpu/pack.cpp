@@ -92,7 +92,8 @@ int64_t pack(const Kernels& kernels, const PackCall& call) {
     }
   };
   // Runs of neighbours, so that a thread knows which document it reads next.
-  const int64_t runs = threads == 1 ? std::min<int64_t>(source.count, 1) : std::min(source.count, int64_t(threads) * 16);
+  const int64_t runs =
+      threads == 1 ? std::min<int64_t>(source.count, 1) : std::min(source.count, int64_t(threads) * 16);
   parallel_for(runs, threads, [&](int64_t run, int thread) {
     const int64_t begin = source.count * run / runs, end = source.count * (run + 1) / runs;
     StoreJob job{};

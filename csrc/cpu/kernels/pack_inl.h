@@ -1,9 +1,9 @@
 // Token rows to packed storage and back: one pass over the rows, nothing between them and the result.
 //
 // A row costs a load, a conversion and a store a register; with normalisation a load and a multiply-add more, and a
-// horizontal sum, square root and division, which rows share a register at a time. int8 looks at a whole document before
-// it rounds the first value: its second pass finds the rows in the second-level cache. Memory is so fast that the
-// instructions around a row count: rows of the usual lengths have loops of their own, without a counter.
+// horizontal sum, square root and division, which rows share a register at a time. int8 looks at a whole document
+// before it rounds the first value: its second pass finds the rows in the second-level cache. Memory is so fast that
+// the instructions around a row count: rows of the usual lengths have loops of their own, without a counter.
 #pragma once
 
 namespace {
@@ -38,8 +38,8 @@ class Sink {
   }
 
  private:
-  // Lines leave in short bursts, since reads wait for a long one. The youngest bytes stay: a load of a line would wait for
-  // the narrower stores that have just made it, and these for all lines before them.
+  // Lines leave in short bursts, since reads wait for a long one. The youngest bytes stay: a load of a line would wait
+  // for the narrower stores that have just made it, and these for all lines before them.
   static constexpr int64_t kBurstBytes = 512, kYoungBytes = 1024;
 
   // All whole lines before stage_[end].
@@ -155,13 +155,14 @@ constexpr int kNormsAhead = 16;
   return Simd::divide(Simd::broadcast(1.0f), Simd::maximum(Simd::broadcast(kNormEpsilon), norm));
 }
 
-// int8 goes over a document twice, and memory shall not wait while the second pass reads the cache: of the next document
-// five eighths are fetched by this one's second pass, the others by its own first.
+// int8 goes over a document twice, and memory shall not wait while the second pass reads the cache: of the next
+// document five eighths are fetched by this one's second pass, the others by its own first.
 template <class From>
 class Pace : public Rows<From> {
  public:
   explicit Pace(StoreJob& job) : Rows<From>(job), length_(job.source.length), there_(job.fetched) {
-    const int64_t most = kMostBytes / (int64_t(sizeof(From)) * job.dim), share = job.next ? job.next->length * 5 / 8 : 0;
+    const int64_t most = kMostBytes / (int64_t(sizeof(From)) * job.dim),
+                  share = job.next ? job.next->length * 5 / 8 : 0;
     if (length_ > 0) step_ = ((share < most ? share : most) << 16) / length_;
   }
 
