@@ -87,7 +87,7 @@ def test_workers(encoder, start, initialise):
             collate_fn=Mine(make("Contrastive", encoder)[0]),
             multiprocessing_context=start,
             worker_init_fn=initialise,
-            timeout=120,
+            timeout=600,  # a spawned worker has PyLate to import
         )
         found = list(loader)
     for (value, hits), expected in zip(found, wanted, strict=True):
@@ -100,7 +100,8 @@ def step(rank, loss, batches, patched):
     inputs, labels = batches[rank]
     with using_pylate() if patched else contextlib.nullcontext():
         before = sum(patching.hits().values())
-        module = DistributedDataParallel(copy.deepcopy(loss))
+        # The encoder's pooler is not used.
+        module = DistributedDataParallel(copy.deepcopy(loss), find_unused_parameters=True)
         value = module([dict(each) for each in inputs], labels)
         value.backward()
         hits = sum(patching.hits().values()) - before
