@@ -143,6 +143,10 @@ def score(folder: Path, dim: int) -> dict[str, Any]:
     from edgecolbert_kernels import PackedEmbeddings, maxsim
     from training import model
 
+    # First of all, while no freed memory is there that could be used again unseen.
+    before = resident()
+    documents = PackedEmbeddings.load(folder / f"packed-{dim}", mmap=False)
+    memory = resident() - before
     encoder = model.load(folder / f"model-{dim}")
     start = time.perf_counter()
     with torch.inference_mode():
@@ -156,9 +160,6 @@ def score(folder: Path, dim: int) -> dict[str, Any]:
     query_seconds = time.perf_counter() - start
     del encoder
     gc.collect()
-    before = resident()
-    documents = PackedEmbeddings.load(folder / f"packed-{dim}", mmap=False)
-    memory = resident() - before
     maxsim(queries[:1], documents[:16])  # pools of threads grow with the first call
     found = {"documents": len(documents), "query_s": query_seconds, "memory_mib": memory}
     for precision in ("exact", "fast"):
