@@ -21,7 +21,7 @@ CPP = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp')
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(BIN)/.demo module  ## search over real text, with quality and speed (DEMO="--data DIR" for a BEIR folder)
+demo: $(BIN)/.demo module  ## train on the standard library's docstrings, then search (DEMO="--no-train", or "--data DIR" for a BEIR folder)
 	$(BIN)/python -m demo $(DEMO)
 
 test: $(BIN)/.test module  ## all tests (PYTEST="-k masks" to choose)
