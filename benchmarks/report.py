@@ -47,6 +47,7 @@ TITLES = {
     "pylate_rerank": "PyLate, as it is and patched",
     "pylate_step": "A training step of PyLate",
     "quality": "nDCG@10 by storage and precision",
+    "gpu": "The kernels of the GPU",
     "table13": "Encode a collection and score it with 650 queries",
 }
 
@@ -55,7 +56,7 @@ def load(folder: Path) -> list[dict]:
     rows = []
     for path in sorted(folder.glob("*.jsonl")):
         rows += [json.loads(line) for line in path.read_text().splitlines()]
-    return rows
+    return [row for row in rows if "contender" in row]
 
 
 def by_machine(rows: Rows) -> dict[Machine, list[Mapping]]:
@@ -93,7 +94,7 @@ def cell(target: Target, rows: Rows) -> str:
         return "not measured"
     row, value = found
     verdict = "yes" if target.reached(value["p50"]) else "**no**"
-    return f"{verdict}: {spread(value, target.unit)}" + (", busy" if row["waited"] > BUSY else "")
+    return f"{verdict}: {spread(value, target.unit)}" + (", busy" if row.get("waited", 0) > BUSY else "")
 
 
 def belongs(target: Target, which: Machine) -> bool:
@@ -116,7 +117,7 @@ def targets_table(machines: Mapping[Machine, Rows], targets: Sequence[Target]) -
             cells[1:] = [""] * (len(cells) - 1)
             file = ""
         else:
-            file = f"{target.at[0]}.jsonl"
+            file = "gpu-*.jsonl" if target.at[0] == "gpu" else f"{target.at[0]}.jsonl"
         lines.append(f"| {target.text} | {target.wanted} | " + " | ".join(cells) + f" | {file} |")
     return "\n".join(lines)
 
@@ -182,9 +183,27 @@ def table13(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def gpu_table(rows: Rows) -> str:
+    lines = [
+        "| case | contender | device, ms | wall, ms | TFLOP/s | of the bandwidth | GB | device time over that of | error |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        rate = number(row["TFLOP/s"]["p50"]) if "TFLOP/s" in row else ""
+        share = f"{row['percent_of_memory']['p50']:.0f} %" if "percent_of_memory" in row else ""
+        ratio = ", ".join(f"{name} {value['p50']:.3g}x" for name, value in row.get("ratio", {}).items())
+        lines.append(
+            f"| {row['case']} | {row['contender']} | {spread(row['device'])} | {number(row['wall']['p50'])} | {rate} | {share} "
+            f"| {row.get('GB') or ''} | {ratio} | {row.get('error', '')} |"
+        )
+    return "\n".join(lines)
+
+
 def suite_table(name: str, rows: Rows) -> str | None:
     if name == "table13":
         return table13(rows)
+    if name == "gpu":
+        return gpu_table(rows)
     if name == "quality":
         return quality_table(rows)
     return result_table(rows) if all("p50" in row for row in rows) else None
@@ -242,7 +261,7 @@ def terminal(rows: Rows, targets: Sequence[Target]) -> str:
             continue
         row, value = found
         verdict = "yes" if target.reached(value["p50"]) else "NO"
-        busy = "  busy machine" if row["waited"] > BUSY else ""
+        busy = "  busy machine" if row.get("waited", 0) > BUSY else ""
         lines.append(f"{target.text:<64}{target.wanted:>12}  {spread(value, target.unit):<28}{verdict}{busy}")
     return "\n".join(lines)
 

@@ -179,7 +179,7 @@ def test_targets_that_are_bounds_from_above():
 
 def test_every_target_names_a_suite_and_its_contender():
     """A renamed case or contender would read as not measured."""
-    # GPU suites, and rows that a suite derives from its samples, are known when they have run.
+    # The suite of the GPU names its goals itself; rows that a suite derives from its samples are known when it has run.
     derived = ("overhead", ", saved", ", memory")
     for each in (*targets.TARGETS, *targets.FURTHER):
         suite_name, case_name, contender = each.at
@@ -207,3 +207,16 @@ def test_the_page_has_every_machine_and_picture(tmp_path, monkeypatch):
     assert pictures
     assert all((tmp_path / path).exists() for path in pictures)
     assert "nan" not in page
+
+
+def test_rows_of_a_gpu():
+    made = {
+        "suite": "gpu", "cpu": "c", "gpu": "NVIDIA H100 80GB HBM3", "date": "2026-01-01", "unit": "ms",
+        "case": "1 x 1k x 300, d 48", "contender": "fused", "device": quantiles(0.01), "wall": quantiles(0.02),
+        "TFLOP/s": quantiles(90), "percent_of_memory": quantiles(80), "error": 1e-5, "ratio": {},
+    }  # fmt: skip
+    wanted = next(each for each in targets.TARGETS if each.at[0] == "gpu")
+    assert report.cell(wanted, [made]) == "yes: 0.02 ms (0.0196 to 0.0204)"
+    machines = report.by_machine([made])
+    assert "yes: 0.02 ms" in report.targets_table(machines, [wanted])
+    assert "| 90 | 80 % |" in report.suite_table("gpu", [made])
