@@ -280,9 +280,11 @@ def main() -> None:
         print(terminal(here, [*TARGETS, *FURTHER]))
         return
     IMAGES.mkdir(parents=True, exist_ok=True)
-    for old in IMAGES.glob("*.svg"):
-        old.unlink()
-    PAGE.write_text(page(rows))
+    text = page(rows)
+    PAGE.write_text(text)
+    for picture in IMAGES.glob("*.svg"):
+        if picture.name not in text:
+            picture.unlink()
     print(f"{PAGE}: {len(by_machine(rows))} machines, {len(rows)} rows, {len(list(IMAGES.glob('*.svg')))} pictures")
 
 
