@@ -3,7 +3,7 @@
 # below build/sanitize, so that the module in use stays as it is. Arguments go to pytest.
 #
 # Leaks are not looked for: the interpreter and torch keep memory until the process ends. Left out: tests of the build,
-# of the layers and of the demo, which run no kernel on memory of their own.
+# of the layers, of the pages, of the benchmarks and of the demo, which run no kernel on memory of their own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -47,4 +47,5 @@ compiler=$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' "$objects/CMakeCache.txt")
 LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)" \
   python -m pytest tests -n auto --ignore=tests/test_objects.py --ignore=tests/test_layers.py \
   --ignore=tests/test_no_torch.py --ignore=tests/test_demo.py --ignore-glob='*/test_training_*.py' \
+  --ignore=tests/test_documentation.py --ignore=tests/test_benchmarks.py --ignore=tests/test_release.py \
   --deselect=tests/test_cli.py::test_eval --deselect=tests/test_cli.py::test_metrics_by_hand "$@"
