@@ -56,7 +56,7 @@ def load(folder: Path) -> list[dict]:
     rows = []
     for path in sorted(folder.glob("*.jsonl")):
         rows += [json.loads(line) for line in path.read_text().splitlines()]
-    return [row for row in rows if "contender" in row]
+    return [row for row in rows if "cpu" in row and "suite" in row]
 
 
 def by_machine(rows: Rows) -> dict[Machine, list[Mapping]]:
@@ -183,6 +183,16 @@ def table13(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def plain_table(rows: Rows) -> str:
+    """Whatever a suite without times of contenders writes, the machine's facts left out."""
+    facts = {"suite", "quick", *machine.facts(), *(package.replace("-", "_") for package in machine.PACKAGES)}
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in facts))
+    names = [name for name in names if all(not isinstance(row.get(name), (dict, list)) for row in rows)]
+    lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---" * len(names) + "|"]
+    lines += ["| " + " | ".join(str(row.get(name, "")) for name in names) + " |" for row in rows]
+    return "\n".join(lines)
+
+
 def gpu_table(rows: Rows) -> str:
     lines = [
         "| case | contender | device, ms | wall, ms | TFLOP/s | of the bandwidth | GB | device time over that of | error |",
@@ -199,14 +209,15 @@ def gpu_table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def suite_table(name: str, rows: Rows) -> str | None:
+def suite_table(name: str, rows: Rows) -> str:
     if name == "table13":
         return table13(rows)
     if name == "gpu":
         return gpu_table(rows)
     if name == "quality":
         return quality_table(rows)
-    return result_table(rows) if all("p50" in row for row in rows) else None
+    times = all({"case", "contender", "unit", "p50"} <= row.keys() for row in rows)
+    return result_table(rows) if times else plain_table(rows)
 
 
 def machine_section(which: Machine, rows: Rows) -> list[str]:
@@ -219,8 +230,8 @@ def machine_section(which: Machine, rows: Rows) -> list[str]:
     names = [*TITLES, *sorted({row["suite"] for row in rows} - TITLES.keys())]
     for each in names:
         chosen = [row for row in rows if row["suite"] == each]
-        table = suite_table(each, chosen) if chosen else None
-        if table:
+        if chosen:
+            table = suite_table(each, chosen)
             quick = " (a short run)" if any(row.get("quick") for row in chosen) else ""
             summary = f"<summary>{TITLES.get(each, each)}{quick}</summary>"
             parts.append(f'<details markdown="1">\n{summary}\n\n{table}\n\n</details>')

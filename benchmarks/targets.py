@@ -51,7 +51,7 @@ class Target:
 
 
 def find(rows: Sequence[Row], at: tuple[str, str, str]) -> Row | None:
-    found = (row for row in rows if (row["suite"], row["case"], row["contender"]) == at)
+    found = (row for row in rows if (row["suite"], row.get("case"), row.get("contender")) == at)
     return next(found, None)
 
 

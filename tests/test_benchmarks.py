@@ -220,3 +220,8 @@ def test_rows_of_a_gpu():
     machines = report.by_machine([made])
     assert "yes: 0.02 ms" in report.targets_table(machines, [wanted])
     assert "| 90 | 80 % |" in report.suite_table("gpu", [made])
+
+
+def test_rows_that_are_no_times():
+    rows = [{"suite": "quality", "case": "a", "cpu": "c", "date": "2026-01-01", "ndcg": 0.5, "more": [1]}]
+    assert report.suite_table("other", rows) == "| case | ndcg |\n|---|---|\n| a | 0.5 |"
