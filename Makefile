@@ -63,8 +63,8 @@ objects: $(BIN)/.base  ## the objects of the instruction sets alone, in build/na
 	    -DEDGECOLBERT_PYTHON=OFF -DEDGECOLBERT_NATIVE_TESTS=ON
 	$(BIN)/cmake --build build/native --target isa_objects
 
-fuzz: $(BIN)/.test module  ## damaged folders of packed embeddings against their reader (FUZZ_SECONDS=60; 600 by default)
-	$(BIN)/python -m tools.fuzz_packed $(FUZZ_SECONDS)
+fuzz: $(BIN)/.test  ## damaged folders of packed embeddings against their reader, under AddressSanitizer (FUZZ_SECONDS=60; 600 by default)
+	PATH="$(abspath $(BIN)):$$PATH" tools/sanitize.sh --fuzz $(FUZZ_SECONDS)
 
 spills: objects  ## register spills in the hot loops of those objects
 	$(BIN)/python tools/spills.py $$(awk '$$1 != "scalar" { print $$2 }' build/native/isa_objects.txt)
