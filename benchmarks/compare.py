@@ -72,7 +72,9 @@ def read(path: Path) -> dict[Key, Row]:
         raise SystemExit(f"{path}: no .jsonl file in it")
     rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return {
-        (row["cpu"], row.get("gpu"), row["suite"], row["case"], row["contender"]): row for row in rows if "suite" in row
+        (row["cpu"], row.get("gpu"), row["suite"], row["case"], row["contender"]): row
+        for row in rows
+        if "contender" in row
     }
 
 

@@ -64,7 +64,7 @@ def figure(path: Path, width: float = 7.2, height: float = 3.4, **options: Any) 
 
 
 def of(rows: Rows, suite: str, case: str | None = None) -> list[Mapping]:
-    return [row for row in rows if row["suite"] == suite and case in (None, row["case"])]
+    return [row for row in rows if row["suite"] == suite and case in (None, row.get("case"))]
 
 
 def ratios(rows: Rows, path: Path) -> bool:

@@ -47,6 +47,7 @@ TITLES = {
     "pylate_rerank": "PyLate, as it is and patched",
     "pylate_step": "A training step of PyLate",
     "quality": "nDCG@10 by storage and precision",
+    "gpu": "The kernels of the GPU",
     "table13": "Encode a collection and score it with 650 queries",
 }
 
@@ -55,7 +56,7 @@ def load(folder: Path) -> list[dict]:
     rows = []
     for path in sorted(folder.glob("*.jsonl")):
         rows += [json.loads(line) for line in path.read_text().splitlines()]
-    return rows
+    return [row for row in rows if "cpu" in row and "suite" in row]
 
 
 def by_machine(rows: Rows) -> dict[Machine, list[Mapping]]:
@@ -93,7 +94,7 @@ def cell(target: Target, rows: Rows) -> str:
         return "not measured"
     row, value = found
     verdict = "yes" if target.reached(value["p50"]) else "**no**"
-    return f"{verdict}: {spread(value, target.unit)}" + (", busy" if row["waited"] > BUSY else "")
+    return f"{verdict}: {spread(value, target.unit)}" + (", busy" if row.get("waited", 0) > BUSY else "")
 
 
 def belongs(target: Target, which: Machine) -> bool:
@@ -116,7 +117,7 @@ def targets_table(machines: Mapping[Machine, Rows], targets: Sequence[Target]) -
             cells[1:] = [""] * (len(cells) - 1)
             file = ""
         else:
-            file = f"{target.at[0]}.jsonl"
+            file = "gpu-*.jsonl" if target.at[0] == "gpu" else f"{target.at[0]}.jsonl"
         lines.append(f"| {target.text} | {target.wanted} | " + " | ".join(cells) + f" | {file} |")
     return "\n".join(lines)
 
@@ -182,12 +183,41 @@ def table13(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def suite_table(name: str, rows: Rows) -> str | None:
+def plain_table(rows: Rows) -> str:
+    """Whatever a suite without times of contenders writes, the machine's facts left out."""
+    facts = {"suite", "quick", *machine.facts(), *(package.replace("-", "_") for package in machine.PACKAGES)}
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in facts))
+    names = [name for name in names if all(not isinstance(row.get(name), (dict, list)) for row in rows)]
+    lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---" * len(names) + "|"]
+    lines += ["| " + " | ".join(str(row.get(name, "")) for name in names) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def gpu_table(rows: Rows) -> str:
+    lines = [
+        "| case | contender | device, ms | wall, ms | TFLOP/s | of the bandwidth | GB | device time over that of | error |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        rate = number(row["TFLOP/s"]["p50"]) if "TFLOP/s" in row else ""
+        share = f"{row['percent_of_memory']['p50']:.0f} %" if "percent_of_memory" in row else ""
+        ratio = ", ".join(f"{name} {value['p50']:.3g}x" for name, value in row.get("ratio", {}).items())
+        lines.append(
+            f"| {row['case']} | {row['contender']} | {spread(row['device'])} | {number(row['wall']['p50'])} | {rate} | {share} "
+            f"| {row.get('GB') or ''} | {ratio} | {row.get('error', '')} |"
+        )
+    return "\n".join(lines)
+
+
+def suite_table(name: str, rows: Rows) -> str:
     if name == "table13":
         return table13(rows)
+    if name == "gpu":
+        return gpu_table(rows)
     if name == "quality":
         return quality_table(rows)
-    return result_table(rows) if all("p50" in row for row in rows) else None
+    times = all({"case", "contender", "unit", "p50"} <= row.keys() for row in rows)
+    return result_table(rows) if times else plain_table(rows)
 
 
 def machine_section(which: Machine, rows: Rows) -> list[str]:
@@ -200,8 +230,8 @@ def machine_section(which: Machine, rows: Rows) -> list[str]:
     names = [*TITLES, *sorted({row["suite"] for row in rows} - TITLES.keys())]
     for each in names:
         chosen = [row for row in rows if row["suite"] == each]
-        table = suite_table(each, chosen) if chosen else None
-        if table:
+        if chosen:
+            table = suite_table(each, chosen)
             quick = " (a short run)" if any(row.get("quick") for row in chosen) else ""
             summary = f"<summary>{TITLES.get(each, each)}{quick}</summary>"
             parts.append(f'<details markdown="1">\n{summary}\n\n{table}\n\n</details>')
@@ -242,7 +272,7 @@ def terminal(rows: Rows, targets: Sequence[Target]) -> str:
             continue
         row, value = found
         verdict = "yes" if target.reached(value["p50"]) else "NO"
-        busy = "  busy machine" if row["waited"] > BUSY else ""
+        busy = "  busy machine" if row.get("waited", 0) > BUSY else ""
         lines.append(f"{target.text:<64}{target.wanted:>12}  {spread(value, target.unit):<28}{verdict}{busy}")
     return "\n".join(lines)
 
@@ -261,9 +291,11 @@ def main() -> None:
         print(terminal(here, [*TARGETS, *FURTHER]))
         return
     IMAGES.mkdir(parents=True, exist_ok=True)
-    for old in IMAGES.glob("*.svg"):
-        old.unlink()
-    PAGE.write_text(page(rows))
+    text = page(rows)
+    PAGE.write_text(text)
+    for picture in IMAGES.glob("*.svg"):
+        if picture.name not in text:
+            picture.unlink()
     print(f"{PAGE}: {len(by_machine(rows))} machines, {len(rows)} rows, {len(list(IMAGES.glob('*.svg')))} pictures")
 
 

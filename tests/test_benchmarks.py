@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import compare, inputs, interleave, machine, suite
+from benchmarks import compare, inputs, interleave, machine, report, suite, targets
 from benchmarks.interleave import Contender
 
 
@@ -138,3 +140,88 @@ def test_every_contender_has_a_turn_in_every_round():
     samples = interleave.interleave(made, 3)
     assert sorted(seen[2:]) == [(turn, name) for turn in range(3) for name in "ab"]
     assert {len(values) for values in samples.values.values()} == {3}
+
+
+def target(**options) -> targets.Target:
+    return targets.Target("number", "x", 2, ("s", "x", "torch eager"), targets.over("exact"), **options)
+
+
+def test_a_number_stands_under_its_machine():
+    """Two machines with the same row: neither's number appears in the other's column."""
+    made = [
+        {**row("torch eager", 9, ratio={"exact": quantiles(ratio)}), "cpu": cpu, "date": "2026-01-01", "waited": 0}
+        for cpu, ratio in (("first", 3.0), ("second", 1.5))
+    ]
+    table = report.targets_table(report.by_machine(made), [target()])
+    head, _, line = table.splitlines()
+    cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
+    assert cells["first"] == "yes: 3x (2.94 to 3.06)"
+    assert cells["second"] == "**no**: 1.5x (1.47 to 1.53)"
+
+
+def test_what_was_not_measured_says_where():
+    made = [{**row("torch eager", 9), "cpu": "first", "date": "2026-01-01", "waited": 0}]
+    table = report.targets_table(report.by_machine(made), [target(), target(on=targets.H100)])
+    assert "not measured on a CPU" in table.splitlines()[2]
+    assert "not measured on an H100" in table.splitlines()[3]
+
+
+def test_a_row_that_waited_is_marked():
+    waiting = {**row("torch eager", 9, ratio={"exact": quantiles(3)}), "waited": 0.2}
+    assert report.cell(target(), [waiting]).endswith("busy")
+
+
+def test_targets_that_are_bounds_from_above():
+    bound = targets.Target("number", " us", 15, ("s", "x", "overhead"), at_most=True)
+    assert bound.reached(15)
+    assert not bound.reached(16)
+
+
+def test_every_target_names_a_suite_and_its_contender():
+    """A renamed case or contender would read as not measured."""
+    # The suite of the GPU names its goals itself; rows that a suite derives from its samples are known when it has run.
+    derived = ("overhead", ", saved", ", memory")
+    for each in (*targets.TARGETS, *targets.FURTHER):
+        suite_name, case_name, contender = each.at
+        if each.on != targets.ANY_CPU or any(word in contender for word in derived):
+            continue
+        cases = {case.name: case for case in importlib.import_module(f"benchmarks.{suite_name}").cases()}
+        if suite_name == "isa" and machine.compiled_module() is None:
+            continue
+        assert case_name in cases, each
+        names = {found.name for found in cases[case_name].contenders}
+        # An instruction set that this CPU lacks, a second core.
+        assert contender in names or contender.startswith(("exact avx", "fast 1", "exact 1")), (each, names)
+
+
+def test_the_page_has_every_machine_and_picture(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(report, "PAGE", tmp_path / "benchmarks.md")
+    monkeypatch.setattr(report, "IMAGES", tmp_path / "images")
+    (tmp_path / "images").mkdir()
+    rows = report.load(suite.RESULTS)
+    page = report.page(rows)
+    for which, found in report.by_machine(rows).items():
+        assert f"\n## {report.title(which, found)}\n" in page
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page)
+    assert pictures
+    assert all((tmp_path / path).exists() for path in pictures)
+    assert "nan" not in page
+
+
+def test_rows_of_a_gpu():
+    made = {
+        "suite": "gpu", "cpu": "c", "gpu": "NVIDIA H100 80GB HBM3", "date": "2026-01-01", "unit": "ms",
+        "case": "1 x 1k x 300, d 48", "contender": "fused", "device": quantiles(0.01), "wall": quantiles(0.02),
+        "TFLOP/s": quantiles(90), "percent_of_memory": quantiles(80), "error": 1e-5, "ratio": {},
+    }  # fmt: skip
+    wanted = next(each for each in targets.TARGETS if each.at[0] == "gpu")
+    assert report.cell(wanted, [made]) == "yes: 0.02 ms (0.0196 to 0.0204)"
+    machines = report.by_machine([made])
+    assert "yes: 0.02 ms" in report.targets_table(machines, [wanted])
+    assert "| 90 | 80 % |" in report.suite_table("gpu", [made])
+
+
+def test_rows_that_are_no_times():
+    rows = [{"suite": "quality", "case": "a", "cpu": "c", "date": "2026-01-01", "ndcg": 0.5, "more": [1]}]
+    assert report.suite_table("other", rows) == "| case | ndcg |\n|---|---|\n| a | 0.5 |"

@@ -2,19 +2,20 @@
 # Installs a wheel, or an sdist, in a fresh environment and tests what was installed, away from the sources.
 #
 #   tools/check_wheel.sh PYTHON FILE [pytest arguments]
-#   TORCH="" tools/check_wheel.sh ...    with numpy alone: scores and searches, no test suite
+#   TORCH="" tools/check_wheel.sh ...                 with numpy alone: scores and searches, no test suite
+#   TORCH="torch --index-url URL" tools/check_wheel.sh ...    where the package index serves a CUDA build
 #
 # For a wheel, PATH holds nothing but that environment: no compiler, no build tool.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=$1 file=$(realpath "$2")
 shift 2
-TORCH=${TORCH-torch --index-url https://download.pytorch.org/whl/cpu}
+TORCH=${TORCH-torch}
 TESTS=${TESTS-"test_forward.py test_backward.py test_masks.py test_numpy.py test_errors.py test_contrastive.py
   test_distillation.py test_packed.py test_packed_format.py test_search.py test_int8.py test_fork.py test_public_api.py"}
 
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+trap '/bin/rm -rf "$scratch"' EXIT
 "$python" -m venv "$scratch/env"
 pip() { "$scratch/env/bin/python" -m pip --disable-pip-version-check install --quiet "$@"; }
 cd "$scratch"

@@ -1,7 +1,7 @@
 """mkdocs: pages link to files outside docs/ as they do on any code host; the site gets those files along.
 
-`../training/config.py` becomes a page with its source, `../benchmarks/README.md` a page, a picture a picture. A link to
-something that does not exist is left as it is, and ends a strict build.
+`../training/config.py` becomes a page with its source, `../benchmarks/README.md` a page, a folder a list of its files, a
+picture a picture. A link to something that does not exist is left as it is, and ends a strict build.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ BINARY = {".png", ".svg"}
 
 
 def outside(text: str) -> set[str]:
-    """Paths, from the root of the repository, of files that a page links to outside docs/."""
-    return {path for path, _ in LINK.findall(text) if (ROOT / path).is_file()}
+    """Paths, from the root of the repository, of what a page links to outside docs/."""
+    return {path for path, _ in LINK.findall(text) if (ROOT / path).exists()}
 
 
 def place(path: str) -> str:
@@ -41,6 +41,9 @@ def on_files(files, config):
                 r"\]\((?!https?:|#)[^)]*\)", "]", (ROOT / path).read_text()
             )  # its own links lead nowhere here
             made = File.generated(config, place(path), content=text)
+        elif (ROOT / path).is_dir():
+            names = sorted(each.name for each in (ROOT / path).iterdir() if not each.name.startswith(("__", ".")))
+            made = File.generated(config, place(path), content="\n".join([f"# {path}\n", *(f"- {n}" for n in names)]))
         else:
             code = (ROOT / path).read_text()
             text = f"# {path}\n\n````{LANGUAGES.get(suffix, '')}\n{code}````\n"
@@ -54,6 +57,6 @@ def on_page_markdown(markdown, page, config, files):
     if page.file.src_uri.startswith("source/"):
         return markdown
     return LINK.sub(
-        lambda m: f"]({place(m[1])}{m[2] or ''})" if (ROOT / m[1]).is_file() else m[0],
+        lambda m: f"]({place(m[1])}{m[2] or ''})" if (ROOT / m[1]).exists() else m[0],
         markdown,
     )

@@ -4,7 +4,7 @@
 # of packed embeddings is fuzzed instead.
 #
 # Leaks are not looked for: the interpreter and torch keep memory until the process ends. Left out: tests of the build,
-# of the layers and of the demo, which run no kernel on memory of their own.
+# of the layers, of the pages, of the benchmarks and of the demo, which run no kernel on memory of their own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -56,4 +56,5 @@ echo "== tests"
 # Training is Python over the kernels that the other tests cover; pytrec_eval, which the two others call, frees what `new` gave.
 LD_PRELOAD=$preload python -m pytest tests -n auto --ignore=tests/test_objects.py --ignore=tests/test_layers.py \
   --ignore=tests/test_no_torch.py --ignore=tests/test_demo.py --ignore-glob='*/test_training_*.py' \
+  --ignore=tests/test_documentation.py --ignore=tests/test_benchmarks.py --ignore=tests/test_release.py \
   --deselect=tests/test_cli.py::test_eval --deselect=tests/test_cli.py::test_metrics_by_hand "$@"
