@@ -1,8 +1,8 @@
 """Quality of training runs: nDCG@10 with paired bootstrap intervals over test queries, and its plots.
 
-`python -m benchmarks.training_quality collect NAME=EVAL_FOLDER ...` keeps each query's value of finished runs (the folders that
-training.train and `training.evaluate --keep` write) in results/training_quality.jsonl; without arguments, tables and plots of
-what is kept there.
+`python -m benchmarks.training_quality collect NAME=FOLDER ...` keeps each query's value in results/training_quality.jsonl: of
+runs of training.train (their outputs), or of what `training.evaluate --keep` wrote. Without arguments, the table and the plot
+of what is kept there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ def collect(pairs: Sequence[str]) -> None:
     ids, values = read()
     for pair in pairs:
         name, _, folder = pair.partition("=")
-        for path in sorted(Path(folder).glob("*-test.jsonl")):
+        place = Path(folder)
+        if (place / "eval").is_dir():
+            place = max((place / "eval").iterdir())
+        for path in sorted(place.glob("*-test.jsonl")):
             records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
             scores = {record["query_id"]: record[MEASURE] for record in records}
             own = path.stem.removesuffix("-test")

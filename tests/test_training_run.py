@@ -36,6 +36,7 @@ def place(tmp_path_factory) -> Path:
         mine.mine(str(task), "bm25", rows, negatives=7, threshold=None)
         for out in (f"{name}-scored.jsonl", f"{name}-16way.jsonl"):
             score.score(rows, "bm25", place / "runs" / "data" / out, corpus=str(task))
+        teach.teach(str(task), "bm25", place / "runs" / "data" / name)
     tiny.tuples(place / "tuples.jsonl")
     (place / "data" / "pairs").mkdir()
     tiny.tuples(place / "data" / "pairs" / "wordnet.jsonl")
@@ -94,6 +95,8 @@ def test_every_configuration_runs_two_steps(place, tmp_path, monkeypatch, path):
     if "head" in raw["model"]:
         small += ["model.head.widths=[64, 48]" if len(raw["model"]["head"]["widths"]) > 1 else "model.head.widths=[48]"]
         small += ["model.head.widths=[16]", "model.dimension=16"] if len(raw["model"]["head"]["widths"]) == 1 else []
+    if raw["model"].get("freeze"):
+        small += ["model.freeze=1"]
     if raw["model"].get("random"):
         small += ["model.random=false", f"model.tokenizer={place / 'base'}"]
     if any(source["path"].startswith("hub:") for source in raw["data"]["sources"]):

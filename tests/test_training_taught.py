@@ -60,7 +60,7 @@ def test_sentences_are_last_ones_without_their_opening():
 
 
 def test_a_batch_has_a_score_for_every_pair(folder):
-    stage, batches = build(folder)
+    _, batches = build(folder)
     rows, source = batches.rows_of(1), int(batches.choice[1])
     batch = batches[1]
     queries, documents = batch["inputs"]

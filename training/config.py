@@ -77,7 +77,7 @@ class Source:
     columns: dict[str, str] = field(default_factory=dict)  # ours -> theirs, such as {query = "anchor"}
     query_prompt: str = ""
     document_prompt: str = ""
-    # What training.teach wrote: documents a query, `hard` of them from the teacher's first `depth`; queries about each document.
+    # What training.teach wrote: documents a query, `hard` of them from the teacher's first `depth`; queries about each.
     positives: int = 2
     hard: int = 1
     depth: int = 20

@@ -1,8 +1,9 @@
 """The first layers of an encoder, left as they are: what they make of a text is computed once and kept.
 
-A text that is met again costs the layers above alone, and with every layer frozen the head alone. The states are kept in memory in
-float16, 768 bytes a token at a width of 384, and on request in a file for the runs to come. Each text is computed by itself: its
-states depend on nothing but the text, and a run that goes on after an interruption meets the same ones to the last bit.
+A text that is met again costs the layers above alone, and with every layer frozen the head alone. The states are kept in
+memory in float16, 768 bytes a token at a width of 384, and on request in a file for the runs to come. Each text is computed
+by itself: its states depend on nothing but the text, and a run that goes on after an interruption meets the same ones to the
+last bit.
 """
 
 from __future__ import annotations

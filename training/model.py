@@ -90,11 +90,14 @@ class Encoder(nn.Module):
                 found[row] = own
         return torch.stack(found)
 
-    def _encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """`[n, L, hidden]`: what the backbone makes of the tokens."""
         if self.frozen is not None:
-            hidden = self.frozen(input_ids, attention_mask)
-        else:
-            hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            return self.frozen(input_ids, attention_mask)
+        return self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.states(input_ids, attention_mask)
         if self.head is None:
             weight = attention_mask[..., None].to(hidden.dtype)
             hidden = ((hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9))[:, None]

@@ -1,12 +1,12 @@
-"""A teacher's scores of all documents for the queries of a split, and for sentences of the corpus: what in-batch distillation reads.
+"""A teacher's scores of all documents for the queries of a split, and for sentences of the corpus.
 
-`python -m training.teach FOLDER --teacher TEACHER --out DIR [--split train] [--sentences]`. TEACHER as for training.score. A batch of
-queries and documents then has a score for every pair, so each encoded document teaches all queries of the batch.
+`python -m training.teach FOLDER --teacher TEACHER --out DIR [--split train] [--sentences]`. TEACHER as for training.score.
+A batch of queries and documents then has a score for every pair: each encoded document teaches all queries of the batch.
 
 DIR has `queries.jsonl`, {query, relevant: {document: grade}, about: document or null}, and `scores.npy`, float16 `[queries,
-documents]` in the order of the corpus. `about` marks what --sentences makes of the corpus alone, without queries or judgements: of each
-document its title and its last sentence of 6 to 32 words, often its conclusion, without the words that only introduce it. If that
-corpus is the one searched in the test, say so beside the figures.
+documents]` in the order of the corpus. `about` marks what --sentences makes of the corpus alone, without queries or
+judgements: of each document its title and its last sentence of 6 to 32 words, often its conclusion, without the words that
+only introduce it. If that corpus is the one searched in the test, say so beside the figures.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ _OPENING = re.compile(
     r"^((in (conclusion|summary)|conclusions?|together|taken together|thus|therefore|overall|finally|here|moreover|furthermore"
     r"|collectively|interpretation|findings|results)[,:]?\s+)?"
     r"(((these|our|the|the present|this) (results|findings|data|study|studies|observations|work)|we)( \w+){0,3}?"
-    r" (suggest|show|indicate|demonstrate|reveal|support|confirm|establish|find|found|report|conclude|propose)\w*( here)? that\s+)?",
+    r" (suggest|show|indicate|demonstrate|reveal|support|confirm|establish|find|found|report|conclude|propose)\w*"
+    r"( here)? that\s+)?",
     re.IGNORECASE,
 )
 
 
 def sentences(task: Beir, avoid: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
-    """(text, document) of titles and of last sentences; none that equals a text of `avoid`."""
+    """(text, document) of titles and of last sentences; none that equals one of `avoid`."""
     for key, (title, text) in task.titles.items():
         found = [_OPENING.sub("", each.strip(), count=1) for each in re.split(r"(?<=[.!?])\s+(?=[A-Z])", text)]
         found = [each for each in found if 6 <= len(each.split()) <= 32][-1:]

@@ -207,9 +207,7 @@ def principal_directions(encoder: model.Encoder, batches: data.Batches, device: 
     total: Any = 0.0
     for start in range(0, len(texts), 16):
         features = encoder.tokenize(texts[start : start + 16], is_query=False)
-        hidden = encoder.backbone(
-            input_ids=features["input_ids"].to(device), attention_mask=features["attention_mask"].to(device)
-        ).last_hidden_state
+        hidden = encoder.states(features["input_ids"].to(device), features["attention_mask"].to(device))
         rows_kept = torch.nn.functional.normalize(hidden[features["score_mask"].to(device)].double(), dim=-1)
         total = total + rows_kept.T @ rows_kept
     directions = torch.linalg.eigh(total).eigenvectors[:, -encoder.dimension :]
