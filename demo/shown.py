@@ -14,7 +14,7 @@ from rich.text import Text
 from demo.story import MEASURE, Chapter
 from training.ablate import bootstrap
 
-WIDTH = 24  # of the longest bar, in characters
+WIDTH = 14  # of the longest bar, in characters
 EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -38,15 +38,15 @@ def gains(chapters: Sequence[Chapter]) -> list[tuple[float, float, float] | None
 
 def table(console: Console, chapters: Sequence[Chapter]) -> None:
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for heading in ("", MEASURE, "", "gain (95 %)", "trained in"):
-        shown.add_column(heading, justify="right" if heading not in ("",) else "left", no_wrap=True)
+    for heading in ("", MEASURE, "", "gain (95 %)", "time"):
+        shown.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     most = max(chapter.mean for chapter in chapters)
     for chapter, gain in zip(chapters, gains(chapters), strict=True):
         label = Text(chapter.title, style="bold" if chapter.seconds else "").append(f"  {chapter.what}", style="dim")
         told, style = "", ""
         if gain is not None:
             mean, low, high = gain
-            told = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+            told = f"{mean:+.3f} ± {(high - low) / 2:.3f}"
             style = "green" if low > 0 else "red" if high < 0 else "yellow"
         colour = "cyan" if chapter.seconds else "bright_black"
         seconds = f"{chapter.seconds:.0f} s" if chapter.seconds else ""

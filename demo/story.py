@@ -35,10 +35,10 @@ NEGATIVES = 7
 FORMAT = 1  # to raise whenever the same docstrings would be cut differently
 MEASURE = "nDCG@10"
 STAGES = (
-    ("1 contrastive", "names and docstrings, one vector a text"),
-    ("2 fine-tuned", "first sentences with hard negatives"),
-    ("3 distilled", "towards the vectors of all six layers"),
-    ("4 ColBERT", "48 numbers a token, scored by MaxSim"),
+    ("1 contrastive", "names, docstrings"),
+    ("2 fine-tuned", "hard negatives"),
+    ("3 distilled", "from all six layers"),
+    ("4 ColBERT", "48 numbers a token"),
 )
 TRIAL = ["train.batch=16", "train.mini_batch=16", "train.steps=6"]  # of --quick
 
@@ -73,7 +73,7 @@ def tell(task: Task, folder: Path, console: Console, *, quick: bool = False, par
 
     chapters = [
         measured("bm25", "BM25", "words alone", rankers.Bm25),
-        measured("whole", "all six layers", "one vector a text", lambda: reader(folder / "teacher")),
+        measured("whole", "all six layers", "dense", lambda: reader(folder / "teacher")),
         measured("start", "three of them", "the start", lambda: reader(folder / "start")),
     ]
     for path, (title, what) in zip(RECIPES, STAGES, strict=True):

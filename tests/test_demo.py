@@ -353,10 +353,10 @@ def test_gains_are_over_the_line_above_and_only_of_stages(tmp_path):
     mean, low, high = found[3]
     assert low < mean < high and mean == pytest.approx(-0.1)
 
-    console = Console(width=120, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     shown.table(console, chapters)
     told = console.export_text()
-    assert "+0.100 (+0.100 to +0.100)" in told and "█" in told
+    assert "+0.100 ± 0.000" in told and "█" in told
     shown.plot(chapters, "title", tmp_path / "stages.png")
     assert (tmp_path / "stages.png").stat().st_size > 1000
 
