@@ -183,23 +183,22 @@ def launches(call: Callable[[], object], sm: int) -> list[Launch]:
     """What a call would start on a GPU of a compute capability."""
     from unittest import mock
 
-    from edgecolbert_kernels.backends.triton import config, gradients, launch, pack, scoring
+    from edgecolbert_kernels.backends.triton import gradients, launch, scoring
 
     noted: list[Launch] = []
 
     def note(variant: Any, _programs: int, _rows: int, tensors: list[Any], integers: tuple[int, ...]) -> None:
         noted.append(recorded(variant, tensors, integers))
 
-    with mock.patch.object(launch.Variant, "launch", note):
-        with mock.patch.object(scoring, "capability", lambda _: sm), mock.patch.object(
-            gradients, "capability", lambda _: sm
-        ):
-            # Variants are kept by device, and a meta tensor's has no number.
-            scoring._variants.clear()
-            gradients._variants.clear()
-            pack._variant.cache_clear()
-            config.table.cache_clear()
-            call()
+    with (
+        mock.patch.object(launch.Variant, "launch", note),
+        mock.patch.object(scoring, "capability", lambda _: sm),
+        mock.patch.object(gradients, "capability", lambda _: sm),
+    ):
+        # Variants are kept by device, and a meta tensor's has no number.
+        scoring.forget()
+        gradients.forget()
+        call()
     return noted
 
 
