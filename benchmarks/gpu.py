@@ -47,7 +47,9 @@ GOALS = (
 
 
 def facts(device: torch.device, peaks: dict[str, float], quick: bool) -> dict[str, Any]:
-    shared = {key: value for key, value in machine.facts().items() if key not in ("maxsim_cpu", "isa", "compiler", "load")}
+    shared = {
+        key: value for key, value in machine.facts().items() if key not in ("maxsim_cpu", "isa", "compiler", "load")
+    }
     properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return {
         "suite": "gpu",
@@ -141,7 +143,17 @@ def goals(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def run_tests() -> dict[str, Any]:
     """The tests that a GPU takes part in."""
-    command = [sys.executable, "-m", "pytest", "tests", "-q", "-k", "triton or cuda or gpu or device", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests",
+        "-q",
+        "-k",
+        "triton or cuda or gpu or device",
+        "-p",
+        "no:cacheprovider",
+    ]
     if machine.version("pytest-xdist"):
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     start = time.monotonic()
@@ -211,7 +223,9 @@ def benchmark(device: torch.device, quick: bool, tiny: bool, deadline: float) ->
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="within 2 minutes")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny shapes; nothing is saved without --out")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="on the CPU, tiny shapes; nothing is saved without --out"
+    )
     parser.add_argument("--no-tests", action="store_true", help="benchmarks alone")
     parser.add_argument("--out", type=Path, help="where the rows go")
     options = parser.parse_args()

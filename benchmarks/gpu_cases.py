@@ -196,7 +196,14 @@ def rerank(name: str, count: int, query: int, length: int, dim: int, device: tor
     ]
     return Case(
         name,
-        {"num_queries": 1, "query_length": query, "num_documents": count, "length": length, "dim": dim, "tokens": tokens},
+        {
+            "num_queries": 1,
+            "query_length": query,
+            "num_documents": count,
+            "length": length,
+            "dim": dim,
+            "tokens": tokens,
+        },
         [*ours, *peers(given, given.mask), *torchs(given, given.mask, **options)],
         score_error(given),
         2.0 * query * tokens * dim,
