@@ -86,6 +86,5 @@ def rule(kernel: str, bits: int, dim: int, columns: int) -> Blocks:
         return Blocks(4, 16, 4, 1)
     if bits == 32:
         return Blocks(32, min(columns, 32), 4, 2)
-    if columns <= 32:
-        return Blocks(64, columns, 4, 3)
-    return Blocks(64, columns, 4 if columns <= 64 else 8, 3)
+    # One group of four warps has the 64 rows of a Hopper product, and two programs fit beside each other.
+    return Blocks(64, columns, 4, 3)

@@ -62,7 +62,7 @@ def variants(capability: int) -> Iterator[Compilation]:
     yield _score("in-batch tf32x3 d48", capability, 48, torch.float32, 128, how="tf32x3")
     yield _score("in-batch normalize d48", capability, 48, torch.float16, 128, NORMALIZE=True, ARGMAX=True)
     yield _score("in-batch zero d48", capability, 48, torch.float16, 128, D_MASK=True, ZERO=True, ARGMAX=True)
-    yield _score("packed d48", capability, 48, torch.float16, 128, Q_PACKED=True, D_PACKED=True, ARGMAX=True)
+    yield _score("packed d48", capability, 48, torch.float16, 64, Q_PACKED=True, D_PACKED=True, ARGMAX=True)
     yield _score("rerank packed d48", capability, 48, torch.float16, 32, D_PACKED=True)
     yield _score("rerank int8 d48", capability, 48, torch.float16, 32, d_type="*i8", D_PACKED=True, SCALED=True)
     yield _score("rerank e4m3 d48", capability, 48, torch.float16, 32, d_type="*u8", D_PACKED=True, SCALED=True, E4M3=True)
@@ -92,10 +92,11 @@ def _score(
     kernel = "score_argmax" if flags.get("ARGMAX") else "score"
     blocks = config.blocks(kernel, capability, bits, dim, columns)
     c0, c1, c2, loop = config.pieces(dim)
-    group = columns // 32
+    group = blocks.columns // 32
     constants = {
         **{"LAYOUT": native.EVERY, "DIM": dim, "C0": c0, "C1": c1, "C2": c2, "LOOP": loop},
         **{"BM": blocks.rows, "BN": blocks.columns, "GROUP": group, "SLOTS": group},
+        "EVEN": not flags.get("Q_PACKED"),
         **{"COMPUTE": _TYPES[dtype], "PRECISION": how or ("ieee" if bits == 32 else "tf32")},
         **dict.fromkeys(("E4M3", "Q_MASK", "D_MASK", "Q_PACKED", "D_PACKED", "SCALED", "NORMALIZE"), False),
         **dict.fromkeys(("ZERO", "ARGMAX", "SKIP"), False),
