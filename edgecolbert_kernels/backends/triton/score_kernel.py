@@ -202,7 +202,9 @@ def score(
                     if NORMALIZE:
                         d_squares += square_sum(d_raw)
                         q_squares += square_sum(q_raw)
-                    similarity = tl.dot(values(d_raw, COMPUTE, E4M3), q_raw.to(COMPUTE).T, similarity, input_precision=PRECISION)
+                    similarity = tl.dot(
+                        values(d_raw, COMPUTE, E4M3), q_raw.to(COMPUTE).T, similarity, input_precision=PRECISION
+                    )
             else:
                 d_raw = read(d_ptrs, d_kept, 0, C0, DIM, ZERO, C0 <= DIM)
                 if NORMALIZE:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from edgecolbert_kernels.backends import layout, native
 from edgecolbert_kernels.backends.triton import config
-from edgecolbert_kernels.backends.triton.score_kernel import score
 from edgecolbert_kernels.backends.triton.launch import INTERPRETED, MOST_PROGRAMS, Variant
+from edgecolbert_kernels.backends.triton.score_kernel import score
 
 # The query tokens that a program holds beside each other.
 MOST_COLUMNS = 128
