@@ -80,11 +80,14 @@ def main(arguments: list[str] | None = None) -> int:
     if reason:
         print(f"nothing to tune: {reason}", file=sys.stderr)
         return 1
+    from edgecolbert_kernels.backends.triton import scoring
+
+    capability = scoring.capability(torch.cuda.current_device())
     for dim, dtype in itertools.product(options.dim, DTYPES):
         for kernel, key, columns, call in problems(dim, dtype):
             times: dict[config.Blocks, float] = {}
             bits = 8 * dtype.itemsize
-            for blocks in {config.rule(kernel, bits, dim, columns), *candidates(kernel, bits, columns)}:
+            for blocks in {config.rule(kernel, capability, bits, dim, columns), *candidates(kernel, bits, columns)}:
                 config.table()[key] = list(blocks)
                 times[blocks] = measure(call)
             best = min(times, key=lambda blocks: (times[blocks], blocks))
