@@ -115,8 +115,8 @@ class _Call:
         variant.launch(self.num_queries * blocks, _groups(self.dim, width), [*tensors, out], sizes)
         return out
 
-    def _tensors(self, *optional: Tensor | None) -> list[Tensor]:
-        return [self.Q, self.D, self.grad, self.argmax, *(self.Q if each is None else each for each in optional)]
+    def _tensors(self, *optional: Tensor | None) -> list[Tensor | None]:
+        return [self.Q, self.D, self.grad, self.argmax, *optional]
 
     def _key(self) -> tuple[Any, ...]:
         how = self.normalize, self.precision, self.tf32

@@ -7,6 +7,7 @@ compiled kernels are not known to be called so, every call takes the first path.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,23 +38,27 @@ class Variant:
         self.num_warps, self.num_stages = num_warps, num_stages
         self.compiled: dict[Any, Any] = {}
 
-    def launch(self, programs: int, rows: int, tensors: list[Tensor], integers: tuple[int, ...]) -> None:
-        """On a grid of `programs` by `rows`, on the device and stream of the first tensor."""
+    def launch(self, programs: int, rows: int, tensors: Sequence[Tensor | None], integers: tuple[int, ...]) -> None:
+        """On a grid of `programs` by `rows`, on the device and stream of the first tensor, which is never None."""
+        first = tensors[0]
+        assert first is not None
         if INTERPRETED:
             self._interpret(programs, rows, tensors, integers)
             return
-        device = tensors[0].device.index
+        device = first.get_device()
         if device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
                 self._launch(device, programs, rows, tensors, integers)
         else:
             self._launch(device, programs, rows, tensors, integers)
 
-    def _launch(self, device: int, programs: int, rows: int, tensors: list[Tensor], integers: tuple[int, ...]) -> None:
-        arguments = [tensor.data_ptr() for tensor in tensors]
-        for tensor, address in zip(tensors, arguments, strict=True):
+    def _launch(
+        self, device: int, programs: int, rows: int, tensors: Sequence[Tensor | None], integers: tuple[int, ...]
+    ) -> None:
+        arguments = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        for tensor, address in zip(tensors[:2], arguments, strict=False):
             # Of a storage that was given back, as sharding does between uses, only the offset is left.
-            if not address and tensor.numel():
+            if tensor is not None and address == tensor.storage_offset() * tensor.itemsize and tensor.numel():
                 raise checks.no_storage(tensor.shape)
         arguments += integers
         bits = 0
@@ -65,7 +70,8 @@ class Variant:
         kernel = self.compiled.get(key)
         if kernel is None:
             options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-            kernel = self.function[programs, rows](*tensors, *integers, *self.constants, **options)
+            some = [tensors[0] if tensor is None else tensor for tensor in tensors]
+            kernel = self.function[programs, rows](*some, *integers, *self.constants, **options)
             if _direct:
                 self.compiled[key] = kernel
             return
@@ -73,10 +79,13 @@ class Variant:
         where = programs, rows, 1, stream, kernel.function, kernel.packed_metadata, None, None, None
         kernel.run(*where, *arguments, *self.constants)
 
-    def _interpret(self, programs: int, rows: int, tensors: list[Tensor], integers: tuple[int, ...]) -> None:
+    def _interpret(self, programs: int, rows: int, tensors: Sequence[Tensor | None], integers: tuple[int, ...]) -> None:
         from edgecolbert_kernels.backends.triton import interpreter
 
         interpreter.patch()
-        wide = [interpreter.widened(tensor.detach()) for tensor in tensors]
-        self.function[programs, rows](*wide, *integers, *self.constants)
-        interpreter.narrowed(wide, tensors)
+        given = [tensor for tensor in tensors if tensor is not None]
+        wide = [interpreter.widened(tensor.detach()) for tensor in given]
+        passed = iter(wide)
+        some = [wide[0] if tensor is None else next(passed) for tensor in tensors]
+        self.function[programs, rows](*some, *integers, *self.constants)
+        interpreter.narrowed(wide, given)

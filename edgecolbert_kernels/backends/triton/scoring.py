@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -10,13 +10,16 @@ from torch import Tensor
 
 from edgecolbert_kernels.backends import layout, native
 from edgecolbert_kernels.backends.triton import config
-from edgecolbert_kernels.backends.triton.score_kernel import score
 from edgecolbert_kernels.backends.triton.launch import INTERPRETED, MOST_PROGRAMS, Variant
+from edgecolbert_kernels.backends.triton.score_kernel import score
 
 # The query tokens that a program holds beside each other.
 MOST_COLUMNS = 128
 
 _ALIGNED = (0, 1, 12, 13, 14, 15, 16)  # q_ptr, d_ptr and the strides of `score`
+# Calls whose plans are kept; a plan is some hundred bytes.
+MOST_PLANS = 4096
+_plans: dict[Any, _Plan] = {}
 _variants: dict[Any, Variant] = {}
 
 
@@ -90,6 +93,14 @@ def strides(X: Tensor) -> tuple[int, int, int]:
     return (given[0], given[1], given[2]) if len(given) == 4 else (0, 0, given[0])
 
 
+class _Plan(NamedTuple):
+    """What the shapes and options of a call come to."""
+
+    variant: Variant
+    programs: int
+    sizes: tuple[int, int, int, int]
+
+
 def _launch(
     Q: Tensor,
     D: Tensor,
@@ -108,41 +119,83 @@ def _launch(
     argmax: Tensor | None,
 ) -> None:
     Q, D = rows(Q), rows(D)
-    q_shape, d_shape = Q.shape, D.shape
-    which = layout.which(D, query_index)
-    num_queries = (q_shape[0] if len(q_shape) == 3 else 1) if cu_q is None else cu_q.shape[0] - 1
-    num_documents = d_shape[-3] if cu_d is None else cu_d.shape[0] - 1
-    q_length, d_length = q_shape[-2], d_shape[-2]
-    if which == native.EVERY:
-        tokens = q_length if cu_q is None else -(-q_length // max(1, num_queries))
-        group = max(1, min(MOST_COLUMNS // max(1, tokens), num_queries))
-    else:
-        tokens, group = q_length, 1
-    columns = min(MOST_COLUMNS, max(16, 1 << (group * tokens - 1).bit_length()))
+    optional = q_mask, d_mask, cu_q, cu_d, query_index, document_index, scales, grad, scores, argmax
     tf32 = torch.float32 in (Q.dtype, D.dtype) and tf32_allowed()
-    key = (
-        *(Q.dtype, D.dtype, which, q_shape[-1], columns, group, Q.device.index),
-        *(q_mask is None, d_mask is None, cu_q is None, cu_d is None, scales is None, normalize, precision),
-        *(d_mask is not None and mask_mode == "zero", argmax is None, argmax is not None and argmax.dtype, grad is None),
-        tf32,
+    # Everything that a plan depends on; lengths, as the number of sequences or pairs is one.
+    call = (
+        *(Q.dtype, Q.shape, D.dtype, D.shape, Q.get_device(), normalize, mask_mode, precision, tf32),
+        *[None if each is None else len(each) for each in (cu_q, cu_d, query_index)],
+        *(q_mask is None, d_mask is None, scales is None, grad is None, argmax is None),
     )
-    variant = _variants.get(key)
-    if variant is None:
-        variant = _variants[key] = _variant(key)
+    plan = _plans.get(call)
+    if plan is None:
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        plan = _plans[call] = _plan(Q, D, *optional, normalize, mask_mode, precision, tf32)
     if D.dtype is torch.float8_e4m3fn:
         D = D.view(torch.uint8)
-    tensors = [
-        *(Q, D, *(Q if each is None else each for each in (q_mask, d_mask, cu_q, cu_d, query_index, document_index))),
-        *(Q if each is None else each for each in (scales, grad, scores, argmax)),
-    ]
     q_strides, d_strides = strides(Q), strides(D)
-    if which == native.INDEXED:
+    integers = q_strides[0], q_strides[2], *d_strides, *plan.sizes
+    for first in range(0, plan.programs, MOST_PROGRAMS):
+        programs = min(plan.programs - first, MOST_PROGRAMS)
+        plan.variant.launch(programs, 1, (Q, D, *optional), (*integers, first))
+
+
+def _plan(
+    Q: Tensor,
+    D: Tensor,
+    q_mask: Tensor | None,
+    d_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_d: Tensor | None,
+    query_index: Tensor | None,
+    document_index: Tensor | None,
+    scales: Tensor | None,
+    grad: Tensor | None,
+    scores: Tensor | None,
+    argmax: Tensor | None,
+    normalize: bool,
+    mask_mode: str,
+    precision: str,
+    tf32: bool,
+) -> _Plan:
+    which = layout.which(D, query_index)
+    num_queries = (Q.shape[0] if Q.ndim == 3 else 1) if cu_q is None else cu_q.shape[0] - 1
+    num_documents = D.shape[-3] if cu_d is None else cu_d.shape[0] - 1
+    tokens = Q.shape[-2] if cu_q is None else -(-Q.shape[-2] // max(1, num_queries))
+    compute, how = products(Q.dtype, D.dtype, precision, tf32)
+    bits = 32 if compute == tl.float32 else 16
+    dim = Q.shape[-1]
+    most = num_queries if which == native.EVERY else 1
+    columns = _columns(tokens, most, MOST_COLUMNS)
+    if argmax is not None and (cu_q is not None or columns % max(1, tokens)):
+        # Which query a column belongs to is then a register a column.
+        columns = _columns(tokens, most, MOST_COLUMNS // 2)
+    kernel = "score" if argmax is None else "score_argmax"
+    blocks = config.blocks(kernel, capability(Q.device.index), bits, dim, columns)
+    group = max(1, min(blocks.columns // max(1, tokens), most))
+    slots = 1 << (group - 1).bit_length()
+    constants = (
+        *(which, dim, *config.pieces(dim), blocks.rows, blocks.columns, group, slots),
+        *(cu_q is None and Q.shape[-2] * slots == blocks.columns, compute, how, D.dtype is torch.float8_e4m3fn),
+        *(each is not None for each in (q_mask, d_mask, cu_q, cu_d, scales)),
+        *(normalize, d_mask is not None and mask_mode == "zero", argmax is not None, grad is not None),
+    )
+    key = Q.dtype, D.dtype, None if argmax is None else argmax.dtype, Q.device.index, blocks, constants
+    variant = _variants.get(key)
+    if variant is None:
+        variant = _variants[key] = Variant(score, constants, blocks.warps, blocks.stages, _ALIGNED)
+    if query_index is not None:
         programs = query_index.shape[0]
     else:
         programs = num_documents * (-(-num_queries // group) if which == native.EVERY else num_queries)
-    sizes = q_strides[0], q_strides[2], *d_strides, num_queries, num_documents, q_length, d_length
-    for first in range(0, programs, MOST_PROGRAMS):
-        variant.launch(min(programs - first, MOST_PROGRAMS), 1, tensors, (*sizes, first))
+    return _Plan(variant, programs, (num_queries, num_documents, Q.shape[-2], D.shape[-2]))
+
+
+def _columns(tokens: int, queries: int, most: int) -> int:
+    """Room for as many queries as fit beside each other, a power of two from 16 on."""
+    group = max(1, min(most // max(1, tokens), queries))
+    return min(most, max(16, 1 << (group * tokens - 1).bit_length()))
 
 
 def products(Q: torch.dtype, D: torch.dtype, precision: str, tf32: bool) -> tuple[Any, str]:
@@ -164,24 +217,10 @@ def tf32_allowed() -> bool:
 
 def forget() -> None:
     """Choose blocks anew."""
+    _plans.clear()
     _variants.clear()
 
 
 def capability(device: int | None) -> int:
     major, minor = (0, 0) if INTERPRETED else torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def _variant(key: tuple[Any, ...]) -> Variant:
-    Q, D, which, dim, columns, group, device, *flags, tf32 = key
-    no_q_mask, no_d_mask, q_padded, d_padded, unscaled, normalize, precision, zero, no_argmax, _, no_grad = flags
-    compute, how = products(Q, D, precision, tf32)
-    kernel = "score" if no_argmax else "score_argmax"
-    bits = 32 if compute == tl.float32 else 16
-    blocks = config.blocks(kernel, capability(device), bits, dim, columns)
-    constants = (
-        *(which, dim, *config.pieces(dim), blocks.rows, blocks.columns, group, 1 << (group - 1).bit_length()),
-        *(compute, how, D is torch.float8_e4m3fn, not no_q_mask, not no_d_mask, not q_padded, not d_padded, not unscaled),
-        *(normalize, zero, not no_argmax, not no_grad),
-    )
-    return Variant(score, constants, blocks.warps, blocks.stages, _ALIGNED)
