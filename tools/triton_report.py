@@ -204,6 +204,7 @@ def launches(call: Callable[[], object], sm: int) -> list[Launch]:
 
 def recorded(variant: Any, tensors: list[Any], integers: tuple[int, ...]) -> Launch:
     names = variant.function.arg_names
+    tensors = [tensors[0] if tensor is None else tensor for tensor in tensors]
     types = [f"*{TYPES[str(tensor.dtype)]}" for tensor in tensors] + ["i64"] * len(integers)
     constants = dict(zip(names[len(types) :], variant.constants, strict=True))
     signature = dict(zip(names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
@@ -273,9 +274,7 @@ def tensor_loops(code: str) -> list[str]:
         jump = re.search(r"\bBRA(?:\.U)? (?:\w+, )?0x([0-9a-f]+)", text)
         if jump and int(jump[1], 16) <= address:
             loops.append((int(jump[1], 16), address))
-    bodies = {
-        loop: "\n".join(text for address, text in lines if loop[0] <= address <= loop[1]) for loop in set(loops)
-    }
+    bodies = {loop: "\n".join(text for address, text in lines if loop[0] <= address <= loop[1]) for loop in set(loops)}
     able = [loop for loop, body in bodies.items() if HMMA.search(body) or HGMMA.search(body)]
     inside = [loop for loop in able if not any(loop[0] <= o[0] and o[1] <= loop[1] and o != loop for o in able)]
     return [bodies[loop] for loop in inside]
