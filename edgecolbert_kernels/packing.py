@@ -92,15 +92,14 @@ def _on_accelerator(hidden: Any) -> bool:
     return getattr(getattr(first, "device", None), "type", "cpu") != "cpu"
 
 
-def _pack_there(
-    hidden: Any, mask: Any, weight: Any, bias: Any, normalize: bool, dtype: Any, device: Any
-) -> Any:
+def _pack_there(hidden: Any, mask: Any, weight: Any, bias: Any, normalize: bool, dtype: Any, device: Any) -> Any:
     """On the device of the hidden states."""
     from edgecolbert_kernels.device import dtypes as device_dtypes
     from edgecolbert_kernels.device import embeddings, packing
 
     name = dtypes.name(dtype) if device is None else device_dtypes.name(dtype)
-    packed = embeddings.from_device(*packing.pack(hidden, mask, weight, bias, normalize, name), PackedEmbeddings)
+    tokens, offsets, scales = packing.pack(hidden, mask, weight, bias, normalize, name)
+    packed = embeddings.from_device(tokens, offsets, scales, PackedEmbeddings)
     return packed.cpu() if device is None else packed.to(device)
 
 

@@ -1,6 +1,6 @@
 """Packed embeddings as tensors: packing, scoring, streaming and search, on the CPU and on a GPU where there is one.
 
-The streams of CUDA are stood in for by a device that does its work as late as events allow: what is not waited for is not there.
+The streams of CUDA are stood in for by a device that works as late as events allow: what is not waited for is not there.
 """
 
 from __future__ import annotations
@@ -171,8 +171,18 @@ class TestPack:
         moved = (None if each is None else each.to(place) for each in (mask, weight, bias))
         for given, keep, of in (
             (hidden.to(place), next(moved), wanted),
-            (listed, masks, ek.pack([each.cpu() for each in listed], [None if m is None else m.cpu() for m in masks],
-                                    weight, bias, normalize=normalize, dtype=dtype)),
+            (
+                listed,
+                masks,
+                ek.pack(
+                    [each.cpu() for each in listed],
+                    [None if m is None else m.cpu() for m in masks],
+                    weight,
+                    bias,
+                    normalize=normalize,
+                    dtype=dtype,
+                ),
+            ),
         ):
             rest = (None if each is None else each.to(place) for each in (weight, bias))
             tokens, offsets, scales = packing.pack(given, keep, *rest, normalize, dtype)

@@ -1,4 +1,4 @@
-"""The GPU kernels without a GPU: their semantics, in Triton's interpreter, which must be switched on before triton is imported."""
+"""The GPU kernels without a GPU: in Triton's interpreter, which must be switched on before triton is imported."""
 
 from __future__ import annotations
 

@@ -31,6 +31,8 @@ TABLE = ROOT / "docs" / "triton-kernels.md"
 # Bytes of shared memory that one program may take.
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 INSTRUCTION = {80: "HMMA", 90: "HGMMA"}
+HMMA, HGMMA = re.compile(r"\bHMMA\.(\d+)"), re.compile(r"\bHGMMA\.64x(\d+)x16")
+INSTRUCTIONS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.+?)\s*;", re.MULTILINE)
 STEP = 16  # dimensions of one tensor-core step on halves
 
 TYPES = {
@@ -63,7 +65,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Report:
-    """A kernel's row. `steps` are tensor-core steps of 16 dimensions a tile of document and query tokens."""
+    """A kernel's row. `steps` are tensor-core steps of 16 dimensions in one pass of the loop over document tiles."""
 
     call: str
     kernel: str
@@ -152,9 +154,7 @@ def calls() -> Iterator[tuple[str, int | None, Callable[[], object]]]:
         Q, D, grad = empty(128, 32, dim, dtype=dtype), empty(128, 180, dim, dtype=dtype), empty(128, 128, dtype=single)
         argmax = empty(128 * 128 * 32, dtype=torch.int16)
         batch = (None,) * 6
-        return lambda: gradients.backward(
-            grad, Q, D, argmax, *batch, normalize, "exclude", "exact", True, True, None
-        )
+        return lambda: gradients.backward(grad, Q, D, argmax, *batch, normalize, "exclude", "exact", True, True, None)
 
     def recomputed(dim: int) -> Callable[[], object]:
         Q, D, grad = empty(128, 32, dim), empty(128, 180, dim), empty(128, 128, dtype=single)
@@ -183,28 +183,28 @@ def launches(call: Callable[[], object], sm: int) -> list[Launch]:
     """What a call would start on a GPU of a compute capability."""
     from unittest import mock
 
-    from edgecolbert_kernels.backends.triton import config, gradients, launch, pack, scoring
+    from edgecolbert_kernels.backends.triton import gradients, launch, scoring
 
     noted: list[Launch] = []
 
     def note(variant: Any, _programs: int, _rows: int, tensors: list[Any], integers: tuple[int, ...]) -> None:
         noted.append(recorded(variant, tensors, integers))
 
-    with mock.patch.object(launch.Variant, "launch", note):
-        with mock.patch.object(scoring, "capability", lambda _: sm), mock.patch.object(
-            gradients, "capability", lambda _: sm
-        ):
-            # Variants are kept by device, and a meta tensor's has no number.
-            scoring._variants.clear()
-            gradients._variants.clear()
-            pack._variant.cache_clear()
-            config.table.cache_clear()
-            call()
+    with (
+        mock.patch.object(launch.Variant, "launch", note),
+        mock.patch.object(scoring, "capability", lambda _: sm),
+        mock.patch.object(gradients, "capability", lambda _: sm),
+    ):
+        # Variants are kept by device, and a meta tensor's has no number.
+        scoring.forget()
+        gradients.forget()
+        call()
     return noted
 
 
 def recorded(variant: Any, tensors: list[Any], integers: tuple[int, ...]) -> Launch:
     names = variant.function.arg_names
+    tensors = [tensors[0] if tensor is None else tensor for tensor in tensors]
     types = [f"*{TYPES[str(tensor.dtype)]}" for tensor in tensors] + ["i64"] * len(integers)
     constants = dict(zip(names[len(types) :], variant.constants, strict=True))
     signature = dict(zip(names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
@@ -236,14 +236,11 @@ def compiled(launch: Launch, sm: int) -> Any:
 def report(call: str, dim: int | None, launch: Launch, sm: int) -> Report:
     kernel = compiled(launch, sm)
     code, usage = machine_code(kernel.asm["cubin"])
-    hmma, hgmma = re.findall(r"\bHMMA\.(\d+)", code), re.findall(r"\bHGMMA\.64x(\d+)x16", code)
     tile = launch.constant("BM"), launch.constant("BN")
     steps = None
     if dim is not None and None not in tile:
-        # An HMMA is a warp's, of 16 x 8 x 16 or 16 x 8 x 8 (half a step); an HGMMA is of four warps'.
-        volume = sum(16 * 8 * (16 if shape == "16816" else 8) for shape in hmma) * launch.num_warps
-        volume += sum(64 * int(columns) * 16 for columns in hgmma) * launch.num_warps // 4
-        steps = volume / (tile[0] * tile[1] * STEP)
+        steps = max((volume(loop, launch.num_warps) for loop in tensor_loops(code)), default=0.0)
+        steps /= tile[0] * tile[1] * STEP
     name = launch.function.__name__
     resources = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK")}  # type: ignore[index]
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
@@ -257,10 +254,30 @@ def report(call: str, dim: int | None, launch: Launch, sm: int) -> Report:
         resources["STACK"],
         spills,
         kernel.metadata.shared,
-        len(hmma),
-        len(hgmma),
+        len(HMMA.findall(code)),
+        len(HGMMA.findall(code)),
         steps,
     )
+
+
+def volume(code: str, num_warps: int) -> float:
+    """Multiply-adds of its tensor-core instructions: an HMMA is a warp's, of 16 x 8 x 16 or 8; an HGMMA is of four warps'."""
+    found = sum(16 * 8 * (16 if shape == "16816" else 8) for shape in HMMA.findall(code)) * num_warps
+    return found + sum(64 * int(columns) * 16 for columns in HGMMA.findall(code)) * num_warps / 4
+
+
+def tensor_loops(code: str) -> list[str]:
+    """The innermost loops that multiply: without what a pipeline has put in front of them."""
+    lines = [(int(match[1], 16), match[2]) for match in INSTRUCTIONS.finditer(code)]
+    loops = []
+    for address, text in lines:
+        jump = re.search(r"\bBRA(?:\.U)? (?:\w+, )?0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) <= address:
+            loops.append((int(jump[1], 16), address))
+    bodies = {loop: "\n".join(text for address, text in lines if loop[0] <= address <= loop[1]) for loop in set(loops)}
+    able = [loop for loop, body in bodies.items() if HMMA.search(body) or HGMMA.search(body)]
+    inside = [loop for loop in able if not any(loop[0] <= o[0] and o[1] <= loop[1] and o != loop for o in able)]
+    return [bodies[loop] for loop in inside]
 
 
 def machine_code(cubin: bytes) -> tuple[str, str]:

@@ -1,8 +1,8 @@
 """Which implementation runs a call.
 
-`cpu` is the compiled module, `triton` the GPU kernels, `torch` plain PyTorch on any device. The choice is made at every call: the innermost
-`backend()` context, else the variable EDGECOLBERT_BACKEND, else the fastest that can run. Each backend is a module with
-`supports`, `forward` and `backward`; it is imported when it is first chosen.
+`cpu` is the compiled module, `triton` the GPU kernels, `torch` plain PyTorch on any device. The choice is made at every
+call: the innermost `backend()` context, else the variable EDGECOLBERT_BACKEND, else the fastest that can run. Each backend is
+a module with `supports`, `forward` and `backward`; it is imported when it is first chosen.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class DeviceEmbeddings(Stored):
         ids: one for each document, or None.
     """
 
-    __slots__ = ("arrays", "_host", "_positions", "_starts", "ids")
+    __slots__ = ("_host", "_positions", "_starts", "arrays", "ids")
 
     def __init__(self, arrays: Packed, starts: np.ndarray, ids: Sequence[Id] | None, host: Callable[..., Any]) -> None:
         """For this package: arrays that are checked. `starts` are the offsets on the host; `host` makes what `cpu()`

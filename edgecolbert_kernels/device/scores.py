@@ -99,7 +99,8 @@ def score_block(
     index: Index | None = None,
 ) -> Tensor:
     """Every query with every document of a block, or chosen pairs."""
-    batch = q_mask, None, cu_q, block.offsets, *(index or (None, None))
+    query, document = index or (None, None)
+    batch = q_mask, None, cu_q, block.offsets, query, document
     tokens, scales = block.tokens, block.scales
     if scales is None:
         return tensors.score(Q, tokens, *batch, *options, out_dtype)

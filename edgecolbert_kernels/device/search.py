@@ -120,9 +120,7 @@ def unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
     return scores.masked_fill(nothing, -torch.inf), (_LOW - (keys & _LOW)).masked_fill_(nothing, -1)
 
 
-def _better(
-    best: Tensor, Q: Tensor, block: Any, q_mask: Tensor | None, some: slice, numbers: Tensor | None
-) -> Tensor:
+def _better(best: Tensor, Q: Tensor, block: Any, q_mask: Tensor | None, some: slice, numbers: Tensor | None) -> Tensor:
     """The k best keys with a block's documents among them."""
     scores = scoring.score_block(block, Q, q_mask, None, EXACT, torch.float32)
     index = torch.arange(some.start, some.stop, device=Q.device)

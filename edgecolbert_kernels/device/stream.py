@@ -41,7 +41,10 @@ def blocks(documents: Any, device: torch.device, most_tokens: int | None = None)
     ranges = list(cuts(starts, most))
     if device.type != "cuda":
         for begin, end in ranges:
-            yield slice(begin, end), Packed(*(None if x is None else x.to(device) for x in _host(documents, begin, end)))
+            yield (
+                slice(begin, end),
+                Packed(*(None if x is None else x.to(device) for x in _host(documents, begin, end))),
+            )
         return
     if not ranges:
         return
@@ -69,7 +72,7 @@ class _Place:
     def send(self, block: Packed, copier: cuda.Stream) -> Packed:
         self.copied.synchronize()  # returns at once for an event that was never recorded
         ends = _sizes(block.tokens.shape[1] * block.tokens.itemsize, block.tokens.shape[0], len(block.offsets) - 1)
-        arrived = []
+        arrived: list[Any] = []
         for each, first in zip(block, (0, *ends), strict=False):
             if each is None:
                 arrived.append(None)

@@ -73,7 +73,12 @@ def stored(X: np.ndarray) -> Tensor:
 
 def reads_integers(Q: Tensor) -> bool:
     """Whether the kernels on int8 documents can answer: eagerly, without a gradient, in float32."""
-    if Q.dtype is torch.float64 or (torch.is_grad_enabled() and Q.requires_grad) or not plain(Q) or Q.device.type != "cpu":
+    if (
+        Q.dtype is torch.float64
+        or (torch.is_grad_enabled() and Q.requires_grad)
+        or not plain(Q)
+        or Q.device.type != "cpu"
+    ):
         return False
     return choose("maxsim", "cpu", "float32") == "cpu"
 

@@ -73,10 +73,10 @@ def key(kernel: str, capability: int, bits: int, dim: int, columns: int) -> str:
 def blocks(kernel: str, capability: int, bits: int, dim: int, columns: int) -> Blocks:
     """Of `kernel` ("score", "score_argmax", "documents" or "queries")."""
     found = table().get(key(kernel, capability, bits, dim, columns))
-    return Blocks(*found) if found else rule(kernel, bits, dim, columns)
+    return Blocks(*found) if found else rule(kernel, capability, bits, dim, columns)
 
 
-def rule(kernel: str, bits: int, dim: int, columns: int) -> Blocks:
+def rule(kernel: str, capability: int, bits: int, dim: int, columns: int) -> Blocks:
     """What holds everything in registers, by the compiler's report, on every capability."""
     if kernel == "documents" and bits == 16:
         return Blocks(128 if dim <= 64 else 64 if dim <= 128 else 32, min(columns, 32), 8 if dim <= 128 else 4, 2)
@@ -86,6 +86,8 @@ def rule(kernel: str, bits: int, dim: int, columns: int) -> Blocks:
         return Blocks(4, 16, 4, 1)
     if bits == 32:
         return Blocks(32, min(columns, 32), 4, 2)
-    if columns <= 32:
-        return Blocks(64, columns, 4, 3)
-    return Blocks(64, columns, 4 if columns <= 64 else 8, 3)
+    # Shared memory of 99 KiB a program must do, and without Hopper's products, which read it themselves, registers are scarcer.
+    if dim > 128 or (kernel == "score_argmax" and capability < 90):
+        columns = min(columns, 64)
+    # One group of four warps has the 64 rows of a Hopper product, and two programs fit beside each other.
+    return Blocks(64, columns, 4, 2 if dim > 128 or (dim > 64 and capability < 90) else 3)

@@ -470,9 +470,9 @@ def queries(
                 weight = tl.where(live, g[:, None], 0.0)
                 x0 = read(rows, live, k0, C0, DIM, True, (DIM % WIDTH == 0) if SPLIT else (C0 <= DIM)).to(tl.float32)
                 if C1 > 0:
-                    x1 = read(
-                        rows, live, k0 + C0, C1, DIM, True, (DIM % WIDTH == 0) if SPLIT else (C0 + C1 <= DIM)
-                    ).to(tl.float32)
+                    x1 = read(rows, live, k0 + C0, C1, DIM, True, (DIM % WIDTH == 0) if SPLIT else (C0 + C1 <= DIM)).to(
+                        tl.float32
+                    )
                 if C2 > 0:
                     x2 = read(
                         rows, live, k0 + C0 + C1, C2, DIM, True, (DIM % WIDTH == 0) if SPLIT else (WIDTH <= DIM)

@@ -38,7 +38,7 @@ def patch() -> None:
     """Once for the process."""
     if getattr(triton_interpreter, "_edgecolbert", False):
         return
-    triton_interpreter._edgecolbert = True  # type: ignore[attr-defined]
+    triton_interpreter._edgecolbert = True
     patch_attributes, reduce = triton_interpreter._patch_lang_tensor, triton_interpreter.ReduceOps.apply_impl
 
     def patched_attributes(tensor: Any, scope: Any) -> None:

@@ -52,11 +52,13 @@ class Variant:
         else:
             self._launch(device, programs, rows, tensors, integers)
 
-    def _launch(self, device: int, programs: int, rows: int, tensors: Sequence[Tensor | None], integers: tuple[int, ...]) -> None:
+    def _launch(
+        self, device: int, programs: int, rows: int, tensors: Sequence[Tensor | None], integers: tuple[int, ...]
+    ) -> None:
         arguments = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         for tensor, address in zip(tensors[:2], arguments, strict=False):
             # Of a storage that was given back, as sharding does between uses, only the offset is left.
-            if address == tensor.storage_offset() * tensor.itemsize and tensor.numel():
+            if tensor is not None and address == tensor.storage_offset() * tensor.itemsize and tensor.numel():
                 raise checks.no_storage(tensor.shape)
         arguments += integers
         bits = 0

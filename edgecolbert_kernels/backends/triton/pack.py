@@ -91,9 +91,7 @@ def _width(dim: int) -> int:
 
 
 @cache
-def _variant(
-    function: Any, source: torch.dtype, stored: torch.dtype, dim: int, constants: tuple[bool, ...]
-) -> Variant:
+def _variant(function: Any, source: torch.dtype, stored: torch.dtype, dim: int, constants: tuple[bool, ...]) -> Variant:
     """Of a kernel for a dtype on either side."""
     return Variant(function, (*constants, _width(dim), _rows_of(dim)), 4, 1, _ALIGNED[function])
 

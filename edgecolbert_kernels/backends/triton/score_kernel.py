@@ -64,6 +64,7 @@ def score(
     BN: tl.constexpr,  # query tokens beside each other
     GROUP: tl.constexpr,  # queries of a program
     SLOTS: tl.constexpr,  # the next power of two
+    EVEN: tl.constexpr,  # every slot has BN // SLOTS columns, and a query as many tokens
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     E4M3: tl.constexpr,  # D is bytes of that float8
@@ -148,8 +149,12 @@ def score(
             q_row = q_start + column
             q_rows = q_row * q_stride_t
         else:
-            which = column // q_length.to(tl.int32)
-            token = column % q_length.to(tl.int32)
+            if EVEN:
+                which = column // (BN // SLOTS)
+                token = column % (BN // SLOTS)
+            else:
+                which = column // q_length.to(tl.int32)
+                token = column % q_length.to(tl.int32)
             q_row = (first_query + which) * q_length + token
             q_rows = (first_query + which) * q_stride_n + token * q_stride_t
         q_kept = in_query
@@ -197,7 +202,9 @@ def score(
                     if NORMALIZE:
                         d_squares += square_sum(d_raw)
                         q_squares += square_sum(q_raw)
-                    similarity = tl.dot(values(d_raw, COMPUTE, E4M3), q_raw.to(COMPUTE).T, similarity, input_precision=PRECISION)
+                    similarity = tl.dot(
+                        values(d_raw, COMPUTE, E4M3), q_raw.to(COMPUTE).T, similarity, input_precision=PRECISION
+                    )
             else:
                 d_raw = read(d_ptrs, d_kept, 0, C0, DIM, ZERO, C0 <= DIM)
                 if NORMALIZE:
@@ -256,7 +263,10 @@ def score(
                 # A query token with an infinity is no direction: all its similarities are NaN, the first of which wins.
                 value = tl.where(q_squares - q_squares == 0, value * inverse_norm(q_squares), float("nan"))
             value = tl.where(q_kept & found, value, 0.0)
-            sums += tl.sum(tl.where(which[None, :] == slot[:, None], value[None, :], 0.0), 1)
+            if EVEN:
+                sums += tl.sum(tl.reshape(value, [SLOTS, BN // SLOTS]), 1)
+            else:
+                sums += tl.sum(tl.where(which[None, :] == slot[:, None], value[None, :], 0.0), 1)
     if not SKIP:
         if E4M3:
             sums *= 256.0

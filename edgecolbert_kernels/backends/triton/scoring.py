@@ -10,8 +10,8 @@ from torch import Tensor
 
 from edgecolbert_kernels.backends import layout, native
 from edgecolbert_kernels.backends.triton import config
-from edgecolbert_kernels.backends.triton.score_kernel import score
 from edgecolbert_kernels.backends.triton.launch import INTERPRETED, MOST_PROGRAMS, Variant
+from edgecolbert_kernels.backends.triton.score_kernel import score
 
 # The query tokens that a program holds beside each other.
 MOST_COLUMNS = 128
@@ -163,17 +163,21 @@ def _plan(
     num_queries = (Q.shape[0] if Q.ndim == 3 else 1) if cu_q is None else cu_q.shape[0] - 1
     num_documents = D.shape[-3] if cu_d is None else cu_d.shape[0] - 1
     tokens = Q.shape[-2] if cu_q is None else -(-Q.shape[-2] // max(1, num_queries))
-    group = max(1, min(MOST_COLUMNS // max(1, tokens), num_queries)) if which == native.EVERY else 1
-    columns = min(MOST_COLUMNS, max(16, 1 << (group * tokens - 1).bit_length()))
     compute, how = products(Q.dtype, D.dtype, precision, tf32)
     bits = 32 if compute == tl.float32 else 16
     dim = Q.shape[-1]
-    blocks = config.blocks(
-        "score" if argmax is None else "score_argmax", capability(Q.device.index), bits, dim, columns
-    )
+    most = num_queries if which == native.EVERY else 1
+    columns = _columns(tokens, most, MOST_COLUMNS)
+    if argmax is not None and (cu_q is not None or columns % max(1, tokens)):
+        # Which query a column belongs to is then a register a column.
+        columns = _columns(tokens, most, MOST_COLUMNS // 2)
+    kernel = "score" if argmax is None else "score_argmax"
+    blocks = config.blocks(kernel, capability(Q.device.index), bits, dim, columns)
+    group = max(1, min(blocks.columns // max(1, tokens), most))
+    slots = 1 << (group - 1).bit_length()
     constants = (
-        *(which, dim, *config.pieces(dim), blocks.rows, blocks.columns, group, 1 << (group - 1).bit_length()),
-        *(compute, how, D.dtype is torch.float8_e4m3fn),
+        *(which, dim, *config.pieces(dim), blocks.rows, blocks.columns, group, slots),
+        *(cu_q is None and Q.shape[-2] * slots == blocks.columns, compute, how, D.dtype is torch.float8_e4m3fn),
         *(each is not None for each in (q_mask, d_mask, cu_q, cu_d, scales)),
         *(normalize, d_mask is not None and mask_mode == "zero", argmax is not None, grad is not None),
     )
@@ -186,6 +190,12 @@ def _plan(
     else:
         programs = num_documents * (-(-num_queries // group) if which == native.EVERY else num_queries)
     return _Plan(variant, programs, (num_queries, num_documents, Q.shape[-2], D.shape[-2]))
+
+
+def _columns(tokens: int, queries: int, most: int) -> int:
+    """Room for as many queries as fit beside each other, a power of two from 16 on."""
+    group = max(1, min(most // max(1, tokens), queries))
+    return min(most, max(16, 1 << (group * tokens - 1).bit_length()))
 
 
 def products(Q: torch.dtype, D: torch.dtype, precision: str, tf32: bool) -> tuple[Any, str]:

@@ -10,6 +10,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,30 +36,24 @@ def candidates(kernel: str, bits: int, columns: int) -> Iterator[config.Blocks]:
 
 
 def problems(dim: int, dtype: torch.dtype) -> Iterator[tuple[str, str, int, Callable[[], Any]]]:
-    """Key and a call, for each kernel and width."""
+    """Kernel, key, columns and a call, for each kernel and width."""
     from edgecolbert_kernels.backends.triton import gradients, scoring
 
     capability, bits = scoring.capability(torch.cuda.current_device()), 8 * dtype.itemsize
+    rest = None, None, None, None, None, None, False, "exclude", "exact"
     for columns, (num_queries, num_documents) in SHAPES.items():
         Q = torch.randn(num_queries, QUERY_TOKENS, dim, device="cuda").to(dtype)
         D = torch.randn(num_documents, DOCUMENT_TOKENS, dim, device="cuda").to(dtype)
-        rest = None, None, None, None, None, None, False, "exclude", "exact"
-        for kernel, argmax in (("score", False), ("score_argmax", True)):
+        for kernel in ("score", "score_argmax"):
             key = config.key(kernel, capability, bits, dim, columns)
-            yield kernel, key, columns, lambda Q=Q, D=D, argmax=argmax: scoring.forward(Q, D, *rest, argmax)
-        if columns != max(SHAPES):
-            continue
-        scores, argmax = scoring.forward(Q, D, *rest, True)
-        width = sum(config.shared_pieces(dim, False)[:3])
-        needs = {"documents": (QUERY_TOKENS, (False, True)), "queries": (16, (True, False))}
-        for kernel, (tokens, which) in needs.items():
-            key = config.key(kernel, capability, bits if kernel == "documents" else 16, width, tokens)
-            yield (
-                kernel,
-                key,
-                tokens,
-                lambda Q=Q, D=D, s=scores, a=argmax, w=which: gradients.backward(s, Q, D, a, *rest, *w),
-            )
+            yield kernel, key, columns, partial(scoring.forward, Q, D, *rest, kernel == "score_argmax")
+        if columns == max(SHAPES):
+            scores, argmax = scoring.forward(Q, D, *rest, True)
+            width = sum(config.shared_pieces(dim, False)[:3])
+            for kernel, tokens in (("documents", QUERY_TOKENS), ("queries", 16)):
+                key = config.key(kernel, capability, bits if kernel == "documents" else 16, width, tokens)
+                needs = kernel == "queries", kernel == "documents"
+                yield kernel, key, tokens, partial(gradients.backward, scores, Q, D, argmax, *rest, *needs)
 
 
 def measure(call: Callable[[], Any]) -> float:
@@ -85,10 +80,14 @@ def main(arguments: list[str] | None = None) -> int:
     if reason:
         print(f"nothing to tune: {reason}", file=sys.stderr)
         return 1
+    from edgecolbert_kernels.backends.triton import scoring
+
+    capability = scoring.capability(torch.cuda.current_device())
     for dim, dtype in itertools.product(options.dim, DTYPES):
         for kernel, key, columns, call in problems(dim, dtype):
             times: dict[config.Blocks, float] = {}
-            for blocks in {config.rule(kernel, 8 * dtype.itemsize, dim, columns), *candidates(kernel, 8 * dtype.itemsize, columns)}:
+            bits = 8 * dtype.itemsize
+            for blocks in {config.rule(kernel, capability, bits, dim, columns), *candidates(kernel, bits, columns)}:
                 config.table()[key] = list(blocks)
                 times[blocks] = measure(call)
             best = min(times, key=lambda blocks: (times[blocks], blocks))

@@ -33,7 +33,17 @@ _POINTERS = {
 }
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-_SPECIALIZED = ("q_ptr", "d_ptr", "out_ptr", "x_ptr", "q_stride_n", "q_stride_t", "d_stride_n", "d_stride_k", "d_stride_t")
+_SPECIALIZED = (
+    "q_ptr",
+    "d_ptr",
+    "out_ptr",
+    "x_ptr",
+    "q_stride_n",
+    "q_stride_t",
+    "d_stride_n",
+    "d_stride_k",
+    "d_stride_t",
+)
 
 
 class Compilation(NamedTuple):
@@ -62,10 +72,12 @@ def variants(capability: int) -> Iterator[Compilation]:
     yield _score("in-batch tf32x3 d48", capability, 48, torch.float32, 128, how="tf32x3")
     yield _score("in-batch normalize d48", capability, 48, torch.float16, 128, NORMALIZE=True, ARGMAX=True)
     yield _score("in-batch zero d48", capability, 48, torch.float16, 128, D_MASK=True, ZERO=True, ARGMAX=True)
-    yield _score("packed d48", capability, 48, torch.float16, 128, Q_PACKED=True, D_PACKED=True, ARGMAX=True)
+    yield _score("packed d48", capability, 48, torch.float16, 64, Q_PACKED=True, D_PACKED=True, ARGMAX=True)
     yield _score("rerank packed d48", capability, 48, torch.float16, 32, D_PACKED=True)
     yield _score("rerank int8 d48", capability, 48, torch.float16, 32, d_type="*i8", D_PACKED=True, SCALED=True)
-    yield _score("rerank e4m3 d48", capability, 48, torch.float16, 32, d_type="*u8", D_PACKED=True, SCALED=True, E4M3=True)
+    yield _score(
+        "rerank e4m3 d48", capability, 48, torch.float16, 32, d_type="*u8", D_PACKED=True, SCALED=True, E4M3=True
+    )
     yield _score("own d48", capability, 48, torch.float16, 32, LAYOUT=native.OWN, ARGMAX=True, D_MASK=True)
     yield _score("indexed d48", capability, 48, torch.float16, 32, LAYOUT=native.INDEXED, ARGMAX=True)
     yield _score("winners d48", capability, 48, torch.float16, 128, ARGMAX=True, SKIP=True, D_MASK=True)
@@ -75,7 +87,9 @@ def variants(capability: int) -> Iterator[Compilation]:
     yield _documents("documents packed d48", capability, 48, torch.float16, Q_PACKED=True, D_PACKED=True)
     yield _queries("queries normalize d48", capability, 48, torch.float16, NORMALIZE=True)
     yield _queries("queries sum d48", capability, 48, torch.float16, SUM=True)
-    yield _compilation("unusual d48", unusual, capability, torch.float16, {"DIM": 48, "C": 64, "ROWS": 16}, (4, 1), None)
+    yield _compilation(
+        "unusual d48", unusual, capability, torch.float16, {"DIM": 48, "C": 64, "ROWS": 16}, (4, 1), None
+    )
 
 
 def _score(
@@ -92,25 +106,44 @@ def _score(
     kernel = "score_argmax" if flags.get("ARGMAX") else "score"
     blocks = config.blocks(kernel, capability, bits, dim, columns)
     c0, c1, c2, loop = config.pieces(dim)
-    group = columns // 32
+    group = blocks.columns // 32
     constants = {
-        **{"LAYOUT": native.EVERY, "DIM": dim, "C0": c0, "C1": c1, "C2": c2, "LOOP": loop},
-        **{"BM": blocks.rows, "BN": blocks.columns, "GROUP": group, "SLOTS": group},
-        **{"COMPUTE": _TYPES[dtype], "PRECISION": how or ("ieee" if bits == 32 else "tf32")},
+        "LAYOUT": native.EVERY,
+        "DIM": dim,
+        "C0": c0,
+        "C1": c1,
+        "C2": c2,
+        "LOOP": loop,
+        "BM": blocks.rows,
+        "BN": blocks.columns,
+        "GROUP": group,
+        "SLOTS": group,
+        "EVEN": not flags.get("Q_PACKED"),
+        "COMPUTE": _TYPES[dtype],
+        "PRECISION": how or ("ieee" if bits == 32 else "tf32"),
         **dict.fromkeys(("E4M3", "Q_MASK", "D_MASK", "Q_PACKED", "D_PACKED", "SCALED", "NORMALIZE"), False),
         **dict.fromkeys(("ZERO", "ARGMAX", "SKIP"), False),
         **flags,
     }
-    return _compilation(f"{name}{' argmax' * constants['ARGMAX']}", score, capability, dtype, constants, blocks[2:], dim, d_type)
+    return _compilation(
+        f"{name}{' argmax' * constants['ARGMAX']}", score, capability, dtype, constants, blocks[2:], dim, d_type
+    )
 
 
 def _documents(name: str, capability: int, dim: int, dtype: torch.dtype, **flags: Any) -> Compilation:
     width, blocks = documents_blocks(capability, 8 * dtype.itemsize, dim, flags.get("NORMALIZE", False), 32, 256)
     constants = {
         **dict(zip(("C0", "C1", "C2", "SPLIT"), width, strict=True)),
-        **{"LAYOUT": native.EVERY, "DIM": dim, "BM": blocks.rows, "BN": blocks.columns},
-        **{"COMPUTE": _TYPES[dtype], "PRECISION": "ieee" if dtype is torch.float32 else "tf32"},
-        **{"D_MASK": True, "Q_PACKED": False, "D_PACKED": False, "NORMALIZE": False},
+        "LAYOUT": native.EVERY,
+        "DIM": dim,
+        "BM": blocks.rows,
+        "BN": blocks.columns,
+        "COMPUTE": _TYPES[dtype],
+        "PRECISION": "ieee" if dtype is torch.float32 else "tf32",
+        "D_MASK": True,
+        "Q_PACKED": False,
+        "D_PACKED": False,
+        "NORMALIZE": False,
         **flags,
     }
     return _compilation(name, documents, capability, dtype, constants, blocks[2:], None)
@@ -121,7 +154,10 @@ def _queries(name: str, capability: int, dim: int, dtype: torch.dtype, **flags: 
     blocks = config.blocks("queries", capability, 16, sum(width[:3]), 16)
     constants = {
         **dict(zip(("C0", "C1", "C2", "SPLIT"), width, strict=True)),
-        **{"LAYOUT": native.EVERY, "DIM": dim, "BT": blocks.columns, "BD": blocks.rows},
+        "LAYOUT": native.EVERY,
+        "DIM": dim,
+        "BT": blocks.columns,
+        "BD": blocks.rows,
         **dict.fromkeys(("Q_PACKED", "D_PACKED", "NORMALIZE", "SUM"), False),
         **flags,
     }
@@ -144,5 +180,7 @@ def _compilation(
     pointers = {**_POINTERS, "q_ptr": tokens, "x_ptr": tokens, "d_ptr": d_type or tokens, "out_ptr": out or tokens}
     names = [parameter.name for parameter in fn.params]
     signature = {n: "constexpr" if n in constants else pointers.get(n, "i64") for n in names}
-    attrs = {(names.index(n),): [["tt.divisibility", ALIGNED]] for n in names if n in _SPECIALIZED}
+    attrs: dict[tuple[int, ...], Any] = {
+        (names.index(n),): [["tt.divisibility", ALIGNED]] for n in names if n in _SPECIALIZED
+    }
     return Compilation(name, fn, signature, constants, attrs, *launch, capability, dot_dim)
