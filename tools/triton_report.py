@@ -205,9 +205,7 @@ def launches(call: Callable[[], object], sm: int) -> list[Launch]:
 
 def recorded(variant: Any, tensors: list[Any], integers: tuple[int, ...]) -> Launch:
     names = variant.function.arg_names
-    # A launch fills the places of absent tensors with the first.
-    given = [tensors[0] if tensor is None else tensor for tensor in tensors]
-    types = [f"*{TYPES[str(tensor.dtype)]}" for tensor in given] + ["i64"] * len(integers)
+    types = [f"*{TYPES[str(tensor.dtype)]}" for tensor in tensors] + ["i64"] * len(integers)
     constants = dict(zip(names[len(types) :], variant.constants, strict=True))
     signature = dict(zip(names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
     aligned = tuple(
