@@ -82,11 +82,12 @@ def run(quick: bool) -> list[dict]:
     eights = documents.to("int8")
     # (queries, documents) that a contender really scores
     few = (min(32, shape["num_queries"]), min(8_000, shape["num_documents"]))
+    tenth = (-(-shape["num_queries"] // 10), shape["num_documents"])
     plans = [
         ("search fast, fp16", lambda Q, D: ours(Q, D, "fast"), documents, tuple(shape.values())),
-        ("search exact, fp16", lambda Q, D: ours(Q, D, "exact"), documents, tuple(shape.values())),
+        ("search exact, fp16", lambda Q, D: ours(Q, D, "exact"), documents, tenth),
         ("search fast, int8", lambda Q, D: ours(Q, D, "fast"), eights, tuple(shape.values())),
-        ("search exact, int8", lambda Q, D: ours(Q, D, "exact"), eights, tuple(shape.values())),
+        ("search exact, int8", lambda Q, D: ours(Q, D, "exact"), eights, tenth),
         ("torch blocked fp32", torch_blocked, documents, few),
         ("maxsim-cpu", maxsim_cpu, documents, (min(4, few[0]), min(4_000, few[1]))),
     ]

@@ -180,7 +180,8 @@ def distillation_loss(
 
     Args:
         Q: `[Nq, Lq, d]`, or a list of `[Lq, d]`; float32, float16, bfloat16 or float64.
-        D: `[Nq, K, Ld, d]`, or a list of Nq * K `[Ld, d]`, the candidates of the first query first.
+        D: `[Nq, K, Ld, d]`, or a list of Nq * K `[Ld, d]`, the candidates of the first query first; or `[K, Ld, d]`, which
+            are candidates of every query.
         teacher_scores: `[Nq, K]`, any float dtype; no gradient flows to it.
         q_mask: the tokens of Q to keep, in its shape without d (for a list, a list): bool, or 0/1 in any dtype.
         d_mask: the same for D.
@@ -222,24 +223,28 @@ def distillation_loss(
         checks.same_count("D", len(D), "teacher_scores", count)
     Q, q_mask = _tokens("Q", Q, q_mask, D, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
     of_list = isinstance(D, (list, tuple))
-    D, d_mask = _tokens("D", D, d_mask, Q, (4,), "[Nq, K, Ld, d] or a list of Nq * K [Ld, d]")
+    D, d_mask = _tokens("D", D, d_mask, Q, (3, 4), "[Nq, K, Ld, d], [K, Ld, d] or a list of Nq * K [Ld, d]")
     if of_list:
         D = D.view(*teacher_scores.shape, *D.shape[1:])
         d_mask = None if d_mask is None else d_mask.view(D.shape[:3])
-    checks.same_batch(Q.shape, D.shape)
+    shared = D.ndim == 3
+    if not shared:
+        checks.same_batch(Q.shape, D.shape)
+    pairs = (Q.shape[0], D.shape[0 if shared else 1])
     _tensor("teacher_scores", teacher_scores, Q)
-    checks.shape("teacher_scores", teacher_scores.shape, D.shape[:2], "one score for each candidate")
+    checks.shape("teacher_scores", teacher_scores.shape, pairs, "one score for each candidate")
     if candidate_mask is not None:
         checks.shape(
             "candidate_mask",
             _tensor("candidate_mask", candidate_mask, Q).shape,
-            D.shape[:2],
+            pairs,
             "one value for each candidate",
         )
         candidate_mask = candidate_mask != 0
-        # Without its tokens, as a weight of 0 does not silence a NaN.
-        exists = candidate_mask[..., None].expand(D.shape[:3])
-        d_mask = exists if d_mask is None else d_mask & exists
+        if not shared:
+            # Without its tokens, as a weight of 0 does not silence a NaN.
+            exists = candidate_mask[..., None].expand(D.shape[:3])
+            d_mask = exists if d_mask is None else d_mask & exists
 
     dtype = getattr(torch, arguments.arithmetic(Q, D))
     student = scoring.maxsim(Q, D, q_mask, d_mask, normalize=normalize, mask_mode=mask_mode, out_dtype=dtype)

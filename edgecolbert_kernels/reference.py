@@ -225,7 +225,7 @@ def distillation_loss(
     normalize: bool = False,
     mask_mode: str = "exclude",
 ) -> Tensor:
-    r"""Student scores $s$ of `maxsim` against teacher scores $t$, over each query's own candidates that there are.
+    r"""Student scores $s$ of `maxsim` against teacher scores $t$, over the candidates that there are: a query's own, or D 3-D.
 
     Both are normalised over a query's candidates: "minmax" $(x - \min x) / (\max x - \min x + 10^{-8})$, "zscore"
     $(x - \bar x) / (\sigma_x + 10^{-8})$ with $\sigma_x$ a constant where it is 0, or "none".

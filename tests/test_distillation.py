@@ -358,7 +358,8 @@ def test_second_derivative_is_refused(backend):
 Q3, D4, T2 = torch.zeros(2, 5, 8), torch.zeros(2, 3, 7, 8), torch.zeros(2, 3)
 MISTAKES = {
     "Q is None": (lambda: ek.distillation_loss(None, D4, T2), TypeError, ["Q", "NoneType"]),
-    "3-D D": (lambda: ek.distillation_loss(Q3, D4.flatten(0, 1), T2), ValueError, ["D", "[6, 7, 8]"]),
+    "2-D D": (lambda: ek.distillation_loss(Q3, D4[0, 0], T2), ValueError, ["D", "[7, 8]"]),
+    "shared": (lambda: ek.distillation_loss(Q3, D4.flatten(0, 1), T2), ValueError, ["teacher_scores", "[2, 3]"]),
     "batches": (lambda: ek.distillation_loss(Q3[:1], D4, T2), ValueError, ["D", "[2, 3, 7, 8]"]),
     "dimensions": (lambda: ek.distillation_loss(Q3, D4[..., :7], T2), ValueError, ["Q", "D", "[2, 3, 7, 7]"]),
     "teacher": (lambda: ek.distillation_loss(Q3, D4, T2[:, :2]), ValueError, ["teacher_scores", "[2, 2]"]),
@@ -411,6 +412,18 @@ MISTAKES = {
     "d_mask": (lambda: ek.distillation_loss(Q3, D4, T2, None, torch.ones(2, 7)), ValueError, ["d_mask", "[2, 7]"]),
     "mask_mode": (lambda: ek.distillation_loss(Q3, D4, T2, mask_mode="drop"), ValueError, ["mask_mode", "drop"]),
 }
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_candidates_of_every_query(name):
+    Q, D, teacher, q_mask, d_mask = problem()
+    shared = (Q, D[1], teacher, q_mask, d_mask[1])
+    grad = embeddings(NQ, seed=9, norm=None) if OPTIONS[name].get("reduction") == "none" else None
+    exact, plain = (
+        value_and_gradients(reference.distillation_loss, *shared, dtype=dtype, grad=grad, **OPTIONS[name])
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert_as_near(value_and_gradients(ek.distillation_loss, *shared, grad=grad, **OPTIONS[name]), exact, plain, of=0.1)
 
 
 @pytest.mark.parametrize("name", MISTAKES)

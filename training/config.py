@@ -48,6 +48,8 @@ class Model:
     random: bool = False  # random weights in the shape of `base`
     tokenizer: str | None = None  # None: that of `base`
     lowercase: bool = False
+    freeze: int = 0  # layers, from the first, that stay as they are; they are computed once a text (BERT-like encoders)
+    states: str | None = None  # a folder that keeps what the frozen layers computed for the runs to come
     dimension: int = 48
     head: Head | None = None  # None: the checkpoint's, if it has one
     # None: as in the checkpoint, else "[Q] ", "[D] ", 32, 180 (stage colbert), "", "", 64, 128 (the dense stages).
@@ -62,7 +64,7 @@ class Model:
 
 @dataclass
 class Source:
-    """One data set; see training/data.py for the formats."""
+    """One data set; see training/sources.py for the formats."""
 
     path: str  # .jsonl[.gz], a BEIR folder, or hub:owner/name
     name: str | None = None  # hub: a configuration of the data set
@@ -75,6 +77,11 @@ class Source:
     columns: dict[str, str] = field(default_factory=dict)  # ours -> theirs, such as {query = "anchor"}
     query_prompt: str = ""
     document_prompt: str = ""
+    # What training.teach wrote: documents a query, `hard` of them from the teacher's first `depth`; queries about each.
+    positives: int = 2
+    hard: int = 1
+    depth: int = 20
+    about: int = 1
     vectors: str | None = None  # stage distill: .npy [rows, dimension] of the teacher; None: made and kept
 
 
@@ -95,6 +102,7 @@ class Loss:
     teacher_normalization: Literal["minmax", "zscore", "none"] = "minmax"
     student_normalization: Literal["minmax", "zscore", "none"] = "minmax"
     teacher_temperature: float | None = None
+    bonus: float = 0.0  # what training.teach wrote: added to the teacher's score of a document, times its grade
     # finetune: weights of AnglE's terms
     in_batch: float = 1.0
     contrastive: float = 1.0
@@ -168,7 +176,7 @@ class Config:
 
 # What may differ when a run goes on: it changes no number of the steps to come.
 MAY_CHANGE = {"train.save_every", "train.keep", "train.log_every", "train.workers", "train.trackers"}
-MAY_CHANGE |= {"eval.sets", "eval.every", "eval.batch", "output"}
+MAY_CHANGE |= {"eval.sets", "eval.every", "eval.batch", "model.states", "output"}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

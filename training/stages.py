@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from edgecolbert_kernels import contrastive_loss, distillation_loss, gather_with_gradient
 from training import losses
-from training.config import Config, ConfigError
-from training.data import Row
+from training.config import Config, ConfigError, Loss
 from training.model import Encoder, Features
+from training.sources import Row, TaughtRows
 
 Encoded = tuple[Tensor, Tensor]
 Batch = dict[str, Any]
@@ -88,7 +88,7 @@ class Contrastive(Stage):
             D, d_mask, offset, weight = gather_with_gradient(D, d_mask)
         if own.symmetric and len(D) != count:
             raise ConfigError("loss.symmetric needs the queries of all devices: run on one, or without train.gather")
-        if exclude is not None:
+        if exclude is not None and len(D) != count:
             exclude = F.pad(exclude, (offset, len(D) - offset - count))
         target = offset + torch.arange(len(Q), device=Q.device)
         more: dict[str, Any] = {"exclude": exclude, "margin": own.margin, "symmetric": own.symmetric}
@@ -194,21 +194,55 @@ class Colbert(Stage):
             q_mask,
             d_mask.unflatten(0, teacher_scores.shape),
             candidate_mask=there,
-            student_normalization=own.student_normalization,
-            teacher_normalization=own.teacher_normalization,
-            temperature=own.temperature or 1.0,
-            teacher_temperature=own.teacher_temperature,
-            mask_mode=own.mask_mode,
+            **kl_options(own),
         )
 
 
-def build(config: Config, encoder: Encoder, vectors: Sequence[np.ndarray] = ()) -> Stage:
+class InBatch(Stage):
+    """KL divergence to a teacher's scores, every query of the batch over every document of the batch."""
+
+    def __init__(self, config: Config, encoder: Encoder, rows: Sequence[Any]) -> None:
+        super().__init__(config, encoder)
+        self.rows: Sequence[TaughtRows] = rows
+        for source, own in zip(config.data.sources, rows, strict=True):
+            if not isinstance(own, TaughtRows):
+                raise ConfigError(f"{source.path} is not what training.teach writes, which the other data sets are")
+
+    def batch(self, rows: Sequence[Row], source: int) -> tuple[list[Features], dict[str, Tensor | None]]:
+        own = self.rows[source]
+        numbers = list(dict.fromkeys([row.index for row in rows] + [n for row in rows for n in row.others]))
+        documents = {key: text for row in rows for key, text in zip(row.keys, row.documents, strict=True)}
+        scores = own.targets(numbers, list(documents), self.config.loss.bonus)
+        queries = self.texts([own.queries[n] for n in numbers], True, source)
+        return [queries, self.texts(list(documents.values()), False, source)], {
+            "teacher_scores": torch.from_numpy(scores)
+        }
+
+    def loss(self, queries: Encoded, documents: Encoded, teacher_scores: Tensor) -> Tensor:
+        (Q, q_mask), (D, d_mask) = queries, documents
+        return distillation_loss(Q, D, teacher_scores, q_mask, d_mask, **kl_options(self.config.loss))
+
+
+def kl_options(loss: Loss) -> dict[str, Any]:
+    return {
+        "student_normalization": loss.student_normalization,
+        "teacher_normalization": loss.teacher_normalization,
+        "temperature": loss.temperature or 1.0,
+        "teacher_temperature": loss.teacher_temperature,
+        "mask_mode": loss.mask_mode,
+    }
+
+
+def build(config: Config, encoder: Encoder, vectors: Sequence[np.ndarray] = (), rows: Sequence[Any] = ()) -> Stage:
+    """vectors: of stage distill; rows: of each source."""
     if config.stage == "distill":
         return Distill(config, encoder, vectors)
     if config.stage == "finetune":
         return Finetune(config, encoder)
     if config.stage == "contrastive" or config.loss.kind == "contrastive":
         return Contrastive(config, encoder)
+    if any(isinstance(each, TaughtRows) for each in rows):
+        return InBatch(config, encoder, rows)
     return Colbert(config, encoder)
 
 

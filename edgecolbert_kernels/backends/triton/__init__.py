@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from functools import cache
 from typing import Any
 
@@ -23,7 +24,7 @@ def supports(op: str, device: str, dtype: str) -> str | None:
         return f"its GPU kernels accumulate in float32, not in {dtype}"
     if device == "cuda":
         return _missing_triton() or _unfit_devices()
-    if device == "cpu" and _missing_triton() is None and _interpreted():
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") and _missing_triton() is None and _interpreted():
         return None
     return f"the inputs are on {device} and its kernels run on a CUDA GPU"
 
