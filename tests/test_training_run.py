@@ -20,7 +20,7 @@ import tiny
 
 pytest.importorskip("accelerate")
 pytest.importorskip("ir_measures")
-from training import checkpoint, config, evaluate, files, mine, model, score, stages, teach, train
+from training import checkpoint, config, data, evaluate, files, mine, model, score, stages, teach, train
 
 ROOT = Path(train.__file__).parent.parent
 CONFIGS = sorted([*(ROOT / "training" / "configs").glob("*.toml"), *(ROOT / "demo" / "recipe").glob("*.toml")])
