@@ -40,8 +40,8 @@ GOALS = (
     ("1 x 10k x 300 ragged, d 48", "fused, packed", "percent_of_memory", ">=", 90, "% of the measured bandwidth"),
     ("1 x 4k x 2048 ragged, d 48", "fused, packed", "percent_of_memory", ">=", 90, "% of the measured bandwidth"),
     ("128 x 128 x 32 x 300, d 128", "fused", "TFLOP/s", ">=", 400, "TFLOP/s"),
-    ("forward + backward 1024, d 48", "fused", "device", "<=", 6, "ms"),
-    ("contrastive loss 24576", "fused", "device", "<=", 5000, "ms"),
+    ("forward + backward 1024, d 48", "fused", "p50", "<=", 6, "ms"),
+    ("contrastive loss 24576", "fused", "p50", "<=", 5000, "ms"),
     ("contrastive loss 24576", "fused", "GB", "<=", 8, "GB beside inputs"),
 )
 
@@ -53,7 +53,6 @@ def facts(device: torch.device, peaks: dict[str, float], quick: bool) -> dict[st
     properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return {
         "suite": "gpu",
-        "gpu": properties.name if properties else None,
         "sm": f"{properties.major}{properties.minor}" if properties else None,
         "cuda": torch.version.cuda,
         "triton": machine.version("triton"),
@@ -97,7 +96,7 @@ def row(
 ) -> dict[str, Any]:
     mine = times[contender.name]
     made: dict[str, Any] = {"case": case.name, **case.parameters, "contender": contender.name, "unit": "ms"}
-    made |= {"device": quantiles(mine.device), "wall": quantiles(mine.wall), "rounds": len(mine.device)}
+    made |= {**quantiles(mine.device), "wall": quantiles(mine.wall), "rounds": len(mine.device)}
     made["error"] = float(f"{error:.2g}")
     if case.operations:
         rate = case.operations / mine.device / 1e9
@@ -116,7 +115,7 @@ def row(
 
 
 def describe(found: dict[str, Any]) -> str:
-    text = f"  {found['contender']:<26}{found['device']['p50']:>10.4g} ms{found['wall']['p50']:>10.4g} wall"
+    text = f"  {found['contender']:<26}{found['p50']:>10.4g} ms{found['wall']['p50']:>10.4g} wall"
     for name, unit in (("TFLOP/s", "TFLOP/s"), ("percent_of_memory", "% of GB/s"), ("GB", "GB")):
         value = found.get(name)
         if value is not None:
@@ -164,7 +163,13 @@ def run_tests() -> dict[str, Any]:
         output, status = (expired.stdout or b"").decode(), None
     print(output[-3000:], flush=True)
     counts = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|errors?)", output[-2000:])}
-    return {"case": "tests", "exit_status": status, "seconds": round(time.monotonic() - start), **counts}
+    return {
+        "case": "tests",
+        "contender": "tests",
+        "exit_status": status,
+        "seconds": round(time.monotonic() - start),
+        **counts,
+    }
 
 
 def build() -> None:
@@ -185,7 +190,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(-(-len(names) // columns), columns, figsize=(16, 2.6 * -(-len(names) // columns)))
     for axis, name in zip(np.ravel(axes), names, strict=False):
         found = [each for each in rows if each["case"] == name]
-        axis.barh([each["contender"] for each in found][::-1], [each["device"]["p50"] for each in found][::-1])
+        axis.barh([each["contender"] for each in found][::-1], [each["p50"] for each in found][::-1])
         axis.set_title(f"{name}, ms", fontsize=8)
         axis.tick_params(labelsize=6)
     for axis in np.ravel(axes)[len(names) :]:
@@ -244,7 +249,7 @@ def main() -> None:
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-").removeprefix("nvidia-")
     path = options.out or (None if options.dry_run else RESULTS / f"gpu-{slug}.jsonl")
     if path is not None:
-        shared = {key: rows[0][key] for key in ("suite", "gpu", "date")} if rows else {}
+        shared = {"suite": "gpu", **machine.facts()}
         path.write_text("".join(json.dumps(each) + "\n" for each in [*({**shared, **t} for t in tests), *rows]))
         if machine.version("matplotlib") and rows:
             plot(rows, path.with_suffix(".png"))

@@ -7,9 +7,9 @@ import platform
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
-
 from tools import triton_report
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or platform.system() != "Linux",

@@ -5,7 +5,7 @@
 The calls below run on meta tensors, with the launcher replaced by one that takes notes: so what is compiled is what these
 calls would start. Each kernel is compiled for compute capability 8.0 and 9.0; registers, stack, shared memory and spills come
 from the machine code (cuobjdump, which the triton package brings), and so do the tensor-core instructions. Results go into
-benchmarks/results/triton-aot.jsonl and, as a table, into docs/triton-kernels.md; `--check` writes nothing and fails where a
+docs/triton-kernels.jsonl and, as a table, into docs/triton-kernels.md; `--check` writes nothing and fails where a
 kernel breaks a rule or where its table row is out of date.
 """
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "triton-aot.jsonl"
+RESULTS = ROOT / "docs" / "triton-kernels.jsonl"
 TABLE = ROOT / "docs" / "triton-kernels.md"
 
 # Bytes of shared memory that one program may take.

@@ -79,7 +79,8 @@ def blocks(kernel: str, capability: int, bits: int, dim: int, columns: int) -> B
 def rule(kernel: str, capability: int, bits: int, dim: int, columns: int) -> Blocks:
     """What holds everything in registers, by the compiler's report, on every capability."""
     if kernel == "documents" and bits == 16:
-        return Blocks(128 if dim <= 64 else 64 if dim <= 128 else 32, min(columns, 32), 8 if dim <= 128 else 4, 2)
+        large = dim <= 64 and capability >= 90
+        return Blocks(128 if large else 64 if dim <= 128 else 32, min(columns, 32), 8 if large else 4, 2)
     if kernel == "documents":
         return Blocks(32 if dim <= 64 else 16, 16, 4, 1)
     if kernel == "queries":
