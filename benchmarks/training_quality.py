@@ -28,7 +28,7 @@ def collect(pairs: Sequence[str]) -> None:
     """One line a set with its query ids, then one a model and set, sorted by both."""
     ids, values = read()
     for pair in pairs:
-        name, _, folder = pair.partition("=")
+        name, _, folder = pair.rpartition("=")
         place = Path(folder)
         if (place / "eval").is_dir():
             place = max((place / "eval").iterdir())
@@ -110,7 +110,8 @@ def main(arguments: Sequence[str]) -> None:
             raise SystemExit(__doc__)
         collect(arguments[1:])
     _, values = read()
-    print(table(values, "BM25"))
+    for baseline in ("BM25", "untrained, d = 48"):
+        print(table(values, baseline), end="\n\n")
     plot(values, RESULTS / "training_quality.png")
 
 
