@@ -8,18 +8,20 @@ BUILD ?= build/dev
 TORCH ?= torch==2.13.0
 
 FUZZ_SECONDS ?= 600
+MKDOCS ?= build
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test train bench lint format module objects fuzz spills emulate sanitize matrix clean
+.PHONY: help demo test train bench bench-quick docs lint format module objects fuzz spills emulate sanitize matrix wheels \
+    contribute clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(BIN)/.demo module  ## search over real text, with quality and speed (DEMO="--data DIR" for a BEIR folder)
+demo: $(BIN)/.demo module  ## train on the standard library's docstrings, then search (DEMO="--no-train", or "--data DIR" for a BEIR folder)
 	$(BIN)/python -m demo $(DEMO)
 
 test: $(BIN)/.test module  ## all tests (PYTEST="-k masks" to choose)
@@ -28,8 +30,14 @@ test: $(BIN)/.test module  ## all tests (PYTEST="-k masks" to choose)
 train: $(BIN)/.train module  ## one stage of training (CONFIG=training/configs/NAME.toml, SET="key=value ...")
 	$(BIN)/python -m training.train $(CONFIG) $(SET)
 
-bench: $(BIN)/.bench module  ## all benchmarks and the table of targets (BENCH=--quick for a short run)
+bench: $(BIN)/.bench module  ## all benchmarks and the numbers to reach (BENCH="--pylate PYTHON" for PyLate's as well)
 	$(BIN)/python -m benchmarks.all $(BENCH)
+
+bench-quick: $(BIN)/.bench module  ## the main benchmarks in under 3 minutes; leaves the committed results alone
+	$(BIN)/python -m benchmarks.all --quick $(BENCH)
+
+docs: $(BIN)/.docs  ## the pages in build/site, every link checked (MKDOCS=serve to watch them)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(MKDOCS) --strict
 
 lint: $(BIN)/.lint  ## ruff, clang-format and mypy; changes nothing
 	$(BIN)/ruff check .
@@ -55,8 +63,8 @@ objects: $(BIN)/.base  ## the objects of the instruction sets alone, in build/na
 	    -DEDGECOLBERT_PYTHON=OFF -DEDGECOLBERT_NATIVE_TESTS=ON
 	$(BIN)/cmake --build build/native --target isa_objects
 
-fuzz: $(BIN)/.test module  ## damaged folders of packed embeddings against their reader (FUZZ_SECONDS=60; 600 by default)
-	$(BIN)/python -m tools.fuzz_packed $(FUZZ_SECONDS)
+fuzz: $(BIN)/.test  ## damaged folders of packed embeddings against their reader, under AddressSanitizer (FUZZ_SECONDS=60; 600 by default)
+	PATH="$(abspath $(BIN)):$$PATH" tools/sanitize.sh --fuzz $(FUZZ_SECONDS)
 
 spills: objects  ## register spills in the hot loops of those objects
 	$(BIN)/python tools/spills.py $$(awk '$$1 != "scalar" { print $$2 }' build/native/isa_objects.txt)
@@ -69,6 +77,12 @@ sanitize: $(BIN)/.test  ## the tests under AddressSanitizer and UndefinedBehavio
 
 matrix:  ## installs with every Python and compiler of this machine (slow)
 	tools/build_matrix.sh
+
+wheels:  ## the release in dist/: an sdist and a manylinux wheel for each Python of this machine
+	tools/wheels.sh
+
+contribute:  ## times a contributor's first steps: a fresh clone to green tests, and to a first benchmark
+	tools/contribute.sh
 
 clean:  ## removes what was built; the virtual environment stays
 	rm -rf build *.egg-info edgecolbert_kernels/_C.*.so
@@ -84,7 +98,7 @@ $(BIN)/.base: pyproject.toml setup.py
 	EDGECOLBERT_BUILD=0 $(PIP) install --no-build-isolation --editable .
 	@touch $@
 
-$(BIN)/.demo $(BIN)/.test $(BIN)/.train $(BIN)/.bench $(BIN)/.lint: $(BIN)/.%: $(BIN)/.base
+$(BIN)/.demo $(BIN)/.test $(BIN)/.train $(BIN)/.bench $(BIN)/.lint $(BIN)/.docs: $(BIN)/.%: $(BIN)/.base
 	@echo "== $(VENV): requirements of make $*"
 	EDGECOLBERT_BUILD=0 $(PIP) install --no-build-isolation --editable ".[$*]"
 	@touch $@

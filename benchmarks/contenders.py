@@ -1,6 +1,8 @@
 """The ways to score that the suites compare: queries [Nq, Lq, d], documents [Nd, Ld, d] -> [Nq, Nd]."""
 
 import importlib.util
+import time
+from functools import cache
 
 import torch
 
@@ -10,6 +12,7 @@ from edgecolbert_kernels import maxsim
 
 BLOCK = 16  # documents a block: larger ones fall out of the caches, smaller ones starve the matmul
 PEAK_SECONDS = 0.004
+BANDWIDTH_BYTES = 2**28  # far beyond the caches
 
 
 def eager(queries, documents, mask=None):
@@ -74,3 +77,20 @@ def peak(kind: str, isa: str | None = None) -> Contender:
         returns_rate=True,
         missing=missing("edgecolbert_kernels"),
     )
+
+
+@cache
+def memory_to_read() -> torch.Tensor:
+    return torch.ones(BANDWIDTH_BYTES // 4)
+
+
+def bandwidth() -> Contender:
+    """What one core reads from memory: a sum over more than the caches hold."""
+
+    def measure(_turn: int) -> float:
+        values = memory_to_read()
+        start = time.perf_counter()
+        values.sum()
+        return values.nbytes / 1e9 / (time.perf_counter() - start)
+
+    return Contender("read bandwidth", measure, returns_rate=True, rate_unit="GB/s")

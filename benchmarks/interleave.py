@@ -22,7 +22,8 @@ class Contender:
     ``call(turn)`` does the work once; the number of the round picks the inputs, so that they can rotate past the
     caches. ``operations`` counts 2 per multiply-add, 0 where a rate means nothing. ``peak`` names the contender of the
     same case whose rate is the limit. A contender with ``returns_rate`` is such a limit: it times itself and returns
-    G operations/s. ``missing`` says why it cannot run here.
+    a rate in ``rate_unit``. ``missing`` says why it cannot run here. ``tolerance`` stands for the case's where a contender is
+    inexact by design: its error is a column all the same.
     """
 
     name: str
@@ -31,11 +32,13 @@ class Contender:
     peak: str | None = None
     returns_rate: bool = False
     missing: str | None = None
+    tolerance: float | None = None
+    rate_unit: str = "G operations/s"
 
 
 @dataclass(frozen=True)
 class Samples:
-    """One number a round for each contender: seconds a call, or G operations/s for a peak."""
+    """One number a round for each contender: seconds a call, or the rate of a limit."""
 
     values: Mapping[str, np.ndarray]
     cpu: Mapping[str, np.ndarray]  # seconds a call, summed over threads

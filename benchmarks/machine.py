@@ -5,13 +5,30 @@ import datetime
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from edgecolbert_kernels import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+# What contenders come from; those that are installed are columns of every row.
+PACKAGES = (
+    "torch",
+    "numpy",
+    "colbert-ai",
+    "flash-maxsim",
+    "late-interaction-kernels",
+    "maxsim-cpu",
+    "numkong",
+    "pylate",
+    "sentence-transformers",
+    "triton",
+)
 
 
 def cpu_model() -> str:
@@ -73,21 +90,40 @@ def version(package: str) -> str | None:
         return None
 
 
+@cache
+def commit() -> str | None:
+    """The commit that is measured; "+" behind it where other files than results differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs")
+        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def gpu() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
 def facts() -> dict[str, object]:
     """The columns that every row of a run shares."""
     module = compiled_module()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu_model(),
+        "gpu": gpu(),
         "cores": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[0], 2),
         "isa": module.get_isa() if module else None,
         "compiler": compiler(),
         "python": platform.python_version(),
         "edgecolbert_kernels": __version__,
-        "torch": version("torch"),
-        "numpy": version("numpy"),
-        "maxsim_cpu": version("maxsim-cpu"),
+        "commit": commit(),
+        **{package.replace("-", "_"): found for package in PACKAGES if (found := version(package))},
     }
 
 

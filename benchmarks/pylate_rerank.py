@@ -1,15 +1,19 @@
 """PyLate as it is and patched: `rank.rerank` of 1000 documents of unequal lengths, and a step of its own losses.
 
 Rerank: one query of 32 tokens, 1000 documents of 30 to 300 tokens, as `encode` returns them (float32 arrays), 48 and 128
-dimensions; one thread, CPU time, documents in turn so that they do not stay in the cache. Losses: the model, texts and
-batches of `benchmarks.pylate_step`, with PyLate's own classes in both contenders.
+dimensions; documents in turn so that they do not stay in the cache. Losses: the model, texts and batches of
+`benchmarks.pylate_step`, with PyLate's own classes in both contenders. Two threads, wall time.
 
-``error`` is the largest difference of a score, or of the loss, relative. Patching and undoing it is part of every timed
-call; by itself it is the row ``patch and undo``.
+``error`` is the largest difference of a score, or of the loss, relative. ``memory`` rows: how far the resident set of a
+process of its own grows during one call, the second. Patching and undoing it is part of every timed call; by itself it is
+the row ``patch and undo``.
 
 Needs an environment with PyLate 1.6, as `benchmarks.pylate_step`.
 """
 
+import json
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import lru_cache
@@ -18,8 +22,8 @@ import numpy as np
 import torch
 
 from benchmarks import contenders, machine, suite
-from benchmarks.interleave import Contender
-from benchmarks.pylate_step import batch, model
+from benchmarks.interleave import Contender, Samples
+from benchmarks.pylate_step import THREADS, batch, growth, model, own_process
 
 QUERY_LENGTH, DOCUMENTS, LENGTHS, COPIES = 32, 1000, (30, 300), 4
 DIMS = (48, 128)
@@ -111,27 +115,49 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-def case(name: str, make: Callable[..., Callable], *arguments: object, rounds: tuple[int, int]) -> suite.Case:
-    calls = {library: make(library, *arguments) for library in LIBRARIES}
+KINDS = {"rerank": rerank, "step": step, "scores": scores_only}
+
+
+def case(name: str, kind: str, *arguments: object, rounds: tuple[int, int]) -> suite.Case:
+    calls = {library: KINDS[kind](library, *arguments) for library in LIBRARIES}
+
+    def memory(_samples: Samples) -> list[dict]:
+        rows = []
+        for library in LIBRARIES if sys.platform == "linux" else ():
+            grown = own_process("benchmarks.pylate_rerank", kind, library, *map(str, arguments))
+            rows.append({"contender": f"{library}, memory", "unit": "MiB", "p50": round(grown / 2**20, 1)})
+        return rows
+
     return suite.Case(
         name=name,
         parameters={"pylate": machine.version("pylate")},
         contenders=[Contender(library, calls[library]) for library in LIBRARIES],
         references=("patched",),
         rounds=rounds,
+        clock=time.perf_counter,
+        threads=THREADS,
         expected=lambda: calls["PyLate"](0),
         error=relative,
         tolerance=1e-4,
+        derive=memory,
     )
+
+
+def measure_memory(kind: str, library: str, *arguments: str) -> None:
+    """Print the growth of the resident set, as JSON; for a process of its own."""
+    machine.set_threads(THREADS)
+    call = KINDS[kind](library, *(int(each) if each.isdigit() else each for each in arguments))
+    call(0)
+    print(json.dumps(growth(lambda: call(0))))
 
 
 def cases() -> Iterator[suite.Case]:
     for dim in DIMS:
-        yield case(f"rerank, {DOCUMENTS} documents, d={dim}", rerank, dim, rounds=(21, 7))
+        yield case(f"rerank, {DOCUMENTS} documents, d={dim}", "rerank", dim, rounds=(21, 7))
     for loss, sizes in LOSSES.items():
         for size in sizes:
-            yield case(f"{loss}, batch {size}, step", step, loss, size, rounds=(11, 5))
-            yield case(f"{loss}, batch {size}, from the embeddings on", scores_only, loss, size, rounds=(11, 5))
+            yield case(f"{loss}, batch {size}, step", "step", loss, size, rounds=(11, 5))
+            yield case(f"{loss}, batch {size}, from the embeddings on", "scores", loss, size, rounds=(11, 5))
     yield suite.Case(
         name="patch and undo",
         contenders=[Contender("patched", lambda turn: patch_and_undo())],
@@ -146,10 +172,13 @@ def patch_and_undo() -> torch.Tensor:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--memory"]:
+        measure_memory(*sys.argv[2:])
+        return
     reason = contenders.missing("pylate") or contenders.missing("edgecolbert_kernels")
     if reason:
         raise SystemExit(reason)
-    suite.main("pylate_rerank", cases)
+    suite.main("pylate_rerank", cases, pin=False)
 
 
 if __name__ == "__main__":

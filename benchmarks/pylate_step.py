@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -97,6 +98,14 @@ def resident(field: str) -> int:
     return 1024 * int(line.split()[1])
 
 
+def growth(call: Callable[[], object]) -> int:
+    """How far the resident set grows during a call, in bytes."""
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident
+    call()
+    return resident("VmHWM") - before
+
+
 def measure_memory(loss: str, library: str, alone: bool) -> None:
     """Print the growth of the resident set at each batch size, as JSON; for a process of its own."""
     machine.set_threads(THREADS)
@@ -105,20 +114,22 @@ def measure_memory(loss: str, library: str, alone: bool) -> None:
     for size in BATCHES:
         batch(loss, size)
         call = step(loss, library, size, alone)
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident
-        call(0)
-        grown[size] = resident("VmHWM") - before
+        grown[size] = growth(lambda call=call: call(0))
     print(json.dumps(grown))
 
 
-@cache
-def memory(loss: str, library: str, alone: bool) -> dict[str, int]:
-    command = [sys.executable, "-m", "benchmarks.pylate_step", "--memory", loss, library, *["alone"] * alone]
+def own_process(module: str, *arguments: str) -> Any:
+    """What `python -m module --memory arguments` prints, as JSON."""
+    command = [sys.executable, "-m", module, "--memory", *arguments]
     # Blocks go back to the system when they are freed, so that the resident set is what is in use.
     variables = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@cache
+def memory(loss: str, library: str, alone: bool) -> dict[str, int]:
+    return own_process("benchmarks.pylate_step", loss, library, *["alone"] * alone)
 
 
 def difference(found: tuple[float, torch.Tensor], expected: tuple[float, torch.Tensor]) -> float:

@@ -1,209 +1,302 @@
-"""The results of the latest runs as one table of targets, and as a plot.
+"""The committed results as a page: ``python -m benchmarks.report`` writes docs/benchmarks.md and docs/images/bench/*.svg.
 
-``python -m benchmarks.report [--cpu TEXT]`` reads ``results/*.jsonl``; TEXT picks a CPU by a part of
-its name, by default this machine's.
+``--terminal`` prints the numbers to reach for this machine instead, ``--results DIR`` reads another folder than results/.
+Every number stands under the machine that it was measured on; nothing is averaged or compared across machines.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import machine, suite
+from benchmarks import machine, plots, suite
+from benchmarks.targets import ANY_CPU, FURTHER, H100, TARGETS, Target
 
 Rows = Sequence[Mapping]
+Machine = tuple[str, str | None]
+PAGE = machine.ROOT / "docs" / "benchmarks.md"
+IMAGES = machine.ROOT / "docs" / "images" / "bench"
+BUSY = 0.05  # share of time spent waiting for a core, above which a number is marked
+
+# Names for what hypervisors call just "AMD EPYC".
+CPUS = {
+    "family 25 model 1)": "Zen 3",
+    "family 25 model 17)": "Zen 4",
+    "family 26 model 2)": "Zen 5",
+}
+TITLES = {
+    "rerank": "Rerank: 1 query (Lq = 32), 1000 documents of 300 tokens, one thread",
+    "batch": "Batch: 32 queries, 1000 documents of 300 tokens, d = 48, one thread",
+    "peers": "Everything else that is installed, on the same rerank",
+    "scaling": "Collections of 10 to 10,000 documents, uniform and ragged, d = 48, one thread",
+    "dtypes": "Storage of the documents",
+    "layouts": "Own candidates, pairs, chosen pairs",
+    "isa": "Every instruction set, beside its own peak",
+    "threads": "Threads, wall-clock time",
+    "overhead": "What a call costs beyond its kernel",
+    "training": "Forward and backward in a batch, Lq = 32, Ld = 180, d = 48, one thread",
+    "losses": "Losses, forward and backward",
+    "gradcache": "A GradCache step",
+    "packing": "From an encoder's states to packed fp16",
+    "search": "Exact top-10 of a collection, one thread",
+    "storage": "The packed store",
+    "st_maxsim": "sentence-transformers 6, as it is and patched",
+    "pylate_rerank": "PyLate, as it is and patched",
+    "pylate_step": "A training step of PyLate",
+    "quality": "nDCG@10 by storage and precision",
+    "gpu": "The kernels of the GPU",
+    "table13": "Encode a collection and score it with 650 queries",
+}
 
 
-@dataclass(frozen=True)
-class Target:
-    """A number to reach, in the row that ``at`` (suite, case, contender) names; ``quantiles`` picks its p20, p50, p80."""
-
-    text: str
-    unit: str
-    limit: float
-    at: tuple[str, str, str]
-    quantiles: Callable[[Mapping], Mapping[str, float]]
-    at_most: bool = False
-
-    def reached(self, value: float) -> bool:
-        return value <= self.limit if self.at_most else value >= self.limit
-
-    @property
-    def wanted(self) -> str:
-        return f"{'<=' if self.at_most else '>='} {self.limit:g}{self.unit}"
-
-
-def find(rows: Rows, at: tuple[str, str, str]) -> Mapping | None:
-    found = (row for row in rows if (row["suite"], row["case"], row["contender"]) == at)
-    return next(found, None)
-
-
-def percent_of_peak(row: Mapping) -> Mapping[str, float]:
-    return row["percent_of_peak"]
-
-
-def itself(row: Mapping) -> Mapping[str, float]:
-    return row
-
-
-def over(fast: str) -> Callable[[Mapping], Mapping[str, float]]:
-    """Time of the row's contender over that of ``fast``."""
-    return lambda row: row["ratio"][fast]
-
-
-EAGER = "torch eager fp32"
-BUSY = 0.05  # share of time spent waiting for a core, above which a row is marked
-TARGETS = [
-    *(
-        Target(
-            f"rerank, d={dim}, exact: of the fp32 FMA peak", " %", 85, ("rerank", f"d={dim}", "exact"), percent_of_peak
-        )
-        for dim in (48, 64, 96, 128)
-    ),
-    *(
-        Target(f"rerank, d={dim}: {slow} / {fast}", "x", limit, ("rerank", f"d={dim}", slow), over(fast))
-        for dim, slow, fast, limit in (
-            (48, "exact", "fast", 1.8),
-            (48, "maxsim-cpu", "exact", 7),
-            (48, EAGER, "exact", 6),
-            (48, "maxsim-cpu", "fast", 13),
-            (48, EAGER, "fast", 12),
-            (128, "maxsim-cpu", "exact", 4),
-        )
-    ),
-    Target("rerank, d=48: torch eager fp32 / int8 fast", "x", 25, ("rerank", "d=48, int8", EAGER), over("int8 fast")),
-    Target("32 queries, exact: of the fp32 FMA peak", " %", 90, ("batch", "d=48", "exact"), percent_of_peak),
-    Target("AVX2, exact: of its FMA peak", " %", 75, ("isa", "1 query", "exact avx2"), percent_of_peak),
-    *(
-        Target(
-            f"{case}, {precision}: one thread / two",
-            "x",
-            1.9,
-            ("threads", case, f"{precision} 1 thread"),
-            over(f"{precision} 2 threads"),
-        )
-        for case in ("1 query", "32 queries")
-        for precision in ("exact", "fast")
-    ),
-    *(
-        Target(f"training, {case}: eager / fused", "x", limit, ("training", case, "torch eager"), over("fused"))
-        for case, limit in (
-            ("32x32", 8),
-            ("32x32, document mask", 8),
-            ("128x128", 12),
-            ("128x128, document mask", 12),
-        )
-    ),
-    Target(
-        "training, 128x128: saved a (query token, document)",
-        " bytes",
-        4,
-        ("training", "128x128", "fused, saved"),
-        itself,
-        at_most=True,
-    ),
-    *(
-        Target(
-            f"contrastive loss, {size}x{size}, T={temperature}: eager / {regime}",
-            "x",
-            limit,
-            ("losses", f"{size}x{size}, T={temperature}", "torch eager"),
-            over(regime),
-        )
-        for size, kept, recomputed in ((32, 8, 6), (128, 12, 6))
-        for temperature in ("1", "0.02")
-        for regime, limit in (("kept", kept), ("recomputed", recomputed))
-    ),
-    *(
-        Target(
-            f"contrastive loss, 1024x1024, T={temperature}, recomputed: memory",
-            " MB",
-            32,
-            ("losses", "128x128, T=1", f"recomputed, memory at 1024x1024, T={temperature}"),
-            itself,
-            at_most=True,
-        )
-        for temperature in ("1", "0.02")
-    ),
-    Target(
-        "1 query, 10 documents: call beyond its kernel",
-        " us",
-        15,
-        ("overhead", "1 query, 10 documents", "overhead, tensors"),
-        itself,
-        at_most=True,
-    ),
-]
-
-
-def load(cpu: str) -> list[dict]:
+def load(folder: Path) -> list[dict]:
     rows = []
-    for path in sorted(suite.RESULTS.glob("*.jsonl")):
+    for path in sorted(folder.glob("*.jsonl")):
         rows += [json.loads(line) for line in path.read_text().splitlines()]
-    return [row for row in rows if cpu in row["cpu"]]
+    return [row for row in rows if "cpu" in row and "suite" in row]
 
 
-def table(rows: Rows) -> str:
-    lines = ["| number | target | measured: p50 (p20 to p80) | reached |", "|---|---|---|---|"]
-    for target in TARGETS:
-        row = find(rows, target.at)
-        if row is None:
-            lines.append(f"| {target.text} | {target.wanted} | not measured | |")
-            continue
-        found = target.quantiles(row)
-        spread = f" ({found['p20']:.3g} to {found['p80']:.3g})" if "p20" in found else ""
-        reached = "yes" if target.reached(found["p50"]) else "no"
-        busy = ", busy machine" if row["waited"] > BUSY else ""
-        lines.append(f"| {target.text} | {target.wanted} | {found['p50']:.3g}{target.unit}{spread} | {reached}{busy} |")
+def by_machine(rows: Rows) -> dict[Machine, list[Mapping]]:
+    """Rows of each machine; the machine with the newest rows first."""
+    found: dict[Machine, list[Mapping]] = {}
+    for row in sorted(rows, key=lambda row: row["date"][:10], reverse=True):
+        found.setdefault(suite.of_machine(row), []).append(row)
+    return found
+
+
+def title(which: Machine, rows: Rows) -> str:
+    cpu, gpu = which
+    name = next((short for end, short in CPUS.items() if cpu.endswith(end)), cpu)
+    isas = sorted({row["isa"] for row in rows if row.get("isa")})
+    return (f"{gpu}, " if gpu else "") + name + (f", {isas[0]}" if len(isas) == 1 else "")
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def spread(found: Mapping, unit: str = "") -> str:
+    text = f"{number(found['p50'])}{unit}"
+    return text + (f" ({number(found['p20'])} to {number(found['p80'])})" if "p20" in found else "")
+
+
+def cell(target: Target, rows: Rows) -> str:
+    """What one machine's rows say of a target."""
+    found = target.found(rows)
+    if found is None:
+        return "not measured"
+    row, value = found
+    verdict = "yes" if target.reached(value["p50"]) else "**no**"
+    return f"{verdict}: {spread(value, target.unit)}" + (", busy" if row.get("waited", 0) > BUSY else "")
+
+
+def belongs(target: Target, which: Machine) -> bool:
+    return "H100" in (which[1] or "") if target.on == H100 else which[1] is None
+
+
+def targets_table(machines: Mapping[Machine, Rows], targets: Sequence[Target]) -> str:
+    """One column a machine; a target of a machine that no row comes from says so."""
+    columns = {which: rows for which, rows in machines.items() if any(belongs(each, which) for each in targets)}
+    lines = [
+        "| number | to reach | " + " | ".join(title(which, rows) for which, rows in columns.items()) + " | file |",
+        "|---|---|" + "---|" * len(columns) + "---|",
+    ]
+    for target in targets:
+        fits = [which for which in columns if belongs(target, which)]
+        cells = [cell(target, rows) if which in fits else "" for which, rows in columns.items()]
+        if not any(target.found(columns[which]) for which in fits):
+            place = ANY_CPU if target.on == ANY_CPU else target.on
+            cells[0] = f"not measured on {place}"
+            cells[1:] = [""] * (len(cells) - 1)
+            file = ""
+        else:
+            file = "gpu-*.jsonl" if target.at[0] == "gpu" else f"{target.at[0]}.jsonl"
+        lines.append(f"| {target.text} | {target.wanted} | " + " | ".join(cells) + f" | {file} |")
     return "\n".join(lines)
 
 
-def machine_line(rows: Rows) -> str:
-    newest = max(rows, key=lambda row: row["date"])
-    columns = ("cpu", "isa", "compiler", "python", "torch", "numpy", "maxsim_cpu", "date")
-    return ", ".join(f"{name} {newest[name]}" for name in columns if newest.get(name))
+def machines_table(machines: Mapping[Machine, Rows]) -> str:
+    lines = [
+        "| machine | as the system names it | compiler | torch | measured | at commit |",
+        "|---|---|---|---|---|---|",
+    ]
+    for which, rows in machines.items():
+        values = {
+            name: ", ".join(sorted({str(row[name]) for row in rows if row.get(name)}))
+            for name in ("compiler", "torch", "commit")
+        }
+        dates = sorted({row["date"][:10] for row in rows})
+        when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+        system = ", ".join(filter(None, which))
+        commit = values["commit"] or "not recorded"
+        lines.append(
+            f"| {title(which, rows)} | {system} | {values['compiler']} | {values['torch']} | {when} | {commit} |"
+        )
+    return "\n".join(lines)
 
 
-def plot(rows: Rows, path: Path) -> None:
-    """Time of a rerank by contender and dimension; percent of the peak by dimension."""
-    import matplotlib
+def result_table(rows: Rows) -> str:
+    """Every row of a suite."""
+    lines = [
+        "| case | contender | p50 (p20 to p80) | of its peak | time over that of | error | waited |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ratio = ", ".join(f"{name} {value['p50']:.3g}x" for name, value in row.get("ratio", {}).items())
+        peak = f"{row['percent_of_peak']['p50']:.0f} %" if "percent_of_peak" in row else ""
+        scaled = f", extrapolated x {row['extrapolated']:g}" if row.get("extrapolated", 1) > 1 else ""
+        lines.append(
+            f"| {row['case']} | {row['contender']} | {spread(row)} {row['unit']}{scaled} | {peak} | {ratio} "
+            f"| {row.get('error', '')} | {row.get('waited', '')} |"
+        )
+    return "\n".join(lines)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    timed = [row for row in rows if row["suite"] == "rerank" and row["unit"] == "ms"]
-    dims = sorted({row["dim"] for row in timed})
-    names = list(dict.fromkeys(row["contender"] for row in timed))
-    figure, (times, shares) = pyplot.subplots(1, 2, figsize=(10, 3.6), width_ratios=(2, 1))
-    width = 0.8 / max(len(names), 1)
-    for place, name in enumerate(names):
-        by_dim = {row["dim"]: row for row in timed if row["contender"] == name}
-        at = [index + place * width for index, dim in enumerate(dims) if dim in by_dim]
-        times.bar(at, [by_dim[dim]["p50"] for dim in dims if dim in by_dim], width, label=name)
-        if name in ("exact", "fast", "int8 fast"):
-            found = [by_dim[dim]["percent_of_peak"]["p50"] for dim in dims]
-            shares.plot(dims, found, marker="o", label=name)
-    times.set(ylabel="ms", title="1 query, 1000 documents of 300 tokens, one thread")
-    times.set_xticks([index + 0.4 - width / 2 for index in range(len(dims))])
-    times.set_xticklabels([f"d={dim}" for dim in dims])
-    times.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
-    shares.set(ylim=(0, 100), xlabel="d", title="% of the measured peak", xticks=dims)
-    shares.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    pyplot.close(figure)
+def quality_table(rows: Rows) -> str:
+    names = [name for name in ("nDCG@10", "R@100", "RR@10") if all(name in row for row in rows)]
+    lines = ["| corpus | storage | MiB | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
+    for row in rows:
+        values = " | ".join(f"{row[name]:.4f}" for name in names)
+        lines.append(f"| {row['case']} | {row['contender']} | {row['mebibytes']} | {values} |")
+    return "\n".join(lines)
+
+
+def table13(rows: Rows) -> str:
+    lines = [
+        "| model | d | contender | documents | encode, s | score, s | share of scoring | memory, MiB | peak, MiB | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        scaled = f"extrapolated x {row['extrapolated']:.3g}" if row.get("extrapolated", 1) > 1 else ""
+        lines.append(
+            f"| {row['size']} | {row['dim']} | {row['contender']} | {row['documents']:,} | {number(row['encode_s'])} "
+            f"| {number(row['score_s'])} | {100 * row['score_share']:.1f} % | {number(row['memory_mib'])} "
+            f"| {number(row['peak_mib'])} | {scaled} |"
+        )
+    return "\n".join(lines)
+
+
+def plain_table(rows: Rows) -> str:
+    """Whatever a suite without times of contenders writes, the machine's facts left out."""
+    facts = {"suite", "quick", *machine.facts(), *(package.replace("-", "_") for package in machine.PACKAGES)}
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in facts))
+    names = [name for name in names if all(not isinstance(row.get(name), (dict, list)) for row in rows)]
+    lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---" * len(names) + "|"]
+    lines += ["| " + " | ".join(str(row.get(name, "")) for name in names) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def gpu_table(rows: Rows) -> str:
+    lines = [
+        "| case | contender | device, ms | wall, ms | TFLOP/s | of the bandwidth | GB | device time over that of | error |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        rate = number(row["TFLOP/s"]["p50"]) if "TFLOP/s" in row else ""
+        share = f"{row['percent_of_memory']['p50']:.0f} %" if "percent_of_memory" in row else ""
+        ratio = ", ".join(f"{name} {value['p50']:.3g}x" for name, value in row.get("ratio", {}).items())
+        lines.append(
+            f"| {row['case']} | {row['contender']} | {spread(row['device'])} | {number(row['wall']['p50'])} | {rate} | {share} "
+            f"| {row.get('GB') or ''} | {ratio} | {row.get('error', '')} |"
+        )
+    return "\n".join(lines)
+
+
+def suite_table(name: str, rows: Rows) -> str:
+    if name == "table13":
+        return table13(rows)
+    if name == "gpu":
+        return gpu_table(rows)
+    if name == "quality":
+        return quality_table(rows)
+    times = all({"case", "contender", "unit", "p50"} <= row.keys() for row in rows)
+    return result_table(rows) if times else plain_table(rows)
+
+
+def machine_section(which: Machine, rows: Rows) -> list[str]:
+    name = title(which, rows)
+    parts = [f"## {name}"]
+    for picture, (draw, caption) in plots.ALL.items():
+        path = IMAGES / f"{slug(name)}-{picture}.svg"
+        if draw(rows, path):
+            parts.append(f"![{caption}, {name}]({path.relative_to(PAGE.parent)})")
+    names = [*TITLES, *sorted({row["suite"] for row in rows} - TITLES.keys())]
+    for each in names:
+        chosen = [row for row in rows if row["suite"] == each]
+        if chosen:
+            table = suite_table(each, chosen)
+            quick = " (a short run)" if any(row.get("quick") for row in chosen) else ""
+            summary = f"<summary>{TITLES.get(each, each)}{quick}</summary>"
+            parts.append(f'<details markdown="1">\n{summary}\n\n{table}\n\n</details>')
+    return parts
+
+
+INTRODUCTION = """\
+# Benchmarks
+
+<!-- Written by python -m benchmarks.report from benchmarks/results: run it again instead of changing this page. -->
+
+    make bench          # every suite, under 30 minutes
+    make bench-quick    # the main ones, under 3 minutes; no committed result changes
+
+Contenders take turns in one process, each is checked against float64 before it is timed, and the peaks are measured in the
+same rounds; a ratio is the median over rounds of two times of one round. The numbers are p50 (p20 to p80). The machines were
+shared virtual ones: trust ratios and shares of a peak before times. "busy" marks rows in which this process waited for a core
+for more than 5 % of the time, the last column of the tables. [How they are taken](../benchmarks/README.md) in full."""
+
+
+def page(rows: Rows) -> str:
+    """The page; its pictures are drawn on the way."""
+    machines = by_machine(rows)
+    parts = [INTRODUCTION, "## Machines", machines_table(machines)]
+    parts += ["## Numbers to reach", targets_table(machines, TARGETS)]
+    parts += ["Set beside them while the kernels were written:", targets_table(machines, FURTHER)]
+    for which, found in machines.items():
+        parts += machine_section(which, found)
+    return "\n\n".join(parts) + "\n"
+
+
+def terminal(rows: Rows, targets: Sequence[Target]) -> str:
+    """The numbers to reach on this machine, in columns."""
+    lines = []
+    for target in targets:
+        found = target.found(rows)
+        if found is None:
+            continue
+        row, value = found
+        verdict = "yes" if target.reached(value["p50"]) else "NO"
+        busy = "  busy machine" if row.get("waited", 0) > BUSY else ""
+        lines.append(f"{target.text:<64}{target.wanted:>12}  {spread(value, target.unit):<28}{verdict}{busy}")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report")
-    parser.add_argument("--cpu", default=machine.cpu_model(), help="a part of the CPU's name")
-    rows = load(parser.parse_args().cpu)
-    if not rows:
-        raise SystemExit("no results for this CPU: run python -m benchmarks.all --quick first")
-    print(machine_line(rows), table(rows), sep="\n\n")
-    if any(row["suite"] == "rerank" for row in rows):
-        plot(rows, suite.RESULTS / "rerank.png")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=suite.RESULTS, metavar="DIR")
+    parser.add_argument("--terminal", action="store_true", help="print this machine's numbers, write nothing")
+    options = parser.parse_args()
+    rows = load(options.results)
+    if options.terminal:
+        here = [row for row in rows if suite.of_machine(row) == (machine.cpu_model(), machine.gpu())]
+        if not here:
+            raise SystemExit(f"no results of this machine in {options.results}")
+        print(f"{title(suite.of_machine(here[0]), here)}: {here[0]['cpu']}, torch {here[0].get('torch')}")
+        print(terminal(here, [*TARGETS, *FURTHER]))
+        return
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    text = page(rows)
+    PAGE.write_text(text)
+    for picture in IMAGES.glob("*.svg"):
+        if picture.name not in text:
+            picture.unlink()
+    print(f"{PAGE}: {len(by_machine(rows))} machines, {len(rows)} rows, {len(list(IMAGES.glob('*.svg')))} pictures")
 
 
 if __name__ == "__main__":

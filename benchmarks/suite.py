@@ -1,9 +1,9 @@
-"""A suite: its cases, its command line, its rows in ``results/<name>.jsonl``.
+"""A suite: its cases, its command line, its rows in ``results/<name>.jsonl``; quick ones go to ``build/bench``.
 
 A row is one contender of one case: the case's parameters, times (p20/p50/p80), ``ratio`` (its time over that of each
 reference contender), ``percent_of_peak``, ``error`` and the machine's facts. ``waited`` is the share of time in which
-threads of this process were ready to run and had no core. A run replaces the rows of its suite and CPU and leaves those
-of other CPUs.
+threads of this process were ready to run and had no core. A run replaces the rows of its suite and machine and leaves
+those of other machines.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from benchmarks import machine
 from benchmarks.interleave import Contender, Samples, interleave, quantiles
 
 RESULTS = Path(__file__).parent / "results"
+# A quick run is for the eye: it does not take the place of what was measured with care.
+QUICK_RESULTS = machine.ROOT / "build" / "bench"
 
 
 def largest_error(found: torch.Tensor | np.ndarray, expected: torch.Tensor) -> float:
@@ -34,7 +36,8 @@ class Case:
 
     ``references`` are the contenders that ratios are taken to. ``expected`` makes what every call returns, ``error`` is
     the distance to it, at most ``tolerance``: a wrong result has no speed. ``derive`` turns the samples into further
-    rows, for what is a difference of contenders. ``rounds`` is (full, quick).
+    rows, for what is a difference of contenders. ``rounds`` is (full, quick); a quick run leaves a case out that has no
+    rounds for it.
     """
 
     name: str
@@ -53,16 +56,17 @@ class Case:
 
 
 def check(case: Case, contenders: Sequence[Contender]) -> dict[str, float]:
-    """The error of every contender; one above the case's tolerance ends the run."""
+    """The error of every contender; one above its tolerance ends the run."""
     expected = case.expected()
     errors = {
         contender.name: case.error(contender.call(0), expected)
         for contender in contenders
         if not contender.returns_rate
     }
-    for name, error in errors.items():
-        if not error <= case.tolerance:
-            raise AssertionError(f"{case.name}, {name}: error {error:.2g} > {case.tolerance}")
+    for contender in contenders:
+        tolerance = case.tolerance if contender.tolerance is None else contender.tolerance
+        if contender.name in errors and not errors[contender.name] <= tolerance:
+            raise AssertionError(f"{case.name}, {contender.name}: error {errors[contender.name]:.2g} > {tolerance}")
     return errors
 
 
@@ -89,7 +93,7 @@ def rows(case: Case, contenders: Sequence[Contender], *, quick: bool, label: str
         values = samples.values[contender.name]
         row = {**shared, "contender": contender.name}
         if contender.returns_rate:
-            made.append({**row, "unit": "G operations/s", **quantiles(values)})
+            made.append({**row, "unit": contender.rate_unit, **quantiles(values)})
             continue
         row |= {"unit": "ms", **quantiles(1e3 * values)}
         row["error"] = float(f"{errors[contender.name]:.2g}")
@@ -105,7 +109,7 @@ def rows(case: Case, contenders: Sequence[Contender], *, quick: bool, label: str
 
 
 def describe(row: Mapping) -> str:
-    text = f"  {row['contender']:<28}{row['p50']:>10.4g} {row['unit']}"
+    text = f"  {row['contender']:<32}{row['p50']:>10.4g} {row['unit']}"
     if "percent_of_peak" in row:
         text += f"  {row['percent_of_peak']['p50']:.1f} % of peak"
     for name, ratio in row.get("ratio", {}).items():
@@ -113,12 +117,18 @@ def describe(row: Mapping) -> str:
     return text
 
 
+def of_machine(row: Mapping) -> tuple[str, str | None]:
+    return row["cpu"], row.get("gpu")
+
+
 def save(name: str, new: Iterable[Mapping]) -> Path:
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.jsonl"
-    cpu = machine.cpu_model()
+    new = list(new)
+    folder = QUICK_RESULTS if any(row.get("quick") for row in new) else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.jsonl"
+    here = machine.cpu_model(), machine.gpu()
     old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    kept = [row for row in old if row["cpu"] != cpu]
+    kept = [row for row in old if of_machine(row) != here]
     path.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *new]))
     return path
 
@@ -138,6 +148,8 @@ def run(name: str, cases: Iterable[Case], *, quick: bool) -> list[dict]:
     """Run every case, print its rows and save them."""
     made = []
     for case in cases:
+        if not case.rounds[quick]:
+            continue
         print(f"{name}: {case.name}", flush=True)
         for contender in case.contenders:
             if contender.missing:

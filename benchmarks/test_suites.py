@@ -8,9 +8,40 @@ import itertools
 
 import pytest
 
-from benchmarks import batch, isa, losses, machine, overhead, rerank, search, threads, training
+from benchmarks import (
+    batch,
+    dtypes,
+    gradcache,
+    isa,
+    layouts,
+    losses,
+    machine,
+    overhead,
+    packing,
+    peers,
+    rerank,
+    scaling,
+    search,
+    threads,
+    training,
+)
 
-SUITES = (rerank, batch, threads, isa, training, losses, overhead, search)
+SUITES = (
+    rerank,
+    batch,
+    layouts,
+    training,
+    losses,
+    gradcache,
+    packing,
+    overhead,
+    threads,
+    isa,
+    scaling,
+    dtypes,
+    peers,
+    search,
+)
 CONTENDERS = [
     pytest.param(
         f"{suite.__name__.split('.')[-1]}, {case.name}",
@@ -34,6 +65,6 @@ def test_speed(benchmark, group, case, contender):
     benchmark.pedantic(
         contender.call,
         setup=lambda: ((next(turns),), {}),
-        rounds=case.rounds[True],
+        rounds=case.rounds[True] or 3,
         warmup_rounds=1,
     )

@@ -1,4 +1,4 @@
-"""One thread beside two, wall-clock time.
+"""One thread beside two, four, ... and all cores, wall-clock time.
 
 Only the half of the rounds in which this process waited least for a core counts: a core that another process holds
 cannot show what a second thread gains. Where no round is quiet, the ``by CPU time`` rows still tell: two threads that
@@ -14,6 +14,12 @@ from benchmarks.inputs import Shape
 from benchmarks.interleave import Contender, Samples, quantiles
 
 PRECISIONS = ("exact", "fast")
+
+
+def thread_counts() -> list[int]:
+    """1, 2, 4, ... and the number of cores."""
+    cores = len(os.sched_getaffinity(0))
+    return sorted({*(2**power for power in range(cores.bit_length()) if 2**power <= cores), cores})
 
 
 def on_threads(threads: int, call: Callable) -> Callable[[int], object]:
@@ -38,12 +44,13 @@ def by_cpu_time(samples: Samples) -> list[dict]:
 
 def case(name: str, shape: Shape, calls: int) -> suite.Case:
     missing = contenders.missing("edgecolbert_kernels")
-    if len(os.sched_getaffinity(0)) < 2:
+    counts = thread_counts()
+    if len(counts) < 2:
         missing = "there is one core"
     return suite.Case(
         name=name,
         parameters=shape.parameters,
-        references=("exact 2 threads", "fast 2 threads"),
+        references=[f"{precision} {threads} threads" for precision in PRECISIONS for threads in counts[1:]],
         contenders=[
             Contender(
                 f"{precision} {threads} thread{'s'[: threads - 1]}",
@@ -51,14 +58,14 @@ def case(name: str, shape: Shape, calls: int) -> suite.Case:
                 missing=missing,
             )
             for precision in PRECISIONS
-            for threads in (1, 2)
+            for threads in counts
         ],
         rounds=(61, 21),
         calls=calls,
         clock=time.perf_counter,
         keep=0.5,
         expected=shape.float64_scores,
-        threads=2,
+        threads=counts[-1],
         derive=by_cpu_time,
     )
 

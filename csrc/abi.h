@@ -128,8 +128,9 @@ struct NormsJob {
 // Kept tokens of one document, rounded to the packed storage: rows of `dim` elements back to back.
 struct StoreJob {
   Tokens source;
-  int64_t source_tokens;  // kept or not
-  DType source_dtype;     // not i8
+  const Tokens* next;  // the document that this thread stores afterwards; null: none
+  int64_t fetched;     // in: the first kept tokens of source that are on their way into the caches; out: those of next
+  DType source_dtype;  // not i8
   DType dtype;
   int32_t dim;
   bool normalize;

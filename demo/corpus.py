@@ -10,7 +10,7 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -46,6 +46,7 @@ class Task:
     max_tokens: int  # documents are cut here, special tokens included
     samples: list[str]  # typed queries for when nobody is there to type
     notes: list[str]  # what was left out
+    others: list[Document] = field(default_factory=list)  # texts with a name that are no documents of the task
 
 
 def standard_library() -> Task:
@@ -55,17 +56,16 @@ def standard_library() -> Task:
     """
     relevant: dict[str, dict[int, int]] = {}
     documents: dict[tuple[str, str], Document] = {}
-    num_docstrings = 0
+    others: list[Document] = []
     for name, docstring in _library_docstrings(Path(sysconfig.get_path("stdlib"))):
-        num_docstrings += 1
         query, rest = split_first_sentence(docstring)
         if _num_words(query) < MIN_QUERY_WORDS or _num_words(rest) < MIN_DOCUMENT_WORDS or (query, rest) in documents:
+            others.append(Document(name, query, rest))
             continue
         relevant.setdefault(query, {})[len(documents)] = 1
         documents[query, rest] = Document(name, query, rest)
     if not documents:
         raise FileNotFoundError("This Python has no sources of its standard library; use --data with a BEIR folder.")
-    left_out = num_docstrings - len(documents)
     return Task(
         name="Python standard library",
         documents=list(documents.values()),
@@ -79,9 +79,11 @@ def standard_library() -> Task:
             "find the longest matching block of two sequences",
         ],
         notes=[
-            f"{left_out} of {num_docstrings} docstrings left out: repeated, a first sentence under {MIN_QUERY_WORDS} "
-            f"words, or under {MIN_DOCUMENT_WORDS} words after it. Modules written in C have no sources to read."
+            f"{len(others)} of {len(others) + len(documents)} docstrings left out: repeated, a first sentence under "
+            f"{MIN_QUERY_WORDS} words, or under {MIN_DOCUMENT_WORDS} words after it. Modules written in C have no sources "
+            "to read."
         ],
+        others=others,
     )
 
 

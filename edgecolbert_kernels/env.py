@@ -28,8 +28,9 @@ def report() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "module": _module(),
-        "backends": {name: supports(name, "maxsim", "cpu", "float32") for name in BACKENDS if name != "auto"},
+        "backends": {name: supports(name, "maxsim", _device(name), "float32") for name in BACKENDS if name != "auto"},
         "backend": _backend(),
+        "gpu_backend": _backend("cuda") if torch and torch.get("cuda") else None,
         "torch": torch,
         "threads": {"numpy": native.threads(), "torch": torch.get("threads") if torch else None},
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("EDGECOLBERT_")},
@@ -53,9 +54,14 @@ def _module() -> dict[str, Any]:
     return found
 
 
-def _backend() -> dict[str, str]:
+def _device(backend: str) -> str:
+    """Where the tensors are that a backend is for."""
+    return "cuda" if backend in ("triton", "cuda") else "cpu"
+
+
+def _backend(device: str | None = None) -> dict[str, str]:
     try:
-        return {"name": choose("maxsim", "cpu", "float32")}
+        return {"name": choose("maxsim", device or _device(os.environ.get(VARIABLE, "")), "float32")}
     except (BackendUnsupported, ValueError) as error:
         return {"refused": str(error)}
 
@@ -88,6 +94,8 @@ def lines(found: dict[str, Any]) -> list[str]:
             ("OpenMP", "yes" if module["openmp"] else "no: every call runs on one thread"),
         ]
     rows += [("backend", found["backend"].get("name") or f"none: {found['backend']['refused']}")]
+    if found["gpu_backend"]:
+        rows += [("  on a GPU", found["gpu_backend"].get("name") or f"none: {found['gpu_backend']['refused']}")]
     rows += [(f"  {name}", "yes" if reason is None else f"no: {reason}") for name, reason in found["backends"].items()]
     if torch is None:
         rows += [("torch", "not installed")]

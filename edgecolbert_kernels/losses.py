@@ -90,6 +90,8 @@ def contrastive_loss(
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or option is wrong; IndexError: `target` names a missing document.
+            On a GPU the host does not wait for the values: a missing document, or a temperature that is not above 0, makes
+            the loss NaN.
 
     Source: InfoNCE of van den Oord et al., arXiv 1807.03748, over the scores of ColBERT, arXiv 2004.12832; the margin is
     that of NV-Retriever, arXiv 2407.15831.

@@ -28,7 +28,8 @@ def pack(
     *,
     normalize: bool = True,
     dtype: Any = "float16",
-) -> PackedEmbeddings:
+    device: Any = None,
+) -> Any:
     """Project hidden states, normalise, leave out masked tokens, and store the rest.
 
     Works through blocks of kept tokens: nothing is computed for masked ones, and no padded result ever exists.
@@ -40,15 +41,21 @@ def pack(
         weight: `[d, h]`, as `torch.nn.Linear` has it; None for d = h.
         bias: `[d]`, with a weight.
         normalize: divide every vector by its Euclidean norm (at least 1e-12).
-        dtype: the storage, as in PackedEmbeddings.
+        dtype: the storage, as in PackedEmbeddings; with a device also "float8_e4m3fn".
+        device: where the result lies: None for the memory of the host, or a torch device.
 
     Returns:
-        PackedEmbeddings of N documents, without ids. The arithmetic is float32.
+        PackedEmbeddings of N documents, or DeviceEmbeddings on a device, without ids. The arithmetic is float32. Hidden
+        states on a GPU are packed there, in one pass over the projection.
 
     Raises:
         TypeError: an argument is not an array or has a dtype other than those.
         ValueError: a shape does not fit, or a value is too large for `dtype`.
     """
+    if _on_accelerator(hidden):
+        return _pack_there(hidden, mask, weight, bias, normalize, dtype, device)
+    if device is not None:
+        return pack(hidden, mask, weight, bias, normalize=normalize, dtype="float32").to(device).to(dtype)
     dtype = dtypes.name(dtype)
     documents, width = _documents(hidden)
     kept = _masks(mask, documents)
@@ -78,6 +85,22 @@ def pack(
         if scales is not None:
             scales[begin:end] = found
     return PackedEmbeddings.from_arrays(tokens, offsets, scales)
+
+
+def _on_accelerator(hidden: Any) -> bool:
+    first = hidden[0] if isinstance(hidden, (list, tuple)) and hidden else hidden
+    return getattr(getattr(first, "device", None), "type", "cpu") != "cpu"
+
+
+def _pack_there(hidden: Any, mask: Any, weight: Any, bias: Any, normalize: bool, dtype: Any, device: Any) -> Any:
+    """On the device of the hidden states."""
+    from edgecolbert_kernels.device import dtypes as device_dtypes
+    from edgecolbert_kernels.device import embeddings, packing
+
+    name = dtypes.name(dtype) if device is None else device_dtypes.name(dtype)
+    tokens, offsets, scales = packing.pack(hidden, mask, weight, bias, normalize, name)
+    packed = embeddings.from_device(tokens, offsets, scales, PackedEmbeddings)
+    return packed.cpu() if device is None else packed.to(device)
 
 
 def _has_kernel(normalize: bool, dtype: str) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 from edgecolbert_kernels import checks, dtypes
 from edgecolbert_kernels.packed import PackedEmbeddings
-from edgecolbert_kernels.scoring import maxsim, maxsim_indexed
+from edgecolbert_kernels.scoring import Stored, maxsim, maxsim_indexed
 
 Array = np.ndarray
 
@@ -54,6 +54,8 @@ def search(
         Q: `[Nq, Lq, d]`, or `[Lq, d]` for one query, whose axis the results then lack, or a list of `[Lq, d]`; torch
             tensors or numpy arrays as in `maxsim`.
         documents: a PackedEmbeddings, `[Nd, Ld, d]`, or a list of `[Ld, d]`. Pack them once where they are searched again.
+            For queries on a GPU, also the DeviceEmbeddings that `PackedEmbeddings.to("cuda")` is; one of the host is
+            streamed there.
         k: how many, at least 0.
         q_mask: as in `maxsim`.
         precision: "fast" or "exact": only the time differs.
@@ -64,7 +66,7 @@ def search(
 
     Returns:
         scores float32 `[Nq, k]` and indices int64 `[Nq, k]` into `documents`, best first. Where there are fewer than k
-        documents to find, rows end in -inf and -1. Tensors, on the CPU, where Q is one.
+        documents to find, rows end in -inf and -1. Tensors, on the device of Q, where Q is one.
 
     Raises:
         TypeError, ValueError: as in `maxsim`; or k is negative.
@@ -78,6 +80,9 @@ def search(
     if single:
         Q, q_mask = Q[None], None if q_mask is None else q_mask[None]
     allowed = _allowed(packed, filter, ids)
+    if packed.device is not None or _on_accelerator(Q):
+        scores, indices = _search_there(Q, packed, k, q_mask, candidates, allowed)
+        return (scores[0], indices[0]) if single else (scores, indices)
     found = _Best(len(Q), k)
     for start in range(0, len(Q), QUERIES):
         part = slice(start, start + QUERIES)
@@ -195,7 +200,7 @@ def _scan(queries: _Queries, documents: PackedEmbeddings, allowed: Array | None,
     # With this few documents all of them would be scored twice. int8 wants the norm of every document's tokens, which
     # costs as much as scoring a few queries, once.
     fast = precision == "fast" and len(packed) > 4 * found.k
-    fast = fast and (packed.dtype != "int8" or len(queries) >= FEW_QUERIES or packed._norms is not None)
+    fast = fast and (packed.dtype != "int8" or len(queries) >= FEW_QUERIES or packed.norms_known)
     errors = queries.fast_errors(packed) if fast else _Errors(np.zeros(len(queries)))
     best = found.of(queries)
     # The k highest scores that documents so far have for certain; the k-th is what a newcomer must be able to reach.
@@ -232,19 +237,27 @@ def _rerank(
     queries: _Queries, documents: PackedEmbeddings, allowed: Array | None, candidates: Sequence[Any], found: _Best
 ) -> None:
     """Each query's own documents."""
+    lists = _candidate_lists(documents, allowed, candidates, queries.first)
+    query = np.repeat(np.arange(len(lists)), [len(index) for index in lists])
+    document = np.concatenate([np.empty(0, np.int64), *lists])
+    found.of(queries).add(query, document, queries.exact(documents, query, document))
+
+
+def _candidate_lists(
+    documents: Stored, allowed: Array | None, candidates: Sequence[Any], first: int = 0
+) -> list[Array]:
+    """Sorted and distinct, those that are allowed; `first` is the number of the first query."""
     lists = []
     for n, candidate in enumerate(candidates):
         index = np.asarray(candidate.cpu() if hasattr(candidate, "cpu") else candidate)
         index = index.astype(np.int64) if not index.size else index
         if index.dtype.kind not in "iu":
-            raise checks.wrong_dtype(f"candidates[{queries.first + n}]", index.dtype, checks.INTEGERS)
-        checks.rank(f"candidates[{queries.first + n}]", index.shape, (1,), "one dimension")
+            raise checks.wrong_dtype(f"candidates[{first + n}]", index.dtype, checks.INTEGERS)
+        checks.rank(f"candidates[{first + n}]", index.shape, (1,), "one dimension")
         index = np.unique(index)
-        checks.index(f"candidates[{queries.first + n}]", index, len(documents))
+        checks.index(f"candidates[{first + n}]", index, len(documents))
         lists.append(index if allowed is None else np.intersect1d(index, allowed, assume_unique=True))
-    query = np.repeat(np.arange(len(lists)), [len(index) for index in lists])
-    document = np.concatenate([np.empty(0, np.int64), *lists])
-    found.of(queries).add(query, document, queries.exact(documents, query, document))
+    return lists
 
 
 class _Best:
@@ -281,9 +294,11 @@ class _Best:
         self.indices[query[kept], place[kept]] = document[kept]
 
 
-def _packed(documents: Any) -> PackedEmbeddings:
-    if isinstance(documents, PackedEmbeddings):
+def _packed(documents: Any) -> Any:
+    if isinstance(documents, Stored):
         return documents
+    if _on_accelerator(documents):
+        return _packed_there(documents)
     if isinstance(documents, (list, tuple)):
         names = {dtypes.matrix(f"documents[{n}]", each)[1] for n, each in enumerate(documents)}
         return PackedEmbeddings.from_list(documents, dtype=names.pop() if len(names) == 1 else "float32")
@@ -293,15 +308,38 @@ def _packed(documents: Any) -> PackedEmbeddings:
     return PackedEmbeddings.from_arrays(rows.reshape(count * length, dim), np.arange(count + 1) * length)
 
 
-def _allowed(documents: PackedEmbeddings, filter: Any, ids: Iterable[Any] | None) -> Array | None:
+def _allowed(documents: Any, filter: Any, ids: Iterable[Any] | None) -> Array | None:
     """Sorted indices of the documents that may be found, None for all."""
     allowed = None
     if filter is not None:
-        allowed = np.unique(documents._indices(filter))
+        allowed = np.unique(documents.indices_of(filter))
     if ids is not None:
         named = np.unique(np.array([documents.position(name) for name in ids], np.int64))
         allowed = named if allowed is None else np.intersect1d(allowed, named, assume_unique=True)
     return allowed
+
+
+def _on_accelerator(X: Any) -> bool:
+    first = X[0] if isinstance(X, (list, tuple)) and X else X
+    return getattr(getattr(first, "device", None), "type", "cpu") != "cpu"
+
+
+def _packed_there(documents: Any) -> Any:
+    from edgecolbert_kernels.device import search as there
+
+    return there.documents_of(documents)
+
+
+def _search_there(
+    Q: Any, documents: Any, k: int, q_mask: Any, candidates: Sequence[Any] | None, allowed: Array | None
+) -> tuple[Any, Any]:
+    from edgecolbert_kernels.device import search as there
+
+    Q, q_mask = there.queries_of(Q, q_mask, documents)
+    if candidates is None:
+        return there.search(Q, documents, k, q_mask, allowed)
+    checks.same_count("Q", len(Q), "candidates", len(candidates))
+    return there.rerank(Q, documents, k, q_mask, _candidate_lists(documents, allowed, candidates))
 
 
 def _has_tensors(Q: Any) -> bool:

@@ -36,6 +36,21 @@ class Stored:
     def dim(self) -> int:
         raise NotImplementedError
 
+    @property
+    def device(self) -> Any:
+        """The torch device that holds the documents; None for numpy arrays."""
+        return None
+
+    def device_scores(self, Q: Array, q_mask: Array, cu_q: Array, options: Options, out_dtype: Any) -> Array:
+        """Every document with queries on an accelerator."""
+        raise NotImplementedError
+
+    def device_pair_scores(
+        self, Q: Array, query_index: Array, document_index: Array, q_mask: Array, options: Options, out_dtype: Any
+    ) -> Array:
+        """Chosen pairs with queries on an accelerator."""
+        raise NotImplementedError
+
     def nothing(self) -> Array:
         """Tokens of no document, [0, d], in a dtype that kernels read."""
         raise NotImplementedError
@@ -73,7 +88,8 @@ def maxsim(
     Args:
         Q: `[Nq, Lq, d]`, or `[Lq, d]` for one query, whose axis the result then lacks, or a list of `[Lq, d]`.
         D: `[Nd, Ld, d]`, a list of `[Ld, d]` or a PackedEmbeddings, scored with every query; or `[Nq, K, Ld, d]`, a
-            query's own documents.
+            query's own documents. A PackedEmbeddings of the host is streamed to queries on a GPU; one of a device wants
+            its queries there.
         q_mask: the tokens of Q to keep, in the shape of Q without d: bool, or 0/1 in any dtype, with holes or without;
             for a list, a list of `[Lq]`.
         d_mask: the same for D.
@@ -265,6 +281,10 @@ def _score_stored(Q: Any, D: Stored, q_mask: Any, d_mask: Any, options: Options,
     if d_mask is not None:
         raise checks.stored_mask()
     xp = _side(Q)
+    if D.device is not None or _on_accelerator(Q):
+        Q, q_mask, cu_q = _packed(xp, *_read(xp, "Q", Q, q_mask, (2, 3), QUERIES), D.nothing())
+        checks.same_dim(Q.shape, (len(D), D.dim))
+        return D.device_scores(Q, q_mask, cu_q, options, out_dtype)
     Q, q_mask = _read(xp, "Q", Q, q_mask, (2, 3), QUERIES)
     if type(Q) is list and D.integers() is not None:
         Q, q_mask = _padded(xp, Q, q_mask, xp.stored(D.nothing()))
@@ -297,6 +317,10 @@ def _score_stored_pairs(
     if d_mask is not None:
         raise checks.stored_mask()
     xp, arrays = _side(Q), _arrays
+    if D.device is not None or _on_accelerator(Q):
+        Q, q_mask = _padded(xp, *_read(xp, "Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]"), D.nothing())
+        checks.same_dim(Q.shape, (len(D), D.dim))
+        return D.device_pair_scores(Q, query_index, document_index, q_mask, options, out_dtype)
     Q, q_mask = _read(xp, "Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
     Q, q_mask = _padded(xp, Q, q_mask, xp.stored(D.nothing()))
     checks.same_dim(Q.shape, (len(D), D.dim))
@@ -315,6 +339,11 @@ def _score_stored_pairs(
         scores.append(xp.score(Q, xp.stored(tokens), q_mask, None, None, *integers, *options, out_dtype))
         places.append(where)
     return xp.join(scores)[arrays.inverse(places)]
+
+
+def _on_accelerator(Q: Any) -> bool:
+    first = Q[0] if isinstance(Q, (list, tuple)) and Q else Q
+    return getattr(getattr(first, "device", None), "type", "cpu") != "cpu"
 
 
 def _array(xp: Any, name: str, X: Any, mask: Any, ranks: tuple[int, ...], wanted: str) -> tuple[Array, Array]:

@@ -1,6 +1,8 @@
-"""Fixtures: every instruction set this CPU can run, and the PyTorch backend, behind one name `engine`.
+"""Fixtures: every instruction set this CPU can run, the PyTorch backend and the GPU kernels, behind one name `engine`.
 
-The sets are asked of the module, so a new one is tested without an edit here. Without the module only "torch" is left.
+All are asked for, so a new one is tested without an edit here. Without the module and a GPU only "torch" is left. The GPU
+kernels take part where there is a CUDA GPU, to which their backend then carries the tests' CPU tensors, and in Triton's
+interpreter.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 
 import edgecolbert_kernels as ek
 import edgecolbert_kernels.ops
+from edgecolbert_kernels.backends import triton as triton_backend
 
 try:
     from edgecolbert_kernels import _C
@@ -26,7 +29,9 @@ except ImportError:
     _C = None
 
 ISAS = tuple(_C.available_isas()) if _C else ()
-ENGINES = (*ISAS, "torch")
+INTERPRETED = triton_backend.supports("maxsim", "cpu", "float32") is None
+GPU = triton_backend.supports("maxsim", "cuda", "float32") is None
+ENGINES = (*ISAS, "torch", *(["triton"] if GPU or INTERPRETED else []))
 PRECISIONS = ("exact", "fast")
 
 
@@ -39,11 +44,41 @@ def isa(request):
     _C.set_isa("")
 
 
+def on_gpu(function):
+    """`function` of CPU tensors with its work done on the GPU; what it adds to is brought back."""
+
+    def move(x, device):
+        return x.to(device) if isinstance(x, torch.Tensor) else x
+
+    def call(*arguments):
+        moved = [move(x, "cuda") for x in arguments]
+        found = [move(x, "cpu") for x in function(*moved)]
+        sums = arguments[-1] if len(arguments) > SUMS and isinstance(arguments[-1], torch.Tensor) else None
+        if sums is not None and found[0] is not None:
+            found[0] = sums.copy_(found[0])
+        return tuple(found)
+
+    return call
+
+
+SUMS = 13  # arguments of a backward before `sum_queries`, at least
+
+
+def use(name, monkeypatch):
+    """The context of an engine, which is not an instruction set."""
+    if name == "triton" and not INTERPRETED:
+        for attribute in ("forward", "backward", "backward_recompute"):
+            monkeypatch.setattr(triton_backend, attribute, on_gpu(getattr(triton_backend, attribute)))
+        supports = triton_backend.supports
+        monkeypatch.setattr(triton_backend, "supports", lambda op, device, dtype: supports(op, "cuda", dtype))
+    return ek.backend(name)
+
+
 @pytest.fixture(params=ENGINES)
-def engine(request):
-    """Each instruction set of the compiled module in turn, then the PyTorch backend."""
-    if request.param == "torch":
-        with ek.backend("torch"):
+def engine(request, monkeypatch):
+    """Each instruction set of the compiled module in turn, then PyTorch, then the GPU kernels."""
+    if request.param in ("torch", "triton"):
+        with use(request.param, monkeypatch):
             yield request.param
         return
     _C.set_isa(request.param)
@@ -52,10 +87,10 @@ def engine(request):
     _C.set_isa("")
 
 
-@pytest.fixture(params=[*ISAS[:1], "torch"])
-def backend(request):
-    """The compiled module on its best instruction set, then PyTorch: for what no instruction set can change."""
-    with ek.backend("torch" if request.param == "torch" else "cpu"):
+@pytest.fixture(params=[*ISAS[:1], *ENGINES[len(ISAS) :]])
+def backend(request, monkeypatch):
+    """The compiled module on its best instruction set, then the others: for what no instruction set can change."""
+    with use(request.param if request.param in ("torch", "triton") else "cpu", monkeypatch):
         yield request.param
 
 

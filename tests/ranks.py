@@ -14,8 +14,8 @@ SECONDS = 120  # until a rank that does not answer counts as hung
 
 
 class Ranks:
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, seconds: float = SECONDS) -> None:
+        self.size, self.seconds = size, seconds
         self._folder = tempfile.TemporaryDirectory()
         # Spawned: a fork would take along a pool of OpenMP threads that is not there.
         context = multiprocessing.get_context("spawn")
@@ -23,7 +23,7 @@ class Ranks:
         for rank in range(size):
             here, there = context.Pipe()
             store = Path(self._folder.name) / "store"
-            process = context.Process(target=_serve, args=(there, str(store), rank, size), daemon=True)
+            process = context.Process(target=_serve, args=(there, str(store), rank, size, seconds), daemon=True)
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
@@ -34,7 +34,7 @@ class Ranks:
             pipe.send((function, arguments))
         answers = []
         for rank, pipe in enumerate(self._pipes):
-            assert pipe.poll(SECONDS), f"rank {rank} hangs in {function.__name__}"
+            assert pipe.poll(self.seconds), f"rank {rank} hangs in {function.__name__}"
             answers.append(pipe.recv())
         errors = [error for _, error in answers if error]
         assert not errors, "\n".join(errors)
@@ -47,12 +47,12 @@ class Ranks:
         self._folder.cleanup()
 
 
-def _serve(pipe: Any, store: str, rank: int, size: int) -> None:
+def _serve(pipe: Any, store: str, rank: int, size: int, seconds: float) -> None:
     import torch
     from torch import distributed
 
     torch.set_num_threads(1)
-    wait = datetime.timedelta(seconds=SECONDS)
+    wait = datetime.timedelta(seconds=seconds)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=wait)
     while True:
         function, arguments = pipe.recv()

@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import gzip
+import io
 import json
 import math
 from pathlib import Path
@@ -12,10 +13,17 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("tqdm")
 pytest.importorskip("rich")
+from rich.console import Console  # noqa: E402
 
-from demo import cache, corpus, highlight, metrics, search, timing  # noqa: E402
+from demo import cache, corpus, held_out, highlight, metrics, search, timing  # noqa: E402
 from demo.vectors import TokenVectors  # noqa: E402
 from edgecolbert_kernels.cli import encoders  # noqa: E402
+
+try:
+    from demo import shown, story
+except ImportError:
+    shown = story = None
+needs_training = pytest.mark.skipif(story is None, reason="the extras of [train] are not installed")
 
 
 class WordEncoder:
@@ -281,3 +289,105 @@ def test_principal_directions_keep_inner_products():
 
 def test_a_server_that_is_not_there_does_not_answer():
     assert not encoders._answers("http://127.0.0.1:9")
+
+
+@pytest.fixture
+def library():
+    """Forty entries, two of which share their text, and one that is too short for a question."""
+    documents = [
+        corpus.Document(f"pack.ModuleX.get_item{n}", f"Question number {n} here.", f"Text {n % 39} of it.")
+        for n in range(40)
+    ]
+    queries = [document.heading for document in documents]
+    others = [corpus.Document("pack.thing", "Only one sentence.", ""), corpus.Document("pack.it", "Short.", "")]
+    relevant = [{n: 1} for n in range(40)]
+    return corpus.Task("made up", documents, queries, relevant, 8, samples=[], notes=[], others=others)
+
+
+def test_what_is_measured_is_in_no_part_that_is_learned(library, tmp_path):
+    counts = held_out.write(library, tmp_path)
+    texts, questions = {}, {}
+    for part in held_out.PARTS:
+        folder = tmp_path / part
+        texts[part] = {json.loads(line)["text"] for line in (folder / "corpus.jsonl").read_text().splitlines()}
+        questions[part] = {json.loads(line)["text"] for line in (folder / "queries.jsonl").read_text().splitlines()}
+        assert counts[part] == len(questions[part]) > 0
+    assert not texts["train"] & (texts["dev"] | texts["test"])
+    assert not questions["train"] & (questions["dev"] | questions["test"])
+    pairs = [json.loads(line) for line in (tmp_path / "names.jsonl").read_text().splitlines()]
+    for pair in pairs:
+        assert not any(text in pair["positive"] for part in ("dev", "test") for text in texts[part] | questions[part])
+    assert {"query": "pack thing", "positive": "Only one sentence."} in pairs
+    assert "pack it" not in {pair["query"] for pair in pairs}
+
+
+def test_names_as_words():
+    assert held_out.words("http.client.HTTPConnection.set_tunnel") == "http client HTTP Connection set tunnel"
+
+
+def test_folders_are_read_by_training(library, tmp_path):
+    beir = pytest.importorskip("training.beir")
+    held_out.write(library, tmp_path)
+    task = beir.read_beir(tmp_path / "test", "test")
+    assert len(task.qrels) == len(task.queries) and len(task.documents) >= len(task.qrels)
+
+
+def chapter(name, values, seconds=0.0):
+    return story.Chapter(name, name, "what", list(values), seconds)
+
+
+@needs_training
+def test_bars_are_as_long_as_their_values():
+    assert shown.bar(1.0, 1.0, 4) == "████" and shown.bar(0.5, 1.0, 4) == "██"
+    assert shown.bar(0.27, 1.0, 4) == "█▏" and shown.bar(0.0, 1.0, 4) == ""
+
+
+@needs_training
+def test_gains_are_over_the_line_above_and_only_of_stages(tmp_path):
+    values = [0.1 * (n % 10) for n in range(200)]
+    chapters = [chapter("BM25", values), chapter("start", values)]
+    chapters += [chapter("1", [v + 0.1 for v in values], 3), chapter("2", values[::-1], 4)]
+    found = shown.gains(chapters)
+    assert found[:2] == [None, None]
+    assert found[2] == pytest.approx((0.1, 0.1, 0.1))
+    mean, low, high = found[3]
+    assert low < mean < high and mean == pytest.approx(-0.1)
+
+    console = Console(width=80, record=True, file=io.StringIO())
+    shown.table(console, chapters)
+    told = console.export_text()
+    assert "+0.100 ± 0.000" in told and "█" in told
+    shown.plot(chapters, "title", tmp_path / "stages.png")
+    assert (tmp_path / "stages.png").stat().st_size > 1000
+
+
+@needs_training
+def test_a_folder_made_from_something_else_is_made_again(tmp_path):
+    folder = tmp_path / "stage"
+    assert story._stale(folder, "a")
+    (folder / "checkpoint").write_text("begun")
+    assert story._stale(folder, "a") and (folder / "checkpoint").exists()  # goes on
+    story._fresh(folder, "a")
+    assert not story._stale(folder, "a")
+    assert story._stale(folder, "b") and not (folder / "checkpoint").exists()
+
+
+@needs_training
+def test_a_trained_checkpoint_tells_where_its_vectors_stand(tmp_path):
+    """What training saves, as the command line loads it: a span a vector, prefix and punctuation accounted for."""
+    tiny = pytest.importorskip("tiny")
+    from training import config, model
+
+    wanted = config.Model(base=str(tiny.encoder(tmp_path / "base")), dimension=16, document_length=24)
+    trained = model.create(wanted, "colbert").eval()
+    trained.save(tmp_path / "model")
+    encoder = encoders.load_encoder(str(tmp_path / "model"), 24)
+    text = "word1, word2 word3. (word4)"
+    (vectors,) = encoder.encode_documents([text])
+    spans = encoder.spans(text)
+    assert len(spans) == len(vectors)
+    assert [text[start:stop] for start, stop in spans if stop > start] == ["word1", "word2", "word3", "word4"]
+    features = trained.tokenize([text], False)
+    with torch.no_grad():
+        expected = trained(features["input_ids"], features["attention_mask"])[0][features["score_mask"][0]]
+    torch.testing.assert_close(vectors.float(), expected, atol=1e-3, rtol=0)

@@ -44,13 +44,49 @@ def test_qdrant(documents):
         np.testing.assert_allclose([point.score for point in points], wanted_scores, atol=1e-4)
 
 
-def test_fast_plaid(documents, tmp_path):
-    """An approximate index: with all its clusters probed and all documents scored, the best one is ours."""
-    search = pytest.importorskip("fast_plaid.search")
-    matrices = [torch.from_numpy(rows) for _, part in export.batches(documents) for rows in part]
-    index = search.FastPlaid(index=str(tmp_path / "plaid"), device="cpu")
-    index.create(documents_embeddings=matrices)
-    kept = documents[documents.lengths > 0]
-    query = kept[5].astype(np.float32)
-    ((best, _), *_) = index.search(queries_embeddings=torch.from_numpy(query)[None], top_k=5)[0]
-    assert best == 5
+def noisy(rows, seed):
+    """Unit vectors near those of a document."""
+    found = rows.astype(np.float32) + 0.15 * np.random.default_rng(seed).standard_normal(rows.shape, np.float32)
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def queries(documents):
+    return [noisy(documents[n][:12], n) for n in (2, 3, 12, 58)]
+
+
+# Approximate indexes: with every cluster probed and every document scored, what is left is the rounding to 8 bits.
+ALL = {"n_ivf_probe": 64, "n_full_scores": 4096}
+
+
+def test_fast_plaid(documents, queries, tmp_path):
+    fast_plaid = pytest.importorskip("fast_plaid.search", reason="fast-plaid is not installed")
+    ids, matrices = [], []
+    for some, part in export.batches(documents, 7):
+        ids += some
+        matrices += [torch.from_numpy(rows) for rows in part]
+    index = fast_plaid.FastPlaid(index=str(tmp_path / "plaid"), device="cpu")
+    index.create(documents_embeddings=matrices, nbits=8, use_triton_kmeans=False)
+    scores, indices = ek.search(queries, documents, 5)
+    for query, wanted_scores, wanted in zip(queries, scores, indices, strict=True):
+        (found,) = index.search(torch.from_numpy(query)[None], top_k=20, show_progress=False, **ALL)
+        assert ids[found[0][0]] == documents.ids[wanted[0]]
+        assert found[0][1] == pytest.approx(wanted_scores[0], rel=0.02)
+        # An exact order of what was found is the exact order of all.
+        candidates = [documents.position(ids[n]) for n, _ in found]
+        assert ek.search(query, documents, 5, candidates=[candidates])[1].tolist() == wanted.tolist()
+
+
+def test_plaid_through_pylate(documents, queries, tmp_path):
+    pytest.importorskip("fast_plaid", reason="fast-plaid is not installed")
+    indexes = pytest.importorskip("pylate.indexes", reason="PyLate is not installed")
+    index = indexes.PLAID(
+        index_folder=str(tmp_path), index_name="documents", nbits=8, device="cpu", use_triton=False, show_progress=False, **ALL
+    )  # fmt: skip
+    for ids, matrices in export.batches(documents, 30):
+        index.add_documents(documents_ids=ids, documents_embeddings=matrices)
+    _, wanted = ek.search(queries, documents, 5)
+    results = index(queries_embeddings=[torch.from_numpy(query) for query in queries], k=20)
+    assert [result[0]["id"] for result in results] == [documents.ids[best] for best, *_ in wanted]
+    candidates = [[documents.position(hit["id"]) for hit in result] for result in results]
+    assert ek.search(queries, documents, 5, candidates=candidates)[1].tolist() == wanted.tolist()

@@ -32,9 +32,10 @@ MAY_IMPORT = {
     "dtypes": {"checks"},
     "storage": {"checks"},
     "identifiers": {"checks", "storage"},
-    "packed": {"checks", "dtypes", "identifiers", "scoring", "storage"},
-    "packing": {"backends", "checks", "dtypes", "packed"},
-    "retrieval": {"checks", "dtypes", "packed", "scoring"},
+    "device": {"backends", "checks", "ops", "scoring"},
+    "packed": {"checks", "device", "dtypes", "identifiers", "scoring", "storage"},
+    "packing": {"backends", "checks", "device", "dtypes", "packed"},
+    "retrieval": {"checks", "device", "dtypes", "packed", "scoring"},
     "export": {"packed"},
     "cli": {"_version", "packed", "retrieval"},
     "__init__": {

@@ -267,7 +267,7 @@ def test_conversion(source, target):
 def test_conversion_goes_by_blocks(monkeypatch):
     packed = PackedEmbeddings.from_list(documents(), dtype="float16")
     whole = packed.to("int8")
-    monkeypatch.setattr("edgecolbert_kernels.packed.BLOCK_BYTES", 1)
+    monkeypatch.setattr("edgecolbert_kernels.packed.tokens.BLOCK_BYTES", 1)
     np.testing.assert_array_equal(packed.to("int8").tokens, whole.tokens)
 
 
@@ -346,8 +346,8 @@ def test_gradients_go_to_the_queries(engine):
 
 def test_many_runs_and_blocks(monkeypatch):
     """Scattered documents, long runs and short ones, in blocks of a few documents."""
-    monkeypatch.setattr("edgecolbert_kernels.packed.BLOCK_BYTES", 4000)
-    monkeypatch.setattr("edgecolbert_kernels.packed.RUN_DOCUMENTS", 4)
+    monkeypatch.setattr("edgecolbert_kernels.packed.tokens.BLOCK_BYTES", 4000)
+    monkeypatch.setattr("edgecolbert_kernels.packed.tokens.RUN_DOCUMENTS", 4)
     random = np.random.default_rng(3)
     rows = documents(8, tuple(random.integers(0, 20, 100)))
     Q = grid(3, 5, 8, seed=1).numpy()

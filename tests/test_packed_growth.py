@@ -61,6 +61,15 @@ def test_append_copies_little():
     assert len(addresses) < 40
 
 
+def test_append_to_nothing():
+    """Where no document is left, ids may come or go."""
+    named = PackedEmbeddings.from_list(rows(2, 3), ["a", "b"])
+    for nothing in (PackedEmbeddings.from_list([], [], dim=8), named.remove([0, 1]), named[:0]):
+        assert nothing.append(rows(1, 4)).ids is None
+        assert nothing.append(rows(1, 4), [7, 8]).ids == [7, 8]
+        assert nothing.append(rows(1), ["a"]).append(rows(4), ["b"]).lengths.tolist() == [1, 4]
+
+
 def test_two_views_append_to_one():
     """The second one copies: neither sees the other's document."""
     base = PackedEmbeddings.empty(8).append(rows(2, 3), ["a", "b"])

@@ -123,14 +123,11 @@ LOSSES = [
 ]
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_colpali_losses(colpali, name):
+def colpali_step(name, **options):
+    """A function of no arguments: loss and gradients, of a loss made now."""
     from colpali_engine.loss import late_interaction_losses
 
-    from edgecolbert_kernels.integrations.colpali import using_colpali
-
-    host("colpali_engine.utils.maxsim")
-    loss = getattr(late_interaction_losses, name)(normalize_scores=False)
+    loss = getattr(late_interaction_losses, name)(normalize_scores=False, **options)
     inputs = [embeddings(4, 6, 16, seed=1), embeddings(4, 9, 16, seed=2)]
     if "Negative" in name:
         inputs.append(embeddings(4, 3, 7, 16, seed=3))
@@ -141,10 +138,41 @@ def test_colpali_losses(colpali, name):
         value.backward()
         return [value.detach(), *(X.grad for X in leaves)]
 
-    wanted, found, hits = both(using_colpali, step)
+    return step
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_colpali_losses(colpali, name):
+    """Made before the patch; in every version, whether it has functions to patch or writes its losses out."""
+    from edgecolbert_kernels.integrations.colpali import patch_colpali, unpatch_colpali, using_colpali
+
+    assert not patch_colpali().missed
+    unpatch_colpali()
+    wanted, found, hits = both(using_colpali, colpali_step(name))
     assert hits > 0
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_colpali_smooth_losses_stay(colpali, name):
+    from edgecolbert_kernels.integrations.colpali import using_colpali
+
+    wanted, found, hits = both(using_colpali, colpali_step(name, use_smooth_max=True))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+    assert not hits
+
+
+def test_colpali_restored_exactly(colpali):
+    from colpali_engine.loss import late_interaction_losses as losses
+
+    from edgecolbert_kernels.integrations.colpali import using_colpali
+
+    before = dict(vars(losses))
+    with using_colpali() as report:
+        assert report.reached
+    assert dict(vars(losses)) == before
+    assert losses.torch is torch
 
 
 # rerankers

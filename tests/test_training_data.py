@@ -15,7 +15,7 @@ import tiny
 
 pytest.importorskip("accelerate")
 pytest.importorskip("bm25s")
-from training import config, data, evaluate, mine, rankers, score
+from training import beir, config, data, evaluate, files, mine, rankers, score, sources
 
 REAL = os.environ.get("EDGECOLBERT_DATA", "")
 
@@ -85,19 +85,19 @@ def test_negatives_are_drawn_and_keep_their_scores(tmp_path):
 
 
 def test_splits_and_queries_that_stand_in_test(task, tmp_path):
-    a, b = data.read_beir(task, "train[0.0:0.7]"), data.read_beir(task, "train[0.7:1.0]")
+    a, b = beir.read_beir(task, "train[0.0:0.7]"), beir.read_beir(task, "train[0.7:1.0]")
     assert len(a.qrels) == 42 and len(b.qrels) == 18 and not a.qrels.keys() & b.qrels.keys()
     copy = tiny.beir(tmp_path / "copy")
     lines = (copy / "queries.jsonl").read_text().splitlines()
     test = json.loads(lines[75])
     lines[3] = json.dumps({"_id": "q3", "text": test["text"].upper() + "?"})
     (copy / "queries.jsonl").write_text("\n".join(lines))
-    found = data.read_beir(copy, "train")
+    found = beir.read_beir(copy, "train")
     assert "q3" not in found.qrels and "1 train queries also stand in test" in found.notes[0]
 
 
 def test_titles_read_no_judgement(task, tmp_path):
-    rows = data.open_rows(config.Source(str(task), kind="titles"))
+    rows = sources.open_rows(config.Source(str(task), kind="titles"))
     row = rows.row(0, np.random.default_rng(0))
     assert row.query and row.documents[0].endswith("end.") and row.query not in row.documents[0]
 
@@ -114,7 +114,7 @@ def test_titles_read_no_judgement(task, tmp_path):
     ],
 )
 def test_forms_of_a_row(record, documents):
-    row = data.parse(record, "here", config.Source("x"), None)
+    row = sources.parse(record, "here", config.Source("x"), None)
     assert row.query == "q" and row.documents == documents and row.scores == record.get("scores")
 
 
@@ -136,25 +136,25 @@ def test_forms_of_a_row(record, documents):
 def test_a_bad_row_is_named_with_its_line(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"query": "q", "positive": "p"}\n' + line + "\n")
-    rows = data.open_rows(config.Source(str(path)))
+    rows = sources.open_rows(config.Source(str(path)))
     rows.row(0, np.random.default_rng(0))
-    with pytest.raises(data.BadRow, match=message):
+    with pytest.raises(files.BadRow, match=message):
         rows.row(1, np.random.default_rng(0))
 
 
 def test_broken_and_missing_files(task, tmp_path):
     copy = tiny.beir(tmp_path / "copy")
     (copy / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\tyes\n")
-    with pytest.raises(data.BadRow, match=r"train.tsv:2: .* want query id, document id and a whole number"):
-        data.read_beir(copy, "train")
+    with pytest.raises(files.BadRow, match=r"train.tsv:2: .* want query id, document id and a whole number"):
+        beir.read_beir(copy, "train")
     (copy / "corpus.jsonl").rename(copy / "elsewhere")
     with pytest.raises(config.ConfigError, match=r"corpus.jsonl does not exist, with or without .gz"):
-        data.read_beir(copy, "test")
+        beir.read_beir(copy, "test")
     (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:-9])
-    with pytest.raises(data.BadRow, match=r"t\.jsonl\.gz"):
-        data.open_rows(config.Source(str(tmp_path / "t.jsonl.gz")))
+    with pytest.raises(files.BadRow, match=r"t\.jsonl\.gz"):
+        sources.open_rows(config.Source(str(tmp_path / "t.jsonl.gz")))
     with pytest.raises(config.ConfigError, match="does not exist"):
-        data.open_rows(config.Source(str(tmp_path / "nowhere.jsonl")))
+        sources.open_rows(config.Source(str(tmp_path / "nowhere.jsonl")))
     with pytest.raises(config.ConfigError, match=r"60 rows; want at least train.batch, which is 100"):
         batches(config.Source(str(task)), batch=100)
 
@@ -178,15 +178,15 @@ def test_mine_then_score_then_train_rows(task, tmp_path):
     mine.mine(str(task), "bm25", tmp_path / "rows.jsonl", negatives=5, repeats=2, threshold=None)
     out = tmp_path / "scored.jsonl"
     score.score(tmp_path / "rows.jsonl", "bm25", out, corpus=str(task))
-    rows = data.open_rows(config.Source(str(out), corpus=str(task)))
+    rows = sources.open_rows(config.Source(str(out), corpus=str(task)))
     assert len(rows) == 120
     row = rows.row(3, np.random.default_rng(0))
-    judged = data.read_beir(task, "train").qrels
+    judged = beir.read_beir(task, "train").qrels
     query = json.loads(out.read_text().splitlines()[3])["query_id"]
     assert row.keys[0] in judged[query] and not set(row.keys[1:]) & judged[query].keys()
     ranker = rankers.Bm25()
-    ranker.index(list(data.read_beir(task, judged=False).documents.values()))
-    numbers = [list(data.read_beir(task, judged=False).documents).index(key) for key in row.keys]
+    ranker.index(list(beir.read_beir(task, judged=False).documents.values()))
+    numbers = [list(beir.read_beir(task, judged=False).documents).index(key) for key in row.keys]
     np.testing.assert_allclose(ranker.all_scores([row.query])[0][numbers], row.scores, atol=1e-5)
     with pytest.raises(config.ConfigError, match="was made from something else"):
         score.score(tmp_path / "rows.jsonl", "fusion:bm25:0.5", out, corpus=str(task))
@@ -223,3 +223,41 @@ def test_measures_are_those_of_trec_eval():
 def test_bm25_on_scifact_is_the_published_figure():
     means = evaluate.evaluate(rankers.Bm25(), Path(REAL) / "beir/scifact")
     assert means["nDCG@10"] == pytest.approx(0.671, abs=0.002)
+
+
+def test_nanobeir_by_name(monkeypatch):
+    """The hub's tables, without the hub: an id that is a number, and judgements without scores."""
+    datasets = pytest.importorskip("datasets")
+    tables = {
+        "corpus": [{"_id": 1, "text": "one"}, {"_id": "b", "text": "two", "title": "T"}],
+        "queries": [{"_id": "q", "text": "which"}, {"_id": "unjudged", "text": "what"}],
+        "qrels": [{"query-id": "q", "corpus-id": "b"}, {"query-id": "q", "corpus-id": "gone"}],
+    }
+    asked = []
+
+    def load(name, part):
+        asked.append(name)
+        return {"train": tables[part]}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    task = beir.read_beir("NanoSciFact")
+    assert set(asked) == {"zeta-alpha-ai/NanoSciFact"} and len(beir.NANO_BEIR) == 13
+    assert task.documents == {"1": "one", "b": "T two"} and task.qrels == {"q": {"b": 1}}
+
+    def fail(name, part):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(config.ConfigError, match=r"hub:some/thing: corpus cannot be loaded: ConnectionError: no route"):
+        beir.read_beir("hub:some/thing", "test")
+    assert evaluate.split_of("hub:some/thing:dev") == ("hub:some/thing", "dev")
+    assert evaluate.split_of("/a/b") == ("/a/b", "test") and evaluate.label("hub:some/thing") == "thing"
+
+
+def test_costs_stand_beside_the_measures(task, capsys):
+    evaluate.main(["bm25", str(task), f"{task}:dev"])
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert heading.split() == [*evaluate.MEASURES, *evaluate.COSTS]
+    assert [line.split()[0] for line in lines] == [task.name, task.name, "mean"]
+    with pytest.raises(SystemExit, match="--document-length is for late-interaction models"):
+        evaluate.main(["bm25", str(task), "--document-length", "9"])

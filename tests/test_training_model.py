@@ -15,7 +15,7 @@ import tiny_colbert
 
 pytest.importorskip("accelerate")
 pytest.importorskip("sentence_transformers")
-from training import config, model
+from training import backbones, config, model, tokens
 
 TEXTS = ["word1 word2, word3.", "Word4 word5! word6 word7 (word8) word9 word10", "word11"]
 HEADS = {
@@ -182,7 +182,7 @@ def test_lower_casing_is_in_the_file(tmp_path):
         "mask_token": "[MASK]",
     }
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-    model.lowercase(tokenizer)
+    tokens.lowercase(tokenizer)
     tokenizer.save_pretrained(tmp_path)
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert (
@@ -195,7 +195,7 @@ def test_random_ettin_has_the_papers_size(name, count):
     from transformers import AutoModel
 
     with torch.device("meta"):
-        assert sum(p.numel() for p in AutoModel.from_config(model.ettin(name)).parameters()) == count
+        assert sum(p.numel() for p in AutoModel.from_config(backbones.ettin(name)).parameters()) == count
 
 
 @pytest.mark.parametrize(
@@ -215,3 +215,14 @@ def test_errors(base, options, message):
 def test_a_missing_folder_is_named():
     with pytest.raises(config.ConfigError, match=r"model.base './nowhere'"):
         model.create(config.Model(base="./nowhere"), "colbert")
+
+
+def test_positions_that_are_computed_have_no_end(base):
+    """ModernBERT reads beyond what it was made for, and the folder says so; BERT has learned as many as it has."""
+    from transformers import ModernBertConfig, ModernBertModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    backbone = ModernBertModel(ModernBertConfig(vocab_size=99, max_position_embeddings=20, pad_token_id=0, **sizes))
+    assert backbones.trained_length(backbone) == 20 and backbones.longest_text(backbone) > 1 << 20
+    bert = build(base).backbone
+    assert backbones.longest_text(bert) == backbones.trained_length(bert) == 512

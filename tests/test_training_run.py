@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tomllib
 import torch
@@ -19,9 +20,10 @@ import tiny
 
 pytest.importorskip("accelerate")
 pytest.importorskip("ir_measures")
-from training import checkpoint, config, data, evaluate, mine, model, score, stages, teach, train
+from training import checkpoint, config, evaluate, files, mine, model, score, stages, teach, train
 
-CONFIGS = sorted((Path(train.__file__).parent / "configs").glob("*.toml"))
+ROOT = Path(train.__file__).parent.parent
+CONFIGS = sorted([*(ROOT / "training" / "configs").glob("*.toml"), *(ROOT / "demo" / "recipe").glob("*.toml")])
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,12 @@ def place(tmp_path_factory) -> Path:
     tiny.tuples(place / "tuples.jsonl")
     (place / "data" / "pairs").mkdir()
     tiny.tuples(place / "data" / "pairs" / "wordnet.jsonl")
+    # What demo/recipe names, in the same folder.
+    tiny.tuples(place / "data" / "names.jsonl")
+    tiny.beir(place / "data" / "train")
+    mine.mine(str(place / "data" / "train"), "bm25", place / "data" / "mined.jsonl", negatives=7, threshold=None)
+    teach.teach(str(place / "data" / "train"), "bm25", place / "data" / "taught")
+    np.save(place / "data" / "teacher.npy", np.zeros((60 + 48, 24), np.float16) + 1)
     tiny.encoder(place / "base")
     torch.manual_seed(0)
     teacher = model.create(config.Model(base=str(place / "base")), "contrastive")
@@ -67,6 +75,7 @@ def losses(output: Path) -> list[float]:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_runs_two_steps(place, tmp_path, monkeypatch, path):
     monkeypatch.setenv("EDGECOLBERT_DATA", str(place / "data"))
+    monkeypatch.setenv("DEMO", str(place))
     monkeypatch.chdir(place)
     wordnet = place / "data" / "pairs" / "wordnet.jsonl.gz"
     if not wordnet.exists():
@@ -314,7 +323,7 @@ def test_a_bad_row_stops_the_run_with_its_line(place, tmp_path):
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
     settings = config.build(tiny.settings("colbert", place / "base", tmp_path / "bad.jsonl", tmp_path / "out"))
     settings.train.steps = 5
-    with pytest.raises(data.BadRow, match=r"bad.jsonl:6: not JSON"):
+    with pytest.raises(files.BadRow, match=r"bad.jsonl:6: not JSON"):
         train.run(settings)
 
 

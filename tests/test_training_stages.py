@@ -15,7 +15,7 @@ import tiny
 pytest.importorskip("accelerate")
 from accelerate import Accelerator
 
-from training import config, data, losses, model, stages, train
+from training import config, data, files, losses, model, sources, stages, train
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +98,9 @@ def test_the_contrastive_loss_is_cross_entropy_over_the_batch(folder):
 
 def test_right_documents_of_other_rows_are_no_negatives():
     rows = [
-        data.Row("a", ["x", "n"], None, ["x", "y"], frozenset(["x", "y"])),
-        data.Row("b", ["y"], None, ["y"], frozenset(["y"])),
-        data.Row("c", ["z"], None, ["z"], frozenset(["z"])),
+        sources.Row("a", ["x", "n"], None, ["x", "y"], frozenset(["x", "y"])),
+        sources.Row("b", ["y"], None, ["y"], frozenset(["y"])),
+        sources.Row("c", ["z"], None, ["z"], frozenset(["z"])),
     ]
     excluded = stages.false_negatives(rows, ["x", "y", "z", "y"])
     assert excluded.tolist() == [
@@ -157,9 +157,9 @@ def test_stella_is_zero_only_in_its_first_terms_for_the_teacher_itself():
 
 def test_rows_with_fewer_documents_leave_the_others_alone(folder, tmp_path):
     lines = (folder / "tuples.jsonl").read_text().splitlines()
-    record = data._object(lines[0], "here")
+    record = files.parse_object(lines[0], "here")
     short = {**record, "documents": record["documents"][:2], "scores": record["scores"][:2]}
-    rows = [data.parse(each, "here", config.Source("x"), None) for each in (record, short)]
+    rows = [sources.parse(each, "here", config.Source("x"), None) for each in (record, short)]
     built, _ = build(folder, "colbert", "tuples.jsonl")
     inputs, options = built.batch(rows, 0)
     both = built.loss(*(built.encode(**each) for each in inputs), **options)
@@ -168,3 +168,31 @@ def test_rows_with_fewer_documents_leave_the_others_alone(folder, tmp_path):
         inputs, options = built.batch([row], 0)
         alone.append(built.loss(*(built.encode(**each) for each in inputs), **options))
     assert both.item() == pytest.approx(sum(alone).item() / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("symmetric, margin, excludes", [(False, None, False), (False, 0.95, True), (True, 0.9, True)])
+def test_info_nce_in_blocks_is_info_nce(monkeypatch, symmetric, margin, excludes):
+    """In float64 against the plain formula, values and gradients, with a batch that fits into no block."""
+    torch.manual_seed(0)
+    n, m, d = 37, 53, 6
+    Q, D = (F.normalize(torch.randn(k, d, dtype=torch.double), dim=-1).requires_grad_() for k in (n, m))
+    target = torch.arange(n) + 5
+    exclude = torch.rand(n, m) < 0.2 if excludes else None
+    scores = Q @ D.T
+    dropped = torch.zeros(n, m, dtype=torch.bool) if exclude is None else exclude.clone()
+    if margin:
+        own = scores.detach().gather(1, target[:, None])
+        dropped |= scores.detach() >= own - (1 - margin) * own.abs()
+    dropped[torch.arange(n), target] = False
+    scores = scores.masked_fill(dropped, -torch.inf) / 0.1
+    expected = F.cross_entropy(scores, target)
+    if symmetric:
+        expected = (expected + F.cross_entropy(scores[:, target].T, torch.arange(n))) / 2
+    wanted = torch.autograd.grad(expected, (Q, D))
+    for most in (1 << 24, 5 * m, 1):
+        monkeypatch.setattr(losses, "MOST_SCORES", most)
+        options = {"exclude": exclude, "margin": margin, "symmetric": symmetric}
+        found = losses.info_nce(Q, D, target, 0.1, **options)
+        torch.testing.assert_close(found, expected)
+        for one, other in zip(torch.autograd.grad(found, (Q, D)), wanted, strict=True):
+            torch.testing.assert_close(one, other)

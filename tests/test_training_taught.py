@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import tiny
 
 pytest.importorskip("accelerate")
-from training import config, data, model, stages, teach
+from training import beir, config, data, model, stages, teach
 
 
 @pytest.fixture(scope="module")
@@ -39,21 +39,21 @@ def build(folder: Path, **tables):
 
 
 def test_what_is_written(folder):
-    task = data.read_beir(folder / "task", "train")
+    task = beir.read_beir(folder / "task", "train")
     records = [json.loads(line) for line in (folder / "taught" / "queries.jsonl").read_text().splitlines()]
     scores = np.load(folder / "taught" / "scores.npy")
     assert scores.shape == (len(records), len(task.documents)) and scores.dtype == np.float16
     assert [each["relevant"] for each in records if each["relevant"]] == list(task.qrels.values())
     made = [each for each in records if each["about"]]
     assert {each["about"] for each in made} <= set(task.documents) and len(made) > len(task.documents)
-    assert all(data.plain(each["query"]) not in task.held_out for each in records)
+    assert all(beir.plain(each["query"]) not in task.held_out for each in records)
     with pytest.raises(config.ConfigError, match="exists"):
         teach.teach(str(folder / "task"), "bm25", folder / "taught")
 
 
 def test_sentences_are_last_ones_without_their_opening():
     text = "One study of sleep was made. In conclusion, these results suggest that short sleep is bad for the heart. Short end."
-    task = data.Beir(Path(), {}, {"d": ("Sleep and the heart", text)}, {}, {}, [])
+    task = beir.Beir(Path(), {}, {"d": ("Sleep and the heart", text)}, {}, {}, [])
     assert list(teach.sentences(task)) == [("short sleep is bad for the heart.", "d"), ("Sleep and the heart", "d")]
     avoid = frozenset({"sleep and the heart"})
     assert list(teach.sentences(task, avoid)) == [("short sleep is bad for the heart.", "d")]

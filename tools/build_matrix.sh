@@ -9,12 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if [ -z "${PYTHONS+x}" ]; then
-  PYTHONS=$(for minor in 10 11 12 13; do
-    { command -v "python3.$minor" || true; ls -d "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3."$minor".*/bin/python; } 2>/dev/null |
-      while read -r python; do "$python" --version >/dev/null 2>&1 && echo "$python" && break; done || true
-  done)
-fi
+PYTHONS=${PYTHONS-$(tools/pythons.sh)}
 COMPILERS=${COMPILERS-$(for name in g++-11 g++-12 g++-13 g++-14 clang++-14 clang++-16 clang++-18; do
   command -v "$name" >/dev/null && echo "$name"; done || true)}
 

@@ -5,13 +5,14 @@
 With atheris (`pip install atheris`) the mutations follow the coverage of the reader; without it they are random. Both take a
 folder apart, damage some of its files (bits, bytes, cuts, splices, fields of the header with its checksum made right
 again), load it in both ways, and score what loaded. A mutant that verifies must equal the folder that it came from, unless
-a checksum was forged. A crash of the process is a finding too: the folder is kept in build/fuzz.
+a checksum was forged. A crash of the process is a finding too: its choices are kept in build/fuzz (FUZZ_KEPT).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -31,7 +32,7 @@ with atheris.instrument_imports(include=["edgecolbert_kernels"]) if atheris else
     import edgecolbert_kernels as ek
     from edgecolbert_kernels import PackedEmbeddings, PackedFormatError, PackedWriter
 
-KEPT = Path("build/fuzz")
+KEPT = Path(os.environ.get("FUZZ_KEPT", "build/fuzz"))
 INTEGERS = (
     0,
     1,

@@ -136,40 +136,45 @@ def one(options: argparse.Namespace, arguments: list[str], tests: Path, at: Path
 def source(options: argparse.Namespace, version: str, at: Path) -> Path:
     """A copy of the host's source with its tests; the package itself is the installed one, where it is not in the way."""
     to = at / "source"
-    if options.source and (options.source / "tests").is_dir():
-        shutil.copytree(options.source, to, ignore=shutil.ignore_patterns(".git"))
-    elif options.source:
-        to.mkdir()
-        command = [
-            "git",
-            "-C",
-            str(options.source),
-            "archive",
-            "--format=tar",
-            "-o",
-            str(at / "source.tar"),
-            options.revision,
-            "tests",
-            "pyproject.toml",
-        ]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        with tarfile.open(at / "source.tar") as archive:
-            archive.extractall(to, filter="data")
+    if options.source:
+        copy(options.source, options.revision, ["tests", "pyproject.toml"], to)
     else:
-        url = ARCHIVES.get(options.host)
-        if url:
-            urllib.request.urlretrieve(url.format(version=version), at / "source.tar.gz")
-        else:
-            # No build: a source distribution is only unpacked here.
-            download = ["download", "-q", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "-d", str(at)]
-            run([options.python, "-m", "pip", *download, f"{options.host}=={version}"], at)
-        (found,) = at.glob("*.tar.gz")
-        with tarfile.open(found) as archive:
-            archive.extractall(to, filter="data")
-        (to,) = to.iterdir()
+        url = ARCHIVES.get(options.host, "").format(version=version)
+        to = download(url or f"{options.host}=={version}", options.python, at)
     if options.host == "sentence-transformers":
         shutil.rmtree(to / "sentence_transformers", ignore_errors=True)
     return to
+
+
+def copy(source: Path, revision: str, paths: list[str], to: Path) -> None:
+    """A source folder, or these paths of a revision of a git repository, with or without a work tree."""
+    if (source / "tests").is_dir():
+        shutil.copytree(source, to, ignore=shutil.ignore_patterns(".git"))
+        return
+    to.mkdir(parents=True)
+    archive = to / "source.tar"
+    run(["git", "-C", str(source), "archive", "--format=tar", "-o", str(archive), revision, *paths], to)
+    unpack(archive, to)
+
+
+def download(what: str, python: str, at: Path, *options: str) -> Path:
+    """The unpacked archive at a URL, or source distribution of a requirement such as "name==1.0"."""
+    if "://" in what:
+        urllib.request.urlretrieve(what, at / "source.tar.gz")
+    else:
+        # No build: a source distribution is only unpacked here.
+        command = [python, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(at)]
+        run([*command, *(options or ["--no-build-isolation"]), what], at)
+    (found,) = at.glob("*.tar.gz")
+    to = at / "source"
+    unpack(found, to)
+    (to,) = to.iterdir()
+    return to
+
+
+def unpack(archive: Path, to: Path) -> None:
+    with tarfile.open(archive) as opened:
+        opened.extractall(to, filter="data")
 
 
 def run(command: list[str], at: Path) -> str:

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # The native sweep and the Python tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the sources
-# below build/sanitize, so that the module in use stays as it is. Arguments go to pytest.
+# below build/sanitize, so that the module in use stays as it is. Arguments go to pytest; after `--fuzz SECONDS` the reader
+# of packed embeddings is fuzzed instead.
 #
 # Leaks are not looked for: the interpreter and torch keep memory until the process ends. Left out: tests of the build,
-# of the layers and of the demo, which run no kernel on memory of their own.
+# of the layers, of the pages, of the benchmarks and of the demo, which run no kernel on memory of their own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 source=build/sanitize/source
 objects=$PWD/build/sanitize/objects
+kept=$PWD/build/fuzz
 rm -rf "$source"
 mkdir -p "$source"
 # `cp -p`: what has not changed is not compiled again.
@@ -36,15 +38,23 @@ show_reports() {
 }
 trap show_reports EXIT
 
+compiler=$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' "$objects/CMakeCache.txt")
+# The interpreter is not instrumented, so the runtime must be there before it; and libstdc++ before the runtime looks for
+# the function that throws.
+preload="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)"
+
+if [ "${1:-}" = --fuzz ]; then
+  echo "== fuzzing the reader"
+  LD_PRELOAD=$preload FUZZ_KEPT=$kept python -m tools.fuzz_packed "${@:2}"
+  exit
+fi
+
 echo "== native sweep"
 "$objects/tests/native/native_sweep"
 
 echo "== tests"
-compiler=$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' "$objects/CMakeCache.txt")
 # Training is Python over the kernels that the other tests cover; pytrec_eval, which the two others call, frees what `new` gave.
-# The interpreter is not instrumented, so the runtime must be there before it; and libstdc++ before the runtime looks for
-# the function that throws.
-LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)" \
-  python -m pytest tests -n auto --ignore=tests/test_objects.py --ignore=tests/test_layers.py \
+LD_PRELOAD=$preload python -m pytest tests -n auto --ignore=tests/test_objects.py --ignore=tests/test_layers.py \
   --ignore=tests/test_no_torch.py --ignore=tests/test_demo.py --ignore-glob='*/test_training_*.py' \
+  --ignore=tests/test_documentation.py --ignore=tests/test_benchmarks.py --ignore=tests/test_release.py \
   --deselect=tests/test_cli.py::test_eval --deselect=tests/test_cli.py::test_metrics_by_hand "$@"

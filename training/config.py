@@ -64,7 +64,7 @@ class Model:
 
 @dataclass
 class Source:
-    """One data set; see training/data.py for the formats."""
+    """One data set; see training/sources.py for the formats."""
 
     path: str  # .jsonl[.gz], a BEIR folder, or hub:owner/name
     name: str | None = None  # hub: a configuration of the data set

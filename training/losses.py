@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+MOST_SCORES = 1 << 24  # of InfoNCE at once: 64 MiB in float32, and a few copies of it
 # Stella compares every pair of similarities: 128 texts have 33 million, 256 have 533 million.
 MOST_STELLA = 192
 
@@ -23,18 +25,54 @@ def info_nce(
     """Cross-entropy of `Q [N, d] @ D [M, d]^T / temperature`, the positive of query i being document `target[i]`.
 
     exclude: bool `[N, M]`, no candidates; margin: drop negatives that score this fraction of the positive or more.
+    symmetric: the mean with the cross-entropy of each positive over all queries.
+    Large batches are taken in blocks of rows, which the backward computes again: 24,576 x 24,576 scores never exist at once.
     """
-    scores = Q @ D.T
-    positive = F.one_hot(target, len(D)).bool()
-    dropped = torch.zeros_like(positive) if exclude is None else exclude.clone()
+    floor = None
     if margin is not None:
-        own = scores.detach().gather(1, target[:, None])
-        dropped |= scores.detach() >= own - (1 - margin) * own.abs()
-    scores = scores.masked_fill(dropped & ~positive, -torch.inf) / temperature
-    loss = F.cross_entropy(scores, target)
+        own = (Q * D[target]).sum(-1).detach()
+        floor = own - (1 - margin) * own.abs()
+    loss = _cross_entropy(Q, D, target, temperature, exclude, None if floor is None else floor[:, None])
     if symmetric:
-        loss = (loss + F.cross_entropy(scores[:, target].T, torch.arange(len(Q), device=Q.device))) / 2
+        right, among = torch.arange(len(Q), device=Q.device), None if exclude is None else exclude[:, target].T
+        back = _cross_entropy(
+            D[target], Q, right, temperature, among, None if floor is None else floor.expand(len(Q), -1)
+        )
+        loss = (loss + back) / 2
     return loss
+
+
+def _cross_entropy(
+    X: Tensor, Y: Tensor, target: Tensor, temperature: float, exclude: Tensor | None, floor: Tensor | None
+) -> Tensor:
+    """Mean over the rows of X, in blocks. No candidates besides the target: those excluded, and scores of `floor` or more."""
+
+    def block(X: Tensor, Y: Tensor, target: Tensor, exclude: Tensor | None, floor: Tensor | None) -> Tensor:
+        scores = X @ Y.T
+        dropped = exclude
+        if floor is not None:
+            above = scores.detach() >= floor
+            dropped = above if dropped is None else above | dropped
+        if dropped is not None:
+            scores = scores.masked_fill(dropped.scatter(1, target[:, None], False), -torch.inf)
+        return F.cross_entropy(scores / temperature, target, reduction="sum")
+
+    rows = max(1, MOST_SCORES // len(Y))
+    if rows >= len(X):
+        return block(X, Y, target, exclude, floor) / len(X)
+    parts = [
+        checkpoint(
+            block,
+            X[s],
+            Y,
+            target[s],
+            exclude if exclude is None else exclude[s],
+            None if floor is None else floor[s],
+            use_reentrant=False,
+        )
+        for s in (slice(start, start + rows) for start in range(0, len(X), rows))
+    ]
+    return torch.stack(parts).sum() / len(X)
 
 
 def angle(z: Tensor, w: Tensor, labels: Tensor, scale: float = 20.0) -> Tensor:

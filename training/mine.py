@@ -18,8 +18,9 @@ import numpy as np
 
 from training import rankers
 from training.config import ConfigError, Source
-from training.data import BadRow, BeirRows, Rows, TitleRows, open_rows
+from training.files import BadRow
 from training.score import resumable
+from training.sources import BeirRows, Rows, TitleRows, open_rows
 
 MIX = (0.35, 0.35, 0.30)
 

@@ -1,13 +1,11 @@
-"""A text encoder with one vector a token (ColBERT) or one a text (mean pooling), and its files.
+"""A text encoder with one vector a token (ColBERT) or one a text (mean pooling), made new or loaded.
 
-Saved in the format of PyLate 1.6 (ColBERT) or of sentence-transformers (dense); sentence-transformers 6 reads both. Loads
-those, its own `MultiVectorEncoder` format, and any encoder of transformers. Needs torch and transformers alone.
+Its files are those of PyLate 1.6 (ColBERT) or of sentence-transformers (dense): training/formats.py. Needs torch and
+transformers alone.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,21 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, ModernBertConfig
 
 from training import config as settings
+from training import formats
+from training.backbones import HUB, load_backbone, longest_text
 from training.frozen import Frozen
+from training.head import build_head
+from training.tokens import add_prefixes, expansion_id, lowercase, token_ids
 
 Features = dict[str, Tensor]
 
 TEXTS_A_PIECE = 16
-
-# The Ettin encoders: hidden, intermediate, layers, heads. Random weights in these shapes have 16,797,440 and 31,883,136
-# parameters.
-ETTIN = {"ettin-17m": (256, 384, 7, 4), "ettin-32m": (384, 576, 10, 6)}
-HUB = {name: f"jhu-clsp/{name.replace('-', '-encoder-')}" for name in ETTIN}
 
 
 @dataclass
@@ -43,23 +38,6 @@ class Reading:
     query_expansion: bool = False
     attend_to_expansion: bool = False
     skiplist: tuple[str, ...] = ()
-
-
-class Layer(nn.Module):
-    """`activation(W x + b)`, with a residual x (or R x, where the sizes differ)."""
-
-    def __init__(self, inputs: int, outputs: int, bias: bool, activation: nn.Module, residual: bool) -> None:
-        super().__init__()
-        self.linear = nn.Linear(inputs, outputs, bias=bias)
-        self.activation = activation
-        self.has_residual = residual
-        self.residual = nn.Linear(inputs, outputs, bias=False) if residual and inputs != outputs else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.activation(self.linear(x))
-        if self.has_residual:
-            y = y + (x if self.residual is None else self.residual(x))
-        return y
 
 
 class Encoder(nn.Module):
@@ -193,52 +171,13 @@ class Encoder(nn.Module):
 
     def save(self, folder: str | Path, card: str = "") -> None:
         """Write a folder that PyLate (with a head) or sentence-transformers loads."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backbone.save_pretrained(folder)
-        reading, dense = self.reading, self.head is None
-        pad, self.tokenizer.pad_token = (
-            self.tokenizer.pad_token,
-            (self.tokenizer.pad_token if dense or not self.tokenizer.mask_token else self.tokenizer.mask_token),
-        )
-        self.tokenizer.save_pretrained(folder)
-        self.tokenizer.pad_token = pad
-        modules = [("", "sentence_transformers.models.Transformer")]
-        longest = max(reading.query_length, reading.document_length) if dense else longest_text(self.backbone)
-        facts: dict[str, Any] = {"__version__": versions(), "default_prompt_name": None}
-        if dense:
-            modules += [("1_Pooling", "sentence_transformers.models.Pooling")]
-            modules += [("2_Normalize", "sentence_transformers.models.Normalize")]
-            pooling = {"word_embedding_dimension": self.dimension, "pooling_mode_mean_tokens": True}
-            write_json(folder / "1_Pooling" / "config.json", pooling)
-            (folder / "2_Normalize").mkdir(exist_ok=True)
-            facts |= {"prompts": {"query": reading.query_prefix, "document": reading.document_prefix}}
-            facts |= {"similarity_fn_name": "cosine", "query_length": reading.query_length}
-            facts |= {"document_length": reading.document_length}
-        else:
-            for prefix in filter(None, (reading.query_prefix, reading.document_prefix)):
-                if token_ids(self.tokenizer, [prefix]) != self.tokenizer(prefix, add_special_tokens=False)["input_ids"]:
-                    raise ValueError(f"PyLate's format needs the prefix {prefix!r} to be one token of the tokenizer")
-            assert self.head is not None
-            for number, layer in enumerate(self.head, start=1):
-                modules += [(f"{number}_Dense", "pylate.models.Dense.Dense")]
-                save_layer(layer, folder / f"{number}_Dense")
-            facts |= {"model_type": "ColBERT", "prompts": {}, "similarity_fn_name": "MaxSim"}
-            facts |= {"query_prefix": reading.query_prefix, "document_prefix": reading.document_prefix}
-            facts |= {"query_length": reading.query_length, "document_length": reading.document_length}
-            facts |= {"attend_to_expansion_tokens": reading.attend_to_expansion}
-            facts |= {"skiplist_words": list(reading.skiplist), "do_query_expansion": reading.query_expansion}
-        listed = [{"idx": n, "name": str(n), "path": path, "type": kind} for n, (path, kind) in enumerate(modules)]
-        write_json(folder / "modules.json", listed)
-        write_json(folder / "config_sentence_transformers.json", facts)
-        write_json(folder / "sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False})
-        (folder / "README.md").write_text(card or model_card(self), encoding="utf-8")
+        formats.save(self, folder, card)
 
 
 def create(wanted: settings.Model, stage: str) -> Encoder:
     """The model of a configuration: a checkpoint, or a new one around a backbone, or random weights."""
     folder, backbone, tokenizer = load_backbone(wanted)
-    saved, layers = read_checkpoint(folder)
+    saved, layers = formats.read_checkpoint(folder)
     dense = stage != "colbert"
     head = None
     if not dense:
@@ -285,243 +224,5 @@ def create(wanted: settings.Model, stage: str) -> Encoder:
 
 def load(folder: str | Path) -> Encoder:
     """A ColBERT in PyLate's or sentence-transformers' format, or a dense encoder with mean pooling."""
-    _, layers = read_checkpoint(Path(folder))
+    _, layers = formats.read_checkpoint(Path(folder))
     return create(settings.Model(base=str(folder)), "colbert" if layers else "contrastive").eval()
-
-
-def load_backbone(wanted: settings.Model) -> tuple[Path, Any, Any]:
-    base = wanted.base
-    if base.startswith("package:"):
-        try:
-            base = str(importlib.import_module(base.removeprefix("package:")).get_model_path())
-        except ImportError as error:
-            raise settings.ConfigError(f"model.base is {wanted.base!r}: {error}") from None
-    if base in ETTIN and not wanted.random:
-        base = HUB[base]
-    try:
-        if wanted.random and base in ETTIN:
-            backbone = AutoModel.from_config(ettin(base))
-        elif wanted.random:
-            backbone = AutoModel.from_config(AutoConfig.from_pretrained(base))
-        else:
-            backbone = AutoModel.from_pretrained(base, dtype=torch.float32)
-        source = wanted.tokenizer or HUB.get(base, base)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except OSError as error:
-        place = "is no such folder, and" if "/" in base or base.startswith(".") else "cannot be read:"
-        raise settings.ConfigError(f"model.base {wanted.base!r} {place} {str(error).splitlines()[0]}") from None
-    if not tokenizer.is_fast:
-        raise settings.ConfigError(f"model.tokenizer: {source} has no fast tokenizer")
-    if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
-        backbone.resize_token_embeddings(len(tokenizer))
-    return (Path() if wanted.random else local_folder(base)), backbone, tokenizer
-
-
-def local_folder(base: str) -> Path:
-    if Path(base).is_dir():
-        return Path(base)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(base, allow_patterns=["*.json", "*Dense/*", "*Mask/*"]))
-
-
-def ettin(name: str) -> ModernBertConfig:
-    hidden, intermediate, layers, heads = ETTIN[name]
-    return ModernBertConfig(
-        vocab_size=50368,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=7999,
-        local_attention=128,
-        global_attn_every_n_layers=3,
-        hidden_activation="gelu",
-        norm_eps=1e-5,
-        norm_bias=False,
-        attention_bias=False,
-        mlp_bias=False,
-        global_rope_theta=160000.0,
-        local_rope_theta=160000.0,
-        bos_token_id=50281,
-        eos_token_id=50282,
-        cls_token_id=50281,
-        sep_token_id=50282,
-        pad_token_id=50283,
-    )
-
-
-def read_checkpoint(folder: Path) -> tuple[dict[str, Any], list[Layer]]:
-    """What sentence-transformers' files say, under PyLate's names, and the layers of the head; nothing for a bare encoder."""
-    if folder == Path() or not (folder / "modules.json").exists():
-        return {}, []
-    facts = read_json(folder / "config_sentence_transformers.json")
-    layers: list[Layer] = []
-    multi_vector = facts.get("model_type") in ("ColBERT", "MultiVectorEncoder")
-    for module in read_json(folder / "modules.json"):
-        kind, path = module["type"].rsplit(".", 1)[-1], folder / module["path"]
-        if kind == "Dense" and multi_vector:
-            layers.append(load_layer(path))
-        elif kind == "MultiVectorMask":
-            skipped = read_json(path / "config.json")
-            facts["skiplist_words"] = skipped.get("skiplist_words") or []
-            if skipped.get("skiplist_tasks", ["document"]) != ["document"] or skipped.get("keep_only_token_ids"):
-                raise ValueError(f"{path}: only a skiplist for documents is supported")
-        elif kind not in ("Transformer", "Normalize", "Pooling"):
-            raise ValueError(f"{folder}: a module {module['type']} is not supported")
-    if facts.get("model_type") == "ColBERT":
-        facts = {"do_query_expansion": True, "skiplist_words": list(string.punctuation), **facts}
-        if any((facts.get("prompts") or {}).values()):
-            raise ValueError(f"{folder}: prompts besides PyLate's prefixes are not supported")
-    else:
-        prompts = facts.get("prompts") or {}
-        facts["query_prefix"], facts["document_prefix"] = prompts.get("query") or "", prompts.get("document") or ""
-    if facts.get("model_type") == "MultiVectorEncoder":
-        own = read_json(folder / "sentence_bert_config.json")
-        expansion = own.get("query_expansion")
-        if expansion and (expansion.get("strategy") != "fixed" or expansion.get("token")):
-            raise ValueError(f"{folder}: query_expansion {expansion} is not supported")
-        facts["do_query_expansion"] = expansion is not None
-        facts["attend_to_expansion_tokens"] = bool(expansion and expansion["attend"])
-        lengths = {"query_length": expansion["length"] if expansion else own.get("query_length")}
-        lengths["document_length"] = own.get("document_length") or own.get("max_seq_length")
-        facts |= {name: length for name, length in lengths.items() if length}
-    return facts, layers
-
-
-def build_head(head: settings.Head, hidden: int, dimension: int) -> nn.Sequential:
-    widths = head.widths or [2 * hidden, dimension]
-    if widths[-1] != dimension:
-        raise settings.ConfigError(f"model.head.widths ends with {widths[-1]}, but model.dimension is {dimension}")
-    residual = head.residual if isinstance(head.residual, list) else [head.residual] * len(widths)
-    if len(residual) != len(widths):
-        raise settings.ConfigError(f"model.head.residual has {len(residual)} entries; want {len(widths)}, one a layer")
-    last = len(widths) - 1
-    sizes = zip([hidden, *widths], widths, residual, strict=False)
-    return nn.Sequential(
-        *(
-            Layer(inputs, outputs, head.bias, activation("Identity" if n == last else head.activation), skip)
-            for n, (inputs, outputs, skip) in enumerate(sizes)
-        )
-    )
-
-
-def activation(name: str) -> nn.Module:
-    found = getattr(nn, name.rsplit(".", 1)[-1], None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise settings.ConfigError(f"model.head.activation is {name!r}; want a class of torch.nn, such as SiLU")
-    return found()
-
-
-def save_layer(layer: Layer, folder: Path) -> None:
-    kind = type(layer.activation)
-    facts = {
-        "in_features": layer.linear.in_features,
-        "out_features": layer.linear.out_features,
-        "bias": layer.linear.bias is not None,
-        "activation_function": f"{kind.__module__}.{kind.__name__}",
-        "use_residual": layer.has_residual,
-    }
-    write_json(folder / "config.json", facts)
-    weights = {name: tensor.contiguous().cpu() for name, tensor in layer.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def load_layer(folder: Path) -> Layer:
-    facts = read_json(folder / "config.json")
-    function = activation(facts.get("activation_function", "Tanh"))
-    sizes = facts["in_features"], facts["out_features"]
-    layer = Layer(*sizes, facts.get("bias", True), function, facts.get("use_residual", False))
-    layer.load_state_dict(load_file(folder / "model.safetensors"))
-    return layer.float()
-
-
-def add_prefixes(tokenizer: Any, backbone: Any, prefixes: Sequence[str]) -> None:
-    """Make each prefix one token, which neither lower-casing nor the text after it can break up."""
-    from tokenizers import AddedToken
-
-    missing = [prefix for prefix in prefixes if prefix and tokenizer.tokenize(prefix) != [prefix]]
-    if missing:
-        tokenizer.add_tokens(
-            [AddedToken(each, normalized=False, special=True) for each in missing], special_tokens=True
-        )
-    if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
-        with torch.random.fork_rng():
-            # Whatever the seed of a run: frozen layers then make the same of a text in each.
-            torch.manual_seed(0)
-            backbone.resize_token_embeddings(len(tokenizer))
-
-
-def lowercase(tokenizer: Any) -> None:
-    """In the tokenizer's own file, so that whoever loads it lower-cases too."""
-    from tokenizers import normalizers
-
-    backend = tokenizer.backend_tokenizer
-    own = backend.normalizer
-    if isinstance(own, normalizers.BertNormalizer):
-        own.lowercase = True
-    if backend.normalizer is None or backend.normalizer.normalize_str("A") != "a":
-        backend.normalizer = normalizers.Sequence([*([] if own is None else [own]), normalizers.Lowercase()])
-
-
-def longest_text(backbone: Any) -> int:
-    return int(getattr(backbone.config, "max_position_embeddings", 0)) or 1 << 30
-
-
-def token_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
-    return list(tokenizer.convert_tokens_to_ids(list(words)))
-
-
-def expansion_id(tokenizer: Any) -> int:
-    """What queries are filled up with: [MASK], else the end of a text, else padding; as in PyLate."""
-    for token in (tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-        if token is not None:
-            return int(token)
-    raise ValueError("the tokenizer has neither [MASK] nor padding")
-
-
-def model_card(encoder: Encoder, text: str = "") -> str:
-    dense = encoder.head is None
-    reading = encoder.reading
-    tags = ["sentence-transformers", "feature-extraction"] if dense else ["ColBERT", "PyLate", "sentence-transformers"]
-    kind = "one vector a text (mean pooling)" if dense else "one vector a token, scored by MaxSim (ColBERT)"
-    loads = (
-        f"SentenceTransformer('...')` of sentence-transformers: {encoder.dimension} dimensions"
-        if dense
-        else "models.ColBERT('...')` of PyLate, or `MultiVectorEncoder('...')` of sentence-transformers 6"
-    )
-    lines = ["---", "tags:", *(f"- {tag}" for tag in tags)]
-    lines += ["pipeline_tag: sentence-similarity", f"library_name: {'sentence-transformers' if dense else 'PyLate'}"]
-    if encoder.base and not Path(encoder.base).is_absolute() and ":" not in encoder.base and "/" in encoder.base:
-        lines += [f"base_model: {encoder.base}"] if not Path(encoder.base).exists() else []
-    lines += ["---", "", "# Model", "", f"A text encoder with {kind}. Load it with `{loads}.", ""]
-    lines += [f"- dimensions: {encoder.dimension}", f"- query length: {reading.query_length} tokens"]
-    lines += [f"- document length: {reading.document_length} tokens"]
-    lines += [f"- prefixes: {reading.query_prefix!r}, {reading.document_prefix!r}"]
-    if not dense:
-        lines += [f"- query expansion: {'yes' if reading.query_expansion else 'no'}"]
-        lines += [f"- document tokens without a vector: {' '.join(reading.skiplist) or 'none'}"]
-    lines += [f"- parameters: {sum(p.numel() for p in encoder.parameters()):,}", "", text]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def versions() -> dict[str, str]:
-    import transformers
-
-    # Older loaders compare the major version of sentence-transformers with their own; 5 is what PyLate 1.6 writes.
-    found = {"sentence_transformers": "5.3.0", "transformers": transformers.__version__}
-    return found | {"pytorch": torch.__version__}
-
-
-def read_json(path: Path) -> Any:
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -7,11 +7,12 @@ dense model. `index(documents)` comes first; then `all_scores(queries)` gives `[
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -72,14 +73,24 @@ class Bm25(Dots):
 class Dense(Dots):
     """Cosines of a sentence-transformers model."""
 
+    # The vectors of one collection a model: mining, scoring and distilling ask for the same ones.
+    kept: ClassVar[dict[str, tuple[bytes, np.ndarray]]] = {}
+
     def __init__(self, name: str, batch: int = 32) -> None:
         from sentence_transformers import SentenceTransformer
 
-        self.model, self.batch = SentenceTransformer(name), batch
+        self.name, self.model, self.batch = name, SentenceTransformer(name), batch
 
     def index(self, documents: Sequence[str]) -> None:
-        encode, options = self.model.encode_document, {"batch_size": self.batch, "normalize_embeddings": True}
-        self.vectors = encode(list(documents), show_progress_bar=True, **options)
+        digest = hashlib.sha256(repr(list(documents)).encode()).digest()
+        if self.kept.get(self.name, (b"",))[0] != digest:
+            encode, options = self.model.encode_document, {"batch_size": self.batch, "normalize_embeddings": True}
+            self.kept[self.name] = digest, encode(list(documents), show_progress_bar=True, **options)
+        self.vectors = self.kept[self.name][1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.vectors.nbytes
 
     def all_scores(self, queries: Sequence[str]) -> np.ndarray:
         vectors = self.model.encode_query(list(queries), batch_size=self.batch, normalize_embeddings=True)
@@ -94,6 +105,10 @@ class LateInteraction(Dots):
 
     def index(self, documents: Sequence[str]) -> None:
         self.documents = self._encode(documents, is_query=False)
+
+    @property
+    def nbytes(self) -> int:
+        return self.documents[0].nbytes
 
     def all_scores(self, queries: Sequence[str]) -> np.ndarray:
         values, offsets = self._encode(queries, is_query=True)

@@ -19,8 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 from training import rankers
+from training.beir import read_beir
 from training.config import ConfigError, Source, Teacher
-from training.data import BadRow, Lines, Rows, Stream, parse, read_beir
+from training.files import BadRow, Lines
+from training.sources import Rows, Stream, parse
 
 CHUNK = 64
 

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from edgecolbert_kernels import contrastive_loss, distillation_loss, gather_with_gradient
 from training import losses
 from training.config import Config, ConfigError, Loss
-from training.data import Row, TaughtRows
 from training.model import Encoder, Features
+from training.sources import Row, TaughtRows
 
 Encoded = tuple[Tensor, Tensor]
 Batch = dict[str, Any]
@@ -88,7 +88,7 @@ class Contrastive(Stage):
             D, d_mask, offset, weight = gather_with_gradient(D, d_mask)
         if own.symmetric and len(D) != count:
             raise ConfigError("loss.symmetric needs the queries of all devices: run on one, or without train.gather")
-        if exclude is not None:
+        if exclude is not None and len(D) != count:
             exclude = F.pad(exclude, (offset, len(D) - offset - count))
         target = offset + torch.arange(len(Q), device=Q.device)
         more: dict[str, Any] = {"exclude": exclude, "margin": own.margin, "symmetric": own.symmetric}

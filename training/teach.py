@@ -23,8 +23,9 @@ import numpy as np
 from tqdm import tqdm
 
 from training import rankers
+from training.beir import Beir, plain, read_beir
 from training.config import ConfigError
-from training.data import BadRow, Beir, plain, read_beir
+from training.files import BadRow
 
 CHUNK = 256
 LARGEST = float(np.finfo(np.float16).max)

@@ -26,8 +26,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from edgecolbert_kernels import GradCache
-from training import checkpoint, data, model, optim, stages
+from training import checkpoint, data, formats, model, optim, stages
 from training import config as settings
+from training.files import BadRow
+from training.sources import Stream
 
 PCA_TEXTS = 256
 
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"{__doc__}\nSettings and their defaults: training/config.py")
     try:
         run(settings.load(given[0], given[1:]))
-    except (settings.ConfigError, data.BadRow, checkpoint.CheckpointError, FloatingPointError) as error:
+    except (settings.ConfigError, BadRow, checkpoint.CheckpointError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
@@ -195,7 +197,7 @@ def principal_directions(encoder: model.Encoder, batches: data.Batches, device: 
     """
     rng, texts = np.random.default_rng(0), []
     for rows in batches.rows:
-        if isinstance(rows, data.Stream):
+        if isinstance(rows, Stream):
             texts += [text for row in rows.rows(0, PCA_TEXTS) for text in row.documents]
         else:
             chosen = rng.permutation(len(rows))[:PCA_TEXTS]
@@ -219,15 +221,15 @@ def evaluate(
 ) -> None:
     """On the main process alone; the others wait."""
     if accelerator.is_main_process and log:
-        from training.evaluate import evaluate_encoder
+        from training.evaluate import evaluate_encoder, label, split_of
 
         # Evaluation draws no random number that training would miss.
         for name in config.eval.sets:
-            folder, _, split = name.partition(":")
+            folder, split = split_of(name)
             kept = Path(config.output) / "eval" / f"step-{step:09d}"
-            means = evaluate_encoder(encoder, folder, split or "test", batch=config.eval.batch, keep=kept)
+            means = evaluate_encoder(encoder, folder, split, batch=config.eval.batch, keep=kept)
             log.write(step, {"eval": name, **means})
-            accelerator.log({f"{Path(folder).name}/{metric}": value for metric, value in means.items()}, step=step)
+            accelerator.log({f"{label(folder)}/{metric}": value for metric, value in means.items()}, step=step)
     accelerator.wait_for_everyone()
 
 
@@ -242,7 +244,7 @@ def export(encoder: model.Encoder, config: settings.Config, folder: Path) -> Non
     facts |= {"batch": config.train.batch, "optimizer": config.optimizer.name, "seed": config.train.seed}
     text = "## Training\n\nTrained with edgecolbert_kernels.\n\n" + "\n".join(f"- {k}: {v}" for k, v in facts.items())
     try:
-        encoder.save(unfinished, model.model_card(encoder, text))
+        encoder.save(unfinished, formats.model_card(encoder, text))
         checkpoint.publish(unfinished, folder)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)

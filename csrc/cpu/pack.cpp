@@ -1,6 +1,6 @@
 #include <algorithm>
 #include <atomic>
-#include <vector>
+#include <cstring>
 
 #include "buffer.h"
 #include "driver.h"
@@ -20,14 +20,30 @@ int threads_of(int64_t documents, int64_t rows, int32_t dim, int wanted) {
   return threads_for(documents, rows * dim < kSerialElements ? 1 : wanted);
 }
 
-// Numbers of the kept tokens.
-int64_t list_kept(const uint8_t* mask, int64_t length, int32_t* kept) {
-  int64_t count = 0;
-  for (int64_t t = 0; t < length; ++t) {
-    kept[count] = int32_t(t);
-    count += mask[t] != 0;
+constexpr uint64_t kEightKept = 0x0101010101010101;
+
+// How many of the first tokens are kept without a hole, up to seven less than there are.
+int64_t leading(const uint8_t* mask, int64_t length) {
+  int64_t t = 0;
+  for (uint64_t eight; t + 8 <= length; t += 8) {
+    memcpy(&eight, mask + t, 8);
+    if (eight != kEightKept) break;
   }
-  return count;
+  return t;
+}
+
+// Numbers of the kept tokens; null when they are the first ones.
+const int32_t* list_kept(const uint8_t* mask, int64_t length, int32_t* kept, int64_t* count) {
+  const int64_t first = leading(mask, length);
+  int64_t n = first;
+  for (int64_t t = first; t < length; ++t) {
+    kept[n] = int32_t(t);
+    n += mask[t] != 0;
+  }
+  *count = n;
+  if (n == first || kept[n - 1] == n - 1) return nullptr;
+  for (int64_t t = 0; t < first; ++t) kept[t] = int32_t(t);
+  return kept;
 }
 
 }  // namespace
@@ -41,26 +57,24 @@ int64_t pack(const Kernels& kernels, const PackCall& call) {
   const int threads = threads_of(source.count, rows, source.dim, call.threads);
   const int64_t scratch = scratch_bytes(source.dim), row_numbers = (longest + 63) / 64 * 64;
   Buffer<char> buffers(scratch * threads);
-  Buffer<int32_t> kept(row_numbers * threads);
+  Buffer<int32_t> kept(row_numbers * 2 * threads);
   Buffer<float> norms(row_numbers * threads);
-  const bool dense = source.count > 0 && source.token_stride > 0 && source.dim_stride == bytes_of(source.dtype);
-  const int64_t last = source.count - 1;
-  const char* const prefetch_end = dense ? source.start(last) + source.tokens(last) * source.token_stride : nullptr;
   std::atomic<int64_t> not_finite{source.count};
-  parallel_for(source.count, threads, [&](int64_t j, int thread) {
-    StoreJob job{};
-    job.source.data = source.start(j);
-    job.source.token_stride = source.token_stride;
-    job.source.dim_stride = source.dim_stride;
-    job.source.length = job.source_tokens = source.tokens(j);
-    job.source.prefetch_end = prefetch_end;
+
+  auto tokens_of = [&](int64_t j, int thread) {
+    Tokens tokens{};
+    tokens.data = source.start(j);
+    tokens.token_stride = source.token_stride;
+    tokens.dim_stride = source.dim_stride;
+    tokens.length = source.tokens(j);
+    // Two lists a thread: the one of this document, and the one of the next.
+    int32_t* const numbers = kept.data() + row_numbers * (2 * thread + j % 2);
     if (const uint8_t* const mask = source.mask_of(j)) {
-      int32_t* const numbers = kept.data() + row_numbers * thread;
-      const int64_t count = list_kept(mask, job.source.length, numbers);
-      const bool prefix = count == 0 || numbers[count - 1] == count - 1;
-      job.source.kept = prefix ? nullptr : numbers;
-      job.source.length = count;
+      tokens.kept = list_kept(mask, tokens.length, numbers, &tokens.length);
     }
+    return tokens;
+  };
+  auto store = [&](int64_t j, int thread, StoreJob& job) {
     job.source_dtype = source.dtype;
     job.dtype = call.dtype;
     job.dim = source.dim;
@@ -75,6 +89,20 @@ int64_t pack(const Kernels& kernels, const PackCall& call) {
     if (job.finite) return;
     int64_t first = not_finite.load();
     while (j < first && !not_finite.compare_exchange_weak(first, j)) {
+    }
+  };
+  // Runs of neighbours, so that a thread knows which document it reads next.
+  const int64_t runs =
+      threads == 1 ? std::min<int64_t>(source.count, 1) : std::min(source.count, int64_t(threads) * 16);
+  parallel_for(runs, threads, [&](int64_t run, int thread) {
+    const int64_t begin = source.count * run / runs, end = source.count * (run + 1) / runs;
+    StoreJob job{};
+    Tokens next = tokens_of(begin, thread);
+    for (int64_t j = begin; j < end; ++j) {
+      job.source = next;
+      if (j + 1 < end) next = tokens_of(j + 1, thread);
+      job.next = j + 1 < end ? &next : nullptr;
+      store(j, thread, job);
     }
   });
   return not_finite < source.count ? not_finite.load() : -1;

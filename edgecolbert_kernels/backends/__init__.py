@@ -1,8 +1,8 @@
 """Which implementation runs a call.
 
-`cpu` is the compiled module, `torch` plain PyTorch on any device. The choice is made at every call: the innermost
-`backend()` context, else the variable EDGECOLBERT_BACKEND, else the fastest that can run. Each backend is a module with
-`supports`, `forward` and `backward`; it is imported when it is first chosen.
+`cpu` is the compiled module, `triton` the GPU kernels, `torch` plain PyTorch on any device. The choice is made at every
+call: the innermost `backend()` context, else the variable EDGECOLBERT_BACKEND, else the fastest that can run. Each backend is
+a module with `supports`, `forward` and `backward`; it is imported when it is first chosen.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ def choose(op: str, device: str, dtype: str) -> str:
         if reason:
             raise BackendUnsupported(f"backend {name!r} cannot run {op}: {reason}")
         return name
-    reason = supports("cpu", op, device, dtype)
+    fastest = "cpu" if device == "cpu" else "triton"
+    reason = supports(fastest, op, device, dtype)
     if reason is None:
-        return "cpu"
+        return fastest
     no_torch = supports("torch", op, device, dtype)
     if no_torch:
         raise BackendUnsupported(f"no backend can run {op}: {reason}; {no_torch}")
@@ -74,14 +75,18 @@ def supports(name: str, op: str, device: str, dtype: str) -> str | None:
     """None where the backend can run such a call, else the reason why not."""
     if name == "cpu":
         return native.supports(op, device, dtype)
-    if name == "torch":
-        return _missing_torch()
-    return "this version has no GPU kernels"
+    missing = _missing_torch()
+    if missing or name == "torch":
+        return missing
+    if name == "triton":
+        reason: str | None = _load("triton").supports(op, device, dtype)
+        return reason
+    return "this version has no CUDA C++ kernels for GPUs"
 
 
 @cache
 def _load(name: str) -> ModuleType:
-    return importlib.import_module({"cpu": f"{__name__}.cpu", "torch": f"{__name__}.torch_"}[name])
+    return importlib.import_module(f"{__name__}.{'torch_' if name == 'torch' else name}")
 
 
 @cache

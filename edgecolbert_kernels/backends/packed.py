@@ -126,6 +126,7 @@ def pack_rows(
     normalize: bool,
     dtype: Any = np.float16,
     threads: int | None = None,
+    out: Array | None = None,
 ) -> tuple[Array, Array, Array | None]:
     """Token embeddings to a packed collection: (tokens [T, d], offsets int64 [N + 1], scales float32 [N] or None).
 
@@ -135,6 +136,7 @@ def pack_rows(
     offsets    int64 [N + 1]: document n is the rows from `offsets[n]` to `offsets[n + 1]` of X; rows outside are not read
     normalize  divide every row by max(|row|, 1e-12) first
     dtype      of the tokens: float32, float16, uint16 (the bits of bfloat16) or int8; "bfloat16" is understood too
+    out        where to write the tokens, [T, d] in that dtype and C-contiguous; it is also returned
 
     Values are rounded once, to nearest, ties to even. In int8 a document is `scale * tokens`, the scale being the largest
     |x| of its kept tokens / 127; below 2e-36 the document counts as zero. NaN and infinities stay what they are in floats;
@@ -166,7 +168,12 @@ def pack_rows(
     packed_offsets = np.zeros(count + 1, np.int64)
     np.cumsum(lengths, out=packed_offsets[1:])
     storage = _storage(dtype)
-    tokens = np.empty((int(packed_offsets[-1]), X.shape[-1]), storage)
+    shape = (int(packed_offsets[-1]), X.shape[-1])
+    tokens = np.empty(shape, storage) if out is None else out
+    if tokens.shape != shape or tokens.dtype != storage or not (tokens.flags.c_contiguous and tokens.flags.writeable):
+        raise ValueError(
+            f"out is {tokens.dtype} {list(tokens.shape)}; want writeable C-contiguous {storage} {list(shape)}"
+        )
     scales = np.empty(count, np.float32) if storage == np.int8 else None
     not_finite = native.module().pack(
         source,

@@ -4,5 +4,5 @@
 
     print(patch_pylate())          # what was reached
 
-Each has `patch_x()`, `unpatch_x()` and the context manager `using_x()`; `patching` says how they do it.
+Each has `patch_x()`, `unpatch_x()` and the context manager `using_x()`; `patching` and `targets` are how they do it.
 """

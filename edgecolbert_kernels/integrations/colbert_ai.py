@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgecolbert_kernels.integrations import functions
+from edgecolbert_kernels.integrations import inputs
 from edgecolbert_kernels.integrations.patching import Patch, Report, Target, hit, original
 from edgecolbert_kernels.scoring import maxsim, maxsim_pairs, maxsim_varlen
 
@@ -65,7 +65,7 @@ def segmented_maxsim(scores: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _ours(config: Any, Q: Tensor, D: Tensor) -> bool:
-    return config.interaction == "colbert" and not config.total_visible_gpus and functions.fused(Q, D)
+    return config.interaction == "colbert" and not config.total_visible_gpus and inputs.fused(Q, D)
 
 
 def _padded(Q: Tensor, D_padded: Tensor, D_mask: Tensor, config: Any) -> Tensor:

@@ -1,8 +1,9 @@
 """colpali-engine on these kernels: `score_multi_vector` and the late-interaction losses.
 
-Where the host has `utils.maxsim` (0.3.18 does), both of its functions are patched: scores and the hard maximum of all
-losses. 0.3.14 has its losses written out in einsum: there only `score_multi_vector` is reached, and a warning says so. The
-smooth maximum (`use_smooth_max`) is no MaxSim and stays, as do a loss's positive pairs where it writes them out.
+From 0.3.17 on the host has `utils.maxsim`, whose two functions are patched: scores and the hard maximum of all losses; a
+loss's positive pairs, which it writes out, stay. Before, `score_multi_vector` is patched, and the losses, which are written
+out, get a `torch` whose `einsum` waits for the maximum and the sum: all pairs, positive ones too. The smooth maximum
+(`use_smooth_max`) is no MaxSim and stays.
 
 Padding is the host's, zeros without a mask. Of equal similarities the gradient goes to the first, where the host's `amax`
 spreads it. Half precision is scored and returned in float32. A GPU without a kernel, float64,
@@ -20,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgecolbert_kernels.integrations import functions
+from edgecolbert_kernels.integrations import inputs
 from edgecolbert_kernels.integrations.patching import Patch, Report, Target, hit, original
-from edgecolbert_kernels.scoring import maxsim
+from edgecolbert_kernels.scoring import maxsim, maxsim_pairs
 
 MAXSIM = "colpali_engine.utils.maxsim"
+LOSSES = "colpali_engine.loss.late_interaction_losses:torch"
 SCORE = "colpali_engine.utils.processing_utils:BaseVisualRetrieverProcessor.score_multi_vector"
 VARIABLE = "COLPALI_SCORES_BACKEND"
 
@@ -52,9 +54,9 @@ def using_colpali() -> AbstractContextManager[Report]:
 
 
 def _targets() -> Sequence[Target]:
-    targets = [Target(f"{MAXSIM}:{name}", _scorer(f"{MAXSIM}:{name}")) for name in ("maxsim_inbatch", "maxsim_kd")]
-    # Without that module the first warns of the losses; scores have another way.
-    return targets if importlib.util.find_spec(MAXSIM) else [*targets[:1], Target(SCORE, _score_multi_vector)]
+    if importlib.util.find_spec(MAXSIM):
+        return [Target(name, _scorer(name)) for name in (f"{MAXSIM}:maxsim_inbatch", f"{MAXSIM}:maxsim_kd")]
+    return [Target(SCORE, _score_multi_vector), Target(LOSSES, _Torch(), attribute=True)]
 
 
 def _scorer(name: str) -> Callable[..., Tensor]:
@@ -62,7 +64,7 @@ def _scorer(name: str) -> Callable[..., Tensor]:
 
     def scorer(query: Tensor, doc: Tensor) -> Tensor:
         auto = os.environ.get(VARIABLE, "auto") == "auto"
-        if auto and (query.ndim, doc.ndim) == ranks and doc.shape[-2] and functions.fused(query, doc):
+        if auto and (query.ndim, doc.ndim) == ranks and doc.shape[-2] and inputs.fused(query, doc):
             try:
                 scores = maxsim(query, doc)
             except (TypeError, ValueError):
@@ -78,7 +80,7 @@ def _scorer(name: str) -> Callable[..., Tensor]:
 
 def _score_multi_vector(qs: Any, ps: Any, batch_size: int, device: Any) -> Tensor:
     cpu = (device is None and not torch.cuda.is_available()) or str(device) == "cpu"
-    if cpu and len(qs) and len(ps) and functions.fused(qs, ps):
+    if cpu and len(qs) and len(ps) and inputs.fused(qs, ps):
 
         def batches(X: Any) -> list[Tensor]:
             pad = torch.nn.utils.rnn.pad_sequence
@@ -94,6 +96,48 @@ def _score_multi_vector(qs: Any, ps: Any, batch_size: int, device: Any) -> Tenso
             hit(SCORE)
             return scores
     return original(SCORE)(qs, ps, batch_size, device)
+
+
+class _Torch:
+    """torch, but for an `einsum` that waits until it is known what becomes of the similarities."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def einsum(equation: str, query: Tensor, doc: Tensor) -> _Similarities:
+        return _Similarities(equation, query, doc)
+
+
+class _Similarities:
+    """`einsum(equation, query, doc)`, in one of three layouts: in the batch "bcns", of pairs "bns", of candidates "blns"."""
+
+    def __init__(self, equation: str, query: Tensor, doc: Tensor) -> None:
+        self.equation, self.query, self.doc = equation, query, doc
+
+    def amax(self, dim: int) -> _Similarities:
+        """The last dimension, document tokens: a sum over query tokens follows."""
+        return self
+
+    def sum(self, dim: int) -> Tensor:
+        if self.doc.shape[-2] and inputs.fused(self.query, self.doc):
+            try:
+                pairs = len(self.equation.split("->")[1]) == 3
+                scores = (maxsim_pairs if pairs else maxsim)(self.query, self.doc)
+            except (TypeError, ValueError):
+                pass
+            else:
+                if not torch.compiler.is_compiling():
+                    hit(LOSSES)
+                return scores
+        return self._all().amax(-1).sum(-1)
+
+    def __truediv__(self, tau: float) -> Tensor:
+        """The smooth maximum goes on with these."""
+        return self._all() / tau
+
+    def _all(self) -> Tensor:
+        return torch.einsum(self.equation, self.query, self.doc)
 
 
 _patch = Patch("colpali-engine", _targets, ("0.3.14", "0.4"))

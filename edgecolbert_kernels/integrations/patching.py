@@ -1,58 +1,29 @@
 """Patches of another library: applied once, reported, undone exactly.
 
-A function is patched by changing its body (`__code__`), not by putting another function in its place. So the patch reaches
-whoever holds the function already: a name copied by `from x import f`, the default argument of a loss, an attribute of a
-model made before; such an object pickles as ever; and undoing it is one assignment. What is no Python function is set as
-an attribute.
-
-A replacement takes the function's arguments by name and answers the call, or hands it to `original(name)`, which is the
-host's own code. Calls that it answers are counted (`hit`), except inside torch.compile, where a counter would be a guard.
+`targets` says how a function is reached. What answers a call instead of the host counts it (`hit`), except inside
+torch.compile, where a counter would be a guard.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
-import inspect
 import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType, MappingProxyType
+from types import MappingProxyType
 from typing import Any
 
-_MISSING = object()
-KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+from edgecolbert_kernels.integrations import targets as reach
+from edgecolbert_kernels.integrations.targets import PatchWarning as PatchWarning
+from edgecolbert_kernels.integrations.targets import Target as Target
+from edgecolbert_kernels.integrations.targets import original as original
+
 # One lock for all hosts: patching is rare, and some hosts import one another.
 _lock = threading.RLock()
-
-# By the target's name. Entries stay when a patch is undone: a call may be between the two.
-_replacements: dict[str, Callable[..., Any]] = {}
-_originals: dict[str, Callable[..., Any]] = {}
 _hits: Counter[str] = Counter()
-
-
-class PatchWarning(UserWarning):
-    """Something of the host could not be patched; the message says what, and why."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """What to patch.
-
-    Args:
-        name: "package.module:function", "package.module:Class.method" or "package.module:Class.attribute".
-        replacement: called with the function's arguments by name; or, for an attribute, its value.
-        attribute: set the attribute, which need not exist, instead of changing a function.
-        optional: some versions of the host do not have it: no warning.
-    """
-
-    name: str
-    replacement: Any
-    attribute: bool = False
-    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,7 +117,7 @@ class Patch:
             )
         try:
             for target in targets:
-                reason = _set(target, self._undo) if target.attribute else _change(target, self._undo)
+                reason = reach.patch(target, self._undo)
                 if reason is None:
                     reached.append(target.name)
                 elif not target.optional:
@@ -159,11 +130,6 @@ class Patch:
         return Report(self.host, version, tuple(reached), missed)
 
 
-def original(name: str) -> Callable[..., Any]:
-    """The host's own code of a patched function."""
-    return _originals[name]
-
-
 def hit(name: str) -> None:
     """Count a call that the kernels answer."""
     with _lock:
@@ -173,80 +139,6 @@ def hit(name: str) -> None:
 def hits() -> Mapping[str, int]:
     """Calls answered by the kernels since the program started, by target."""
     return dict(_hits)
-
-
-def replacement(name: str) -> Callable[..., Any]:
-    """What a patched body calls."""
-    return _replacements[name]
-
-
-def _find(name: str) -> tuple[Any, str, Any]:
-    """The owner of a target, the attribute's name and its value as stored, not as bound; _MISSING if there is none."""
-    module, _, path = name.partition(":")
-    owner: Any = importlib.import_module(module)
-    *parents, last = path.split(".")
-    for parent in parents:
-        owner = getattr(owner, parent)
-    return owner, last, vars(owner).get(last, _MISSING)
-
-
-def _change(target: Target, undo: list[Callable[[], None]]) -> str | None:
-    """Swap the body of a function; the reason why not, if that cannot be."""
-    try:
-        _, _, value = _find(target.name)
-    except (ImportError, AttributeError) as error:
-        return str(error)
-    function = getattr(value, "__func__", value)
-    if value is _MISSING:
-        return "there is no such function"
-    if not isinstance(function, FunctionType):
-        return f"it is a {type(function).__name__}, not a Python function"
-    if function.__code__.co_freevars:
-        return "it is a closure"
-    # Not what a decorator says of what it wraps: the parameters that the code has.
-    parameters = list(inspect.signature(function, follow_wrapped=False).parameters.values())
-    if any(each.kind not in KINDS for each in parameters):
-        return "it takes *args, **kwargs or positional-only arguments"
-    before, body = function.__code__, _body(function.__name__, parameters, target.name)
-    copy = FunctionType(before, function.__globals__, function.__name__, function.__defaults__, None)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    _originals[target.name], _replacements[target.name] = copy, target.replacement
-    function.__code__ = body
-
-    def restore() -> None:
-        if function.__code__ is body:
-            function.__code__ = before
-        else:
-            warnings.warn(f"{target.name} was changed by somebody else after this patch: left alone", PatchWarning, 4)
-
-    undo.append(restore)
-    return None
-
-
-def _body(function: str, parameters: list[inspect.Parameter], name: str) -> CodeType:
-    """Code with these parameters, so that the function's defaults and signature hold, that calls the replacement."""
-    names = [p.name for p in parameters if p.kind is KINDS[0]]
-    only = [p.name for p in parameters if p.kind is KINDS[1]]
-    signature = ", ".join([*names, *(["*", *only] if only else [])])
-    arguments = ", ".join(f"{each}={each}" for each in (*names, *only))
-    source = (
-        f"def {function}({signature}):\n"
-        f"    from {__name__} import replacement as _edgecolbert\n"
-        f"    return _edgecolbert({name!r})({arguments})\n"
-    )
-    made: dict[str, Any] = {}
-    exec(compile(source, f"<{name} on edgecolbert_kernels>", "exec"), made)
-    return made[function].__code__
-
-
-def _set(target: Target, undo: list[Callable[[], None]]) -> str | None:
-    try:
-        owner, last, value = _find(target.name)
-    except (ImportError, AttributeError) as error:
-        return str(error)
-    setattr(owner, last, target.replacement)
-    undo.append(lambda: delattr(owner, last) if value is _MISSING else setattr(owner, last, value))
-    return None
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from edgecolbert_kernels import checks
-from edgecolbert_kernels.integrations import functions
+from edgecolbert_kernels.integrations import functions, inputs
 from edgecolbert_kernels.integrations.patching import Patch, Report, Target, hit, original
 from edgecolbert_kernels.scoring import maxsim
 
@@ -77,7 +77,7 @@ def _scorer(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]
     def scorer(queries_embeddings: Any, documents_embeddings: Any, backend: str | None = None, **masks: Any) -> Tensor:
         arguments = {"queries_embeddings": queries_embeddings, "documents_embeddings": documents_embeddings, **masks}
         asked = os.environ.get(VARIABLE, "auto") if backend is None else backend
-        if asked == "auto" and functions.fused(queries_embeddings, documents_embeddings):
+        if asked == "auto" and inputs.fused(queries_embeddings, documents_embeddings):
             try:
                 scores = function(**arguments)
             except (TypeError, ValueError):
@@ -117,16 +117,16 @@ class _NotFused(Exception):
 def _one(query: Any, documents: Any, device: Any) -> Tensor:
     if not isinstance(documents, Tensor) and len(documents) == 0:
         return torch.zeros(0)
-    query = functions._whole(query)
+    query = inputs.whole(query)
     device = query.device if device is None else torch.device(device)
-    query, documents = query.to(device), functions._batch(documents)
+    query, documents = query.to(device), inputs.batch(documents)
     if device.type != "cpu":
-        documents = functions._move(documents, device)
-    if not functions.fused(query, documents):
+        documents = inputs.move(documents, device)
+    if not inputs.fused(query, documents):
         raise _NotFused
     if isinstance(documents, list) and not isinstance(documents[0], Tensor):
         query = query.numpy()  # All in numpy: a list of arrays is read where it lies.
-    return functions._tensor(maxsim(query, documents))
+    return inputs.tensor(maxsim(query, documents))
 
 
 def _ranked(ids: Sequence[Any], scores: Tensor) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from edgecolbert_kernels.integrations import functions
+from edgecolbert_kernels.integrations import inputs
 from edgecolbert_kernels.integrations.patching import Patch, Report, Target, hit, original
 from edgecolbert_kernels.scoring import maxsim
 
@@ -43,7 +43,7 @@ def using_rerankers() -> AbstractContextManager[Report]:
 
 
 def _score(q_reps: Tensor, p_reps: Tensor, q_mask: Tensor, p_mask: Tensor) -> Tensor:
-    if q_reps.shape[1] >= q_mask.shape[1] and functions.fused(q_reps, p_reps):
+    if q_reps.shape[1] >= q_mask.shape[1] and inputs.fused(q_reps, p_reps):
         try:
             kept = p_mask != 0
             scores = maxsim(q_reps, p_reps, None, kept)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgecolbert_kernels.integrations import functions
+from edgecolbert_kernels.integrations import functions, inputs
 from edgecolbert_kernels.integrations.patching import Patch, Report, Target, hit, original
 from edgecolbert_kernels.scoring import maxsim, maxsim_pairs
 
@@ -56,10 +56,10 @@ def _targets() -> Sequence[Target]:
 
 def _scorer(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def scorer(a: Tensor, b: Tensor, a_mask: Tensor | None, b_mask: Tensor | None) -> Tensor:
-        if b.shape[1] and functions.fused(a, b):
+        if b.shape[1] and inputs.fused(a, b):
             try:
                 kept = None if b_mask is None else b_mask.bool()
-                scores = function(a, b, None if a_mask is None else functions._binary(a_mask), kept)
+                scores = function(a, b, None if a_mask is None else inputs.binary(a_mask), kept)
             except (TypeError, ValueError):
                 pass  # An input that is not what we take: the host takes it, or says so in its own words.
             else:
@@ -79,7 +79,7 @@ def _score_lists(
 ) -> Tensor:
     # Who asks for chunks of a size gets the host's; of an empty document the host warns.
     whole = isinstance(b, list) and b_mask is device is chunk_elements is None and not torch.compiler.is_compiling()
-    if whole and len(a) and b and all(len(document) for document in b) and functions.fused(a, b):
+    if whole and len(a) and b and all(len(document) for document in b) and inputs.fused(a, b):
         try:
             scores = functions.maxsim_st(a, b, a_mask, length_normalize=length_normalize)
         except (TypeError, ValueError):

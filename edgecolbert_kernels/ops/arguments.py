@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from edgecolbert_kernels import checks
 from edgecolbert_kernels.backends import layout
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# The optional inputs by the names that a caller knows, in their order.
+BATCH = ("q_mask", "d_mask", "cu_seqlens_q", "cu_seqlens_d", "query_index", "document_index")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -57,12 +61,27 @@ def check(
             checks.same_device(name, tensor.device, Q.device)
 
 
-def check_values(Q: Tensor, D: Tensor, *integers: Tensor | None) -> None:
-    """Boundaries and indices, on the CPU."""
+def check_values(backend: ModuleType, Q: Tensor, D: Tensor, *integers: Tensor | None) -> None:
+    """Boundaries and indices, on the CPU; not for a backend that looks after them itself, where the host would wait."""
+    if guarded(backend, Q) or all(each is None for each in integers):
+        return
     checks.values(Q.shape, D.shape, *(None if each is None else each.cpu().numpy() for each in integers))
 
 
+def guarded(backend: ModuleType, Q: Tensor) -> bool:
+    """Whether its kernels stay inside the buffers whatever boundaries and indices name, so that the host need not wait."""
+    return Q.device.type != "cpu" and getattr(backend, "GUARDED", False)
+
+
+def check_devices(Q: Tensor, D: Tensor, *batch: Tensor | None) -> None:
+    device = Q.device
+    for name, tensor in zip(("D", *BATCH), (D, *batch), strict=True):
+        if tensor is not None and tensor.device != device:
+            checks.same_device(name, tensor.device, device)
+
+
 def readable(
+    backend: ModuleType,
     Q: Tensor,
     D: Tensor,
     q_mask: Tensor | None,
@@ -77,12 +96,13 @@ def readable(
         None if each is None else each.to(torch.int64).contiguous()
         for each in (cu_q, cu_d, query_index, document_index)
     )
-    check_values(Q, D, cu_q, cu_d, query_index, document_index)
+    check_values(backend, Q, D, cu_q, cu_d, query_index, document_index)
     q_mask, d_mask = (None if mask is None else kept(mask) for mask in (q_mask, d_mask))
     return Q, D, q_mask, d_mask, cu_q, cu_d, query_index, document_index
 
 
 def readable_gradient(
+    backend: ModuleType,
     grad: Tensor,
     argmax: Tensor,
     Q: Tensor,
@@ -102,7 +122,7 @@ def readable_gradient(
         raise checks.wrong_dtype("argmax", argmax.dtype, "int16 or int32")
     for name, tensor in (("grad", grad), ("argmax", argmax)):
         checks.same_device(name, tensor.device, Q.device)
-    if argmax.numel():
+    if argmax.numel() and not guarded(backend, Q):
         longest = D.shape[-2] if cu_d is None else cu_d.diff().amax()
         checks.argmax(int(argmax.amin()), int(argmax.amax()), int(longest))
     return grad.to(getattr(torch, arithmetic(Q, D))), argmax.contiguous()

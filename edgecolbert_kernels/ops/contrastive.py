@@ -105,10 +105,10 @@ def _problem(args: tuple[Any, ...]) -> tiles.Problem:
     target = problem.target
     if target.dtype != torch.bool:
         target = target.to(torch.int64)
-        if target.numel():
+        if target.numel() and tiles.looked_at(problem.Q):
             checks.target(int(target.max()), problem.D.shape[0])
     exclude = None if problem.exclude is None else problem.exclude.to(torch.bool)
-    if not float(problem.temperature) > 0:
+    if tiles.looked_at(problem.Q) and not float(problem.temperature) > 0:
         raise checks.not_positive("temperature", float(problem.temperature))
     return problem._replace(q_mask=q_mask, d_mask=d_mask, target=target, exclude=exclude)
 

@@ -42,7 +42,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     _check(inputs, options)
     Q, D = inputs[:2]
     backend = select("maxsim", Q.device.type, arguments.arithmetic(Q, D))
-    scores, argmax = backend.forward(*arguments.readable(*inputs), *options, with_argmax)
+    scores, argmax = backend.forward(*arguments.readable(backend, *inputs), *options, with_argmax)
     return scores, Q.new_empty(0, dtype=torch.int32) if argmax is None else argmax
 
 
@@ -61,12 +61,12 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 def _backward(grad: Tensor, Q: Tensor, D: Tensor, argmax: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     inputs, options, needs = (Q, D, *rest[: INPUTS - 2]), rest[INPUTS - 2 : -2], rest[-2:]
     _check(inputs, options)
-    inputs = arguments.readable(*inputs)
     backend = select("maxsim", Q.device.type, arguments.arithmetic(Q, D))
+    inputs = arguments.readable(backend, *inputs)
     if not argmax.numel():
         # The forward was not asked for it, so it is found again.
         argmax = backend.forward(*inputs, *options, True)[1]
-    grad, argmax = arguments.readable_gradient(grad, argmax, *inputs)
+    grad, argmax = arguments.readable_gradient(backend, grad, argmax, *inputs)
     grads = backend.backward(grad, Q, D, argmax, *inputs[2:], *options, *needs)
     grad_queries, grad_documents = (X.new_empty(0) if g is None else g for g, X in zip(grads, (Q, D), strict=True))
     return grad_queries, grad_documents

@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _Keys, _Key = torch._C.DispatchKeySet, torch._C.DispatchKey
-# What a dense CPU tensor dispatches on; the second was made in inference mode. Negative views, zero tensors without
-# storage, sparse, nested, quantized, fake, functional and batched tensors each carry another key.
+# What a dense tensor dispatches on, on the CPU and on a GPU; the second of each was made in inference mode. Negative views,
+# zero tensors without storage, sparse, nested, quantized, fake, functional and batched tensors each carry another key.
 _TENSOR_KEYS = (
     _Keys(_Key.CPU).add(_Key.AutocastCPU).add(_Key.ADInplaceOrView).add(_Key.AutogradCPU).raw_repr(),
     _Keys(_Key.CPU).add(_Key.AutocastCPU).raw_repr(),
+    _Keys(_Key.CUDA).add(_Key.AutocastCUDA).add(_Key.ADInplaceOrView).add(_Key.AutogradCUDA).raw_repr(),
+    _Keys(_Key.CUDA).add(_Key.AutocastCUDA).raw_repr(),
 )
 # What every call dispatches on where no tracer, transform or dispatch mode is active; the second is inference mode.
 _CALL_KEYS = (

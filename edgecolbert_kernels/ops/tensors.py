@@ -73,7 +73,12 @@ def stored(X: np.ndarray) -> Tensor:
 
 def reads_integers(Q: Tensor) -> bool:
     """Whether the kernels on int8 documents can answer: eagerly, without a gradient, in float32."""
-    if Q.dtype is torch.float64 or (torch.is_grad_enabled() and Q.requires_grad) or not plain(Q):
+    if (
+        Q.dtype is torch.float64
+        or (torch.is_grad_enabled() and Q.requires_grad)
+        or not plain(Q)
+        or Q.device.type != "cpu"
+    ):
         return False
     return choose("maxsim", "cpu", "float32") == "cpu"
 
@@ -141,9 +146,10 @@ def score(
     needs_grad = torch.is_grad_enabled() and (Q.requires_grad or D.requires_grad)
     options = normalize, mask_mode, precision
     if plain(Q, D, *batch):
+        arguments.check_devices(Q, D, *batch)
+        backend = select("maxsim", Q.device.type, arguments.arithmetic(Q, D))
         if cu_q is not None or cu_d is not None or query_index is not None:
-            arguments.check_values(Q, D, cu_q, cu_d, query_index, document_index)
-        backend = select("maxsim", "cpu", arguments.arithmetic(Q, D))
+            arguments.check_values(backend, Q, D, cu_q, cu_d, query_index, document_index)
         if needs_grad:
             scores, _ = MaxSim.apply(backend, Q, D, *batch, *options)
         else:
@@ -177,7 +183,7 @@ def score_in_place(
             every += X
     if torch.is_grad_enabled() and any(x.requires_grad for x in every):
         return None
-    if not plain(*every) or choose("maxsim", "cpu", "float32") != "cpu":
+    if not plain(*every) or {x.device.type for x in every} != {"cpu"} or choose("maxsim", "cpu", "float32") != "cpu":
         return None
     dtype = torch.float32 if out_dtype is None else _float(out_dtype)
     scores = cpu.forward_lists(Q, D, q_mask, d_mask, normalize, mask_mode, precision)

@@ -9,6 +9,8 @@ with e the label smoothing; `symmetric` averages it with the same loss over the 
 relative to the largest score of their row or column, so that a score of 10^4 and a temperature of 10^-4 lose nothing.
 
 What survives between the passes: everything (argmax and scores), the scores, or only the sums; see `plan`.
+
+On a device nothing here waits for it: what depends on values is decided there (the one exception is in `_limit`).
 """
 
 from __future__ import annotations
@@ -26,8 +28,11 @@ from edgecolbert_kernels.backends.torch_ import through_normalization
 from edgecolbert_kernels.ops import arguments
 
 # A tile's argmax, and its scores, of which some ten copies come and go; at least a few documents, to share the queries.
+# On a CPU they stay in its caches; elsewhere they are large enough to fill a device.
 ARGMAX_BYTES = 4 << 20
 SCORES = 1 << 18
+ARGMAX_BYTES_ELSEWHERE = 128 << 20
+SCORES_ELSEWHERE = 1 << 22
 FEWEST_DOCUMENTS = 16
 # Chosen pairs are a little slower each than all pairs.
 DENSE = 0.7
@@ -141,7 +146,8 @@ def backward(
     sums = source.sums() if need_queries and everything is None else None
     grad_documents = torch.empty_like(problem.D, memory_format=torch.contiguous_format) if need_documents else None
     for some in source.tiles():
-        tile, argmax = (state.scores[:, some], None) if keep_scores else source.score(some, with_argmax=need_tokens)
+        with_argmax = need_tokens and not source.recomputes
+        tile, argmax = (state.scores[:, some], None) if keep_scores else source.score(some, with_argmax=with_argmax)
         gradient = weights.of(_Entries(problem, tile, some, weights.rows.limit), some, need_temperature)
         if everything is not None:
             everything[:, some] = gradient
@@ -161,6 +167,11 @@ def backward(
     return grad_queries, grad_documents, weights.grad_temperature.to(problem.temperature.dtype)
 
 
+def looked_at(Q: Tensor) -> bool:
+    """Whether the values of targets and temperature are checked before the tiles: elsewhere that would wait for a device."""
+    return Q.device.type == "cpu"
+
+
 class _Source:
     """Scores and token gradients of tiles, from the backend that runs MaxSim."""
 
@@ -170,6 +181,8 @@ class _Source:
         arithmetic = arguments.arithmetic(self.Q, self.D)
         self.backend = select("maxsim", self.Q.device.type, arithmetic)
         self.dtype = getattr(torch, arithmetic)
+        # Whether the backend finds winners itself, of the pairs whose gradient is not 0, without a word to the host.
+        self.recomputes = hasattr(self.backend, "backward_recompute")
 
     def empty(self) -> Tensor:
         return self.Q.new_empty(0, dtype=self.dtype)
@@ -181,7 +194,9 @@ class _Source:
         """Documents, so many that a tile's argmax and scores stay small."""
         count, report = self.D.shape[0], _progress.get()
         tokens, queries = max(1, self.Q.shape[0] * self.Q.shape[1]), max(1, self.Q.shape[0])
-        size = max(FEWEST_DOCUMENTS, min(ARGMAX_BYTES // (2 * tokens), SCORES // queries))
+        on_cpu = self.Q.device.type == "cpu"
+        argmax, scores = (ARGMAX_BYTES, SCORES) if on_cpu else (ARGMAX_BYTES_ELSEWHERE, SCORES_ELSEWHERE)
+        size = max(FEWEST_DOCUMENTS, min(argmax // (2 * tokens), scores // queries))
         for start in range(0, count, size):
             yield slice(start, min(start + size, count))
             if report is not None:
@@ -206,6 +221,10 @@ class _Source:
         """
         D, d_mask = self.documents(some)
         pairs = None
+        needs = sums is not None, need_documents, sums
+        if argmax is None and self.recomputes:
+            batch = self.q_mask, d_mask, None, None, None, None
+            return self.backend.backward_recompute(gradient, self.Q, D, *batch, *self.options, *needs)[1]
         if argmax is None:
             nonzero = gradient != 0
             count = int(nonzero.sum())
@@ -217,7 +236,6 @@ class _Source:
                 gradient = gradient[pairs]
             argmax = self.score(some, pairs, with_argmax=True)[1]
         batch = self.q_mask, d_mask, None, None, *(pairs or (None, None))
-        needs = sums is not None, need_documents, sums
         return self.backend.backward(gradient, self.Q, D, argmax, *batch, *self.options, *needs)[1]
 
     def backward_everything(
@@ -311,6 +329,11 @@ class _RowSums:
         if self.problem.symmetric:
             loss = (loss + self.column_losses / self.positives.clamp_min(1)) / 2
         loss = loss.masked_fill(self.positives == 0, 0)
+        if not looked_at(self.problem.Q):
+            # Nobody has looked at the values: what is no target or no temperature gives no loss.
+            loss = loss.masked_fill(~(self.temperature > 0), torch.nan)
+            if self.problem.target.dtype != torch.bool:
+                loss = loss.masked_fill(self.problem.target >= self.problem.D.shape[0], torch.nan)
         limit = torch.zeros_like(loss) if limit is None else limit.double()
         summary = Rows(self.largest, log_sum, self.largest_negative, limit, self.candidates)
         return loss.to(self.dtype), torch.stack(summary)
@@ -407,14 +430,18 @@ def _limit(problem: Problem, source: _Source) -> Tensor | None:
     if problem.margin is None:
         return None
     if problem.target.dtype == torch.bool:
+        # As many as there happen to be: a device is waited for here.
         query, document = problem.target.nonzero(as_tuple=True)
+        lowest = torch.full((problem.Q.shape[0],), torch.inf, dtype=source.dtype, device=problem.Q.device)
+        if len(query):
+            scores = source.score(slice(None), (query.contiguous(), document.contiguous()))[0]
+            lowest.scatter_reduce_(0, query, scores, "amin")
+    elif not problem.target.numel() or not problem.D.shape[0]:
+        lowest = problem.target.new_full(problem.target.shape, torch.inf, dtype=source.dtype)
     else:
-        query = (problem.target >= 0).nonzero()[:, 0]
-        document = problem.target[query]
-    lowest = torch.full((problem.Q.shape[0],), torch.inf, dtype=source.dtype, device=problem.Q.device)
-    if len(query):
-        scores = source.score(slice(None), (query.contiguous(), document.contiguous()))[0]
-        lowest.scatter_reduce_(0, query, scores, "amin")
+        query = torch.arange(problem.target.shape[0], device=problem.target.device)
+        scores = source.score(slice(None), (query, problem.target.clamp(0, problem.D.shape[0] - 1)))[0]
+        lowest = scores.masked_fill(problem.target < 0, torch.inf)
     # As a fraction of a positive score; a negative one moves down as well.
     return lowest - (1 - problem.margin) * lowest.abs()
 

@@ -19,20 +19,25 @@ inline const Element* contiguous_row(const char* data, int64_t dim_stride, int d
 template <class Element, class Visit>
 [[gnu::always_inline]] inline void for_each_register(const Element* row, int dim, Visit visit) {
   int k = 0;
+  for (; k + 2 * Simd::width <= dim; k += 2 * Simd::width) {
+    visit(k, Simd::load(row + k));
+    visit(k + Simd::width, Simd::load(row + k + Simd::width));
+  }
   for (; k + Simd::width <= dim; k += Simd::width) visit(k, Simd::load(row + k));
   if (k < dim) visit(k, Simd::load_first(row + k, dim - k));
 }
 
+// |row|^2 as the sum of the lanes.
 template <class Element>
-inline float square_norm(const Element* row, int dim) {
+[[gnu::always_inline]] inline Simd::F square_lanes(const Element* row, int dim) {
   Simd::F squares = Simd::zero();
   for_each_register(row, dim, [&](int, Simd::F x) { squares = Simd::multiply_add(x, x, squares); });
-  return Simd::sum(squares);
+  return squares;
 }
 
 template <class Element>
 inline float inverse_norm(const Element* row, int dim, float epsilon = kNormEpsilon) {
-  const float norm = __builtin_sqrtf(square_norm(row, dim));
+  const float norm = __builtin_sqrtf(Simd::sum(square_lanes(row, dim)));
   return 1.0f / (norm <= epsilon ? epsilon : norm);  // a NaN stays
 }
 

@@ -48,6 +48,16 @@ struct Simd {
     const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(half, half));
   }
+  static void store_two(I8* p, F x, F y) {
+    const I both = _mm256_packs_epi32(_mm256_cvtps_epi32(x), _mm256_cvtps_epi32(y));
+    const __m128i fours = _mm_packs_epi16(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi32(fours, 0xd8));  // x0 y0 x1 y1
+  }
+  template <class Element>
+  static void store_two(Element* p, F x, F y) {
+    store(p, x);
+    store(p + width, y);
+  }
   template <class Element>
   static void store_first(Element* p, F x, int n) {
     Element copy[width];
@@ -83,6 +93,18 @@ struct Simd {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+  // Lane i: the sum of register i, added up in the same order.
+  static F sums(const F (&x)[width]) {
+    F fours[4], twos[2];
+    for (int i = 0; i < 4; ++i) {
+      fours[i] = add(_mm256_permute2f128_ps(x[i], x[i + 4], 0x20), _mm256_permute2f128_ps(x[i], x[i + 4], 0x31));
+    }
+    for (int i = 0; i < 2; ++i) {
+      const __m256d a = _mm256_castps_pd(fours[2 * i]), b = _mm256_castps_pd(fours[2 * i + 1]);
+      twos[i] = add(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+    }
+    return add(_mm256_shuffle_ps(twos[0], twos[1], 0x88), _mm256_shuffle_ps(twos[0], twos[1], 0xdd));
   }
 
   static I zero_integer() { return _mm256_setzero_si256(); }

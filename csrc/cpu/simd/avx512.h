@@ -28,6 +28,11 @@ struct Simd {
   static void store(F16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_f16(x)); }
   static void store(BF16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(x)); }
   static void store(I8* p, F x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_i8(x)); }
+  template <class Element>
+  static void store_two(Element* p, F x, F y) {
+    store(p, x);
+    store(p + width, y);
+  }
   static void store_first(float* p, F x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
   static void store_first(F16* p, F x, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_f16(x)); }
   static void store_first(BF16* p, F x, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(x)); }
@@ -56,6 +61,24 @@ struct Simd {
   static F multiply_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F maximum(F a, F b) { return _mm512_max_ps(a, b); }
   static float sum(F x) { return _mm512_reduce_add_ps(x); }
+  // Lane i: the sum of register i.
+  static F sums(const F (&x)[width]) {
+    F eights[8], fours[4], twos[2];
+    for (int i = 0; i < 8; ++i) {
+      eights[i] = add(_mm512_shuffle_f32x4(x[i], x[i + 8], 0x44), _mm512_shuffle_f32x4(x[i], x[i + 8], 0xee));
+    }
+    for (int i = 0; i < 4; ++i) {
+      const F a = eights[i], b = eights[i + 4];
+      fours[i] = add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    for (int i = 0; i < 2; ++i) {
+      const __m512d a = _mm512_castps_pd(fours[2 * i]), b = _mm512_castps_pd(fours[2 * i + 1]);
+      twos[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    // Quarters of registers 0 to 3, 8 to 11, 4 to 7, 12 to 15.
+    const F all = add(_mm512_shuffle_ps(twos[0], twos[1], 0x88), _mm512_shuffle_ps(twos[0], twos[1], 0xdd));
+    return _mm512_shuffle_f32x4(all, all, 0xd8);
+  }
 
   static I zero_integer() { return _mm512_setzero_si512(); }
   static I broadcast(int32_t x) { return _mm512_set1_epi32(x); }

@@ -40,6 +40,15 @@ struct Simd {
     const uint32_t four = vget_lane_u32(vreinterpret_u32_s8(vqmovn_s16(vcombine_s16(half, half))), 0);
     memcpy(p, &four, sizeof four);
   }
+  static void store_two(I8* p, F x, F y) {
+    const int16x4_t low = vqmovn_s32(vcvtnq_s32_f32(x)), high = vqmovn_s32(vcvtnq_s32_f32(y));
+    vst1_s8(reinterpret_cast<int8_t*>(p), vqmovn_s16(vcombine_s16(low, high)));
+  }
+  template <class Element>
+  static void store_two(Element* p, F x, F y) {
+    store(p, x);
+    store(p + width, y);
+  }
   template <class Element>
   static void store_first(Element* p, F x, int n) {
     Element copy[width];
@@ -67,6 +76,8 @@ struct Simd {
   static F multiply_add(F a, F b, F c) { return vfmaq_f32(c, a, b); }
   static F maximum(F a, F b) { return vmaxq_f32(a, b); }
   static float sum(F x) { return vaddvq_f32(x); }
+  // Lane i: the sum of register i.
+  static F sums(const F (&x)[width]) { return vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3])); }
 
   static I zero_integer() { return vdupq_n_s32(0); }
   static I broadcast(int32_t x) { return vdupq_n_s32(x); }

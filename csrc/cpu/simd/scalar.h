@@ -25,6 +25,11 @@ struct Simd {
     for (int i = 0; i < width; ++i) narrow(x[i], p + i);
   }
   template <class Element>
+  static void store_two(Element* p, F x, F y) {
+    store(p, x);
+    store(p + width, y);
+  }
+  template <class Element>
   static void store_first(Element* p, F x, int n) {
     for (int i = 0; i < n; ++i) narrow(x[i], p + i);
   }
@@ -55,6 +60,8 @@ struct Simd {
   static F multiply_add(F a, F b, F c) { return a * b + c; }
   static F maximum(F a, F b) { return from_bits(select(I(a > b), bits(a), bits(b))); }
   static float sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+  // Lane i: the sum of register i.
+  static F sums(const F (&x)[width]) { return F{sum(x[0]), sum(x[1]), sum(x[2]), sum(x[3])}; }
 
   static I zero_integer() { return I{}; }
   static I broadcast(int32_t x) { return I{x, x, x, x}; }

@@ -1,0 +1,256 @@
+"""Everything about a GPU in one command: the tests on it, then all its benchmarks.
+
+    python -m benchmarks.gpu              # within 9 minutes: build, tests on CUDA, benchmarks, plots
+    python -m benchmarks.gpu --quick      # within 2: no tests, fewer rounds, without the largest batch
+    python -m benchmarks.gpu --dry-run    # on the CPU, tiny shapes, plain PyTorch: that the program runs, no numbers
+
+Contenders take turns (`gpu_clock.py`); what is measured is in `gpu_cases.py`. Rows go into results/gpu-<device>.jsonl, bars
+beside them as a PNG. Peers that are not installed are named and left out: `pip install late-interaction-kernels flash-maxsim`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import machine
+from benchmarks.gpu_cases import Case, cases
+from benchmarks.gpu_clock import Clock, Contender, Times, quantiles
+
+RESULTS = Path(__file__).parent / "results"
+ROOT = RESULTS.parent.parent
+SECONDS = {"full": 520.0, "quick": 110.0}
+SECONDS_OF_TESTS = 240
+# Goals on an H100: case, contender, column, and what it should be at most or at least.
+GOALS = (
+    ("1 x 1k x 300, d 48", "fused", "wall", "<=", 0.025, "ms end to end"),
+    ("1 x 1k x 300, d 64", "fused", "wall", "<=", 0.025, "ms end to end"),
+    ("1 x 10k x 300 ragged, d 48", "fused, packed", "percent_of_memory", ">=", 90, "% of the measured bandwidth"),
+    ("1 x 4k x 2048 ragged, d 48", "fused, packed", "percent_of_memory", ">=", 90, "% of the measured bandwidth"),
+    ("128 x 128 x 32 x 300, d 128", "fused", "TFLOP/s", ">=", 400, "TFLOP/s"),
+    ("forward + backward 1024, d 48", "fused", "device", "<=", 6, "ms"),
+    ("contrastive loss 24576", "fused", "device", "<=", 5000, "ms"),
+    ("contrastive loss 24576", "fused", "GB", "<=", 8, "GB beside inputs"),
+)
+
+
+def facts(device: torch.device, peaks: dict[str, float], quick: bool) -> dict[str, Any]:
+    shared = {
+        key: value for key, value in machine.facts().items() if key not in ("maxsim_cpu", "isa", "compiler", "load")
+    }
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return {
+        "suite": "gpu",
+        "gpu": properties.name if properties else None,
+        "sm": f"{properties.major}{properties.minor}" if properties else None,
+        "cuda": torch.version.cuda,
+        "triton": machine.version("triton"),
+        "late_interaction_kernels": machine.version("late-interaction-kernels"),
+        "flash_maxsim": machine.version("flash-maxsim"),
+        "peak": {name: float(f"{value:.4g}") for name, value in peaks.items()},
+        "quick": quick,
+        **shared,
+    }
+
+
+def measure(case: Case, clock: Clock, peaks: dict[str, float], seconds: float) -> list[dict[str, Any]]:
+    """One row a contender."""
+    able, rows = [], []
+    errors: dict[str, float] = {}
+    for contender in case.contenders:
+        if contender.missing:
+            print(f"  {contender.name}: skipped, {contender.missing}", flush=True)
+            continue
+        try:
+            errors[contender.name] = case.error(contender.call(0))
+        except Exception as error:  # a peer's failure is a result; ours is the end
+            if contender.name.startswith("fused"):
+                raise
+            print(f"  {contender.name}: failed, {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
+            continue
+        if contender.name.startswith("fused") and not errors[contender.name] <= case.tolerance:
+            raise AssertionError(f"{case.name}, {contender.name}: error {errors[contender.name]:.2g}")
+        able.append(contender)
+    times = clock.interleave(able, case.rounds, seconds)
+    for contender in able:
+        rows.append(row(case, contender, times, errors[contender.name], peaks))
+        if case.memory:
+            size = clock.peak_memory(lambda c=contender: c.call(0))
+            rows[-1]["GB"] = None if size is None else round(size / 1e9, 3)
+    return rows
+
+
+def row(
+    case: Case, contender: Contender, times: dict[str, Times], error: float, peaks: dict[str, float]
+) -> dict[str, Any]:
+    mine = times[contender.name]
+    made: dict[str, Any] = {"case": case.name, **case.parameters, "contender": contender.name, "unit": "ms"}
+    made |= {"device": quantiles(mine.device), "wall": quantiles(mine.wall), "rounds": len(mine.device)}
+    made["error"] = float(f"{error:.2g}")
+    if case.operations:
+        rate = case.operations / mine.device / 1e9
+        made["TFLOP/s"] = quantiles(rate)
+        made["percent_of_tensor"] = quantiles(100 * rate / peaks["TFLOP/s"])
+    if case.bytes:
+        size = case.bytes / 2 if "int8" in contender.name else case.bytes
+        made["GB/s"] = quantiles(size / mine.device / 1e6)
+        made["percent_of_memory"] = quantiles(size / mine.device / 1e4 / peaks["GB/s"])
+    made["ratio"] = {
+        name: quantiles(mine.device / times[name].device)
+        for name in case.references
+        if name in times and name != contender.name
+    }
+    return made
+
+
+def describe(found: dict[str, Any]) -> str:
+    text = f"  {found['contender']:<26}{found['device']['p50']:>10.4g} ms{found['wall']['p50']:>10.4g} wall"
+    for name, unit in (("TFLOP/s", "TFLOP/s"), ("percent_of_memory", "% of GB/s"), ("GB", "GB")):
+        value = found.get(name)
+        if value is not None:
+            text += f"  {value['p50'] if isinstance(value, dict) else value:.4g} {unit}"
+    text += f"  error {found['error']:.2g}"
+    for name, ratio in found["ratio"].items():
+        text += f"  {ratio['p50']:.2f}x {name}"
+    return text
+
+
+def goals(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = []
+    for case, contender, column, sign, limit, unit in GOALS:
+        found = [each for each in rows if (each["case"], each["contender"]) == (case, contender)]
+        value = found[0].get(column) if found else None
+        value = value["p50"] if isinstance(value, dict) else value
+        if value is None:
+            lines.append(f"{case}, {contender}: {sign} {limit:g} {unit}: not measured")
+            continue
+        reached = value <= limit if sign == "<=" else value >= limit
+        lines.append(f"{case}, {contender}: {sign} {limit:g} {unit}: {value:.4g}, {'reached' if reached else 'missed'}")
+    return lines
+
+
+def run_tests() -> dict[str, Any]:
+    """The tests that a GPU takes part in."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests",
+        "-q",
+        "-k",
+        "triton or cuda or gpu or device",
+        "-p",
+        "no:cacheprovider",
+    ]
+    if machine.version("pytest-xdist"):
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    start = time.monotonic()
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS_OF_TESTS)
+        output, status = done.stdout + done.stderr, done.returncode
+    except subprocess.TimeoutExpired as expired:
+        output, status = (expired.stdout or b"").decode(), None
+    print(output[-3000:], flush=True)
+    counts = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|errors?)", output[-2000:])}
+    return {"case": "tests", "exit_status": status, "seconds": round(time.monotonic() - start), **counts}
+
+
+def build() -> None:
+    """The compiled module of the CPU, which is timed by none of this but takes part in the tests, where it is not there."""
+    if machine.compiled_module() is None:
+        subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, check=False)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Device time of every contender, a panel a case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(each["case"] for each in rows))
+    columns = 4
+    figure, axes = pyplot.subplots(-(-len(names) // columns), columns, figsize=(16, 2.6 * -(-len(names) // columns)))
+    for axis, name in zip(np.ravel(axes), names, strict=False):
+        found = [each for each in rows if each["case"] == name]
+        axis.barh([each["contender"] for each in found][::-1], [each["device"]["p50"] for each in found][::-1])
+        axis.set_title(f"{name}, ms", fontsize=8)
+        axis.tick_params(labelsize=6)
+    for axis in np.ravel(axes)[len(names) :]:
+        axis.axis("off")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def benchmark(device: torch.device, quick: bool, tiny: bool, deadline: float) -> list[dict[str, Any]]:
+    clock = Clock(device)
+    peaks = clock.peaks(tiny)
+    print(f"peaks: {peaks['GB/s']:.4g} GB/s, {peaks['TFLOP/s']:.4g} TFLOP/s", flush=True)
+    shared, rows = facts(device, peaks, quick), []
+    makers: list[Callable[[], Case]] = list(cases(device, quick, tiny))
+    for number, make in enumerate(makers, 1):
+        left = deadline - time.monotonic()
+        if left < 5:
+            print(f"[{number}/{len(makers)}] {make.args[0]}: skipped, out of time", flush=True)  # type: ignore[attr-defined]
+            continue
+        case = make()
+        print(f"[{number}/{len(makers)}] {case.name}, {left:.0f} s left", flush=True)
+        if tiny:
+            case.rounds = 1
+        found = measure(case, clock, peaks, seconds=1.5 if quick else 4.0)
+        rows += [{**shared, **each} for each in found]
+        print("\n".join(describe(each) for each in found), flush=True)
+        del case
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="within 2 minutes")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="on the CPU, tiny shapes; nothing is saved without --out"
+    )
+    parser.add_argument("--no-tests", action="store_true", help="benchmarks alone")
+    parser.add_argument("--out", type=Path, help="where the rows go")
+    options = parser.parse_args()
+    if not options.dry_run and not torch.cuda.is_available():
+        raise SystemExit("torch finds no GPU here; --dry-run runs the program on the CPU")
+    deadline = time.monotonic() + SECONDS["quick" if options.quick else "full"]
+    device = torch.device("cpu") if options.dry_run else torch.device("cuda", torch.cuda.current_device())
+    tests: list[dict[str, Any]] = []
+    if not (options.dry_run or options.quick or options.no_tests):
+        build()
+        tests = [run_tests()]
+    rows = benchmark(device, options.quick, options.dry_run, deadline)
+    if not options.dry_run:
+        print("\n".join(goals(rows)), flush=True)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-").removeprefix("nvidia-")
+    path = options.out or (None if options.dry_run else RESULTS / f"gpu-{slug}.jsonl")
+    if path is not None:
+        shared = {key: rows[0][key] for key in ("suite", "gpu", "date")} if rows else {}
+        path.write_text("".join(json.dumps(each) + "\n" for each in [*({**shared, **t} for t in tests), *rows]))
+        if machine.version("matplotlib") and rows:
+            plot(rows, path.with_suffix(".png"))
+    if any(each.get("failed") or each.get("exit_status") not in (0, None) for each in tests):
+        raise SystemExit("tests failed")
+
+
+if __name__ == "__main__":
+    main()

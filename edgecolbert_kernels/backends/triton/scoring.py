@@ -1,0 +1,226 @@
+"""Scores and argmax: from tensors to a launch of `score_kernel.score`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from edgecolbert_kernels.backends import layout, native
+from edgecolbert_kernels.backends.triton import config
+from edgecolbert_kernels.backends.triton.launch import INTERPRETED, MOST_PROGRAMS, Variant
+from edgecolbert_kernels.backends.triton.score_kernel import score
+
+# The query tokens that a program holds beside each other.
+MOST_COLUMNS = 128
+
+_ALIGNED = (0, 1, 12, 13, 14, 15, 16)  # q_ptr, d_ptr and the strides of `score`
+# Calls whose plans are kept; a plan is some hundred bytes.
+MOST_PLANS = 4096
+_plans: dict[Any, _Plan] = {}
+_variants: dict[Any, Variant] = {}
+
+
+def forward(
+    Q: Tensor,
+    D: Tensor,
+    q_mask: Tensor | None,
+    d_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_d: Tensor | None,
+    query_index: Tensor | None,
+    document_index: Tensor | None,
+    normalize: bool,
+    mask_mode: str,
+    precision: str,
+    with_argmax: bool,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """As `cpu.forward`. D may also be int8, or float8_e4m3fn, with float32 `scales` [documents] that multiply its scores."""
+    shape = layout.scores_shape(Q, D, cu_q, cu_d, query_index)
+    scores = torch.empty(shape, dtype=torch.float32, device=Q.device)
+    argmax = empty_argmax(Q, D, shape, cu_q, cu_d) if with_argmax else None
+    batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
+    _launch(Q, D, *batch, normalize, mask_mode, precision, scales, None, scores, argmax)
+    return scores, argmax
+
+
+def winners(
+    grad: Tensor,
+    Q: Tensor,
+    D: Tensor,
+    q_mask: Tensor | None,
+    d_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_d: Tensor | None,
+    query_index: Tensor | None,
+    document_index: Tensor | None,
+    normalize: bool,
+    mask_mode: str,
+    precision: str,
+) -> Tensor:
+    """The argmax where `grad` is not 0; anything may stand elsewhere."""
+    shape = layout.scores_shape(Q, D, cu_q, cu_d, query_index)
+    argmax = empty_argmax(Q, D, shape, cu_q, cu_d)
+    batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
+    _launch(Q, D, *batch, normalize, mask_mode, precision, None, grad.contiguous(), None, argmax)
+    return argmax
+
+
+def empty_argmax(Q: Tensor, D: Tensor, scores: layout.Shape, cu_q: Tensor | None, cu_d: Tensor | None) -> Tensor:
+    dtype = torch.int16 if layout.argmax_is_int16(D, cu_d) else torch.int32
+    length = layout.argmax_length(Q, scores, cu_q)
+    # Rows after the last boundary belong to no query, so no program comes by.
+    return (torch.empty if cu_q is None else _no_tokens)((length,), dtype=dtype, device=Q.device)
+
+
+def _no_tokens(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full(shape, -1, dtype=dtype, device=device)
+
+
+def rows(X: Tensor) -> Tensor:
+    """With the dimensions of a token side by side, as the kernels read them."""
+    return X if X.stride(-1) == 1 or X.shape[-1] == 1 else X.contiguous()
+
+
+def strides(X: Tensor) -> tuple[int, int, int]:
+    """From one query to the next, of a query's own documents, and from token to token, in elements."""
+    given = X.stride()
+    if len(given) == 3:
+        return given[0], 0, given[1]
+    return (given[0], given[1], given[2]) if len(given) == 4 else (0, 0, given[0])
+
+
+class _Plan(NamedTuple):
+    """What the shapes and options of a call come to."""
+
+    variant: Variant
+    programs: int
+    sizes: tuple[int, int, int, int]
+
+
+def _launch(
+    Q: Tensor,
+    D: Tensor,
+    q_mask: Tensor | None,
+    d_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_d: Tensor | None,
+    query_index: Tensor | None,
+    document_index: Tensor | None,
+    normalize: bool,
+    mask_mode: str,
+    precision: str,
+    scales: Tensor | None,
+    grad: Tensor | None,
+    scores: Tensor | None,
+    argmax: Tensor | None,
+) -> None:
+    Q, D = rows(Q), rows(D)
+    optional = q_mask, d_mask, cu_q, cu_d, query_index, document_index, scales, grad, scores, argmax
+    tf32 = torch.float32 in (Q.dtype, D.dtype) and tf32_allowed()
+    # Everything that a plan depends on; lengths, as the number of sequences or pairs is one.
+    call = (
+        *(Q.dtype, Q.shape, D.dtype, D.shape, Q.get_device(), normalize, mask_mode, precision, tf32),
+        *[None if each is None else len(each) for each in (cu_q, cu_d, query_index)],
+        *(q_mask is None, d_mask is None, scales is None, grad is None, argmax is None),
+    )
+    plan = _plans.get(call)
+    if plan is None:
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        plan = _plans[call] = _plan(Q, D, *optional, normalize, mask_mode, precision, tf32)
+    if D.dtype is torch.float8_e4m3fn:
+        D = D.view(torch.uint8)
+    q_strides, d_strides = strides(Q), strides(D)
+    integers = q_strides[0], q_strides[2], *d_strides, *plan.sizes
+    for first in range(0, plan.programs, MOST_PROGRAMS):
+        programs = min(plan.programs - first, MOST_PROGRAMS)
+        plan.variant.launch(programs, 1, (Q, D, *optional), (*integers, first))
+
+
+def _plan(
+    Q: Tensor,
+    D: Tensor,
+    q_mask: Tensor | None,
+    d_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_d: Tensor | None,
+    query_index: Tensor | None,
+    document_index: Tensor | None,
+    scales: Tensor | None,
+    grad: Tensor | None,
+    scores: Tensor | None,
+    argmax: Tensor | None,
+    normalize: bool,
+    mask_mode: str,
+    precision: str,
+    tf32: bool,
+) -> _Plan:
+    which = layout.which(D, query_index)
+    num_queries = (Q.shape[0] if Q.ndim == 3 else 1) if cu_q is None else cu_q.shape[0] - 1
+    num_documents = D.shape[-3] if cu_d is None else cu_d.shape[0] - 1
+    tokens = Q.shape[-2] if cu_q is None else -(-Q.shape[-2] // max(1, num_queries))
+    compute, how = products(Q.dtype, D.dtype, precision, tf32)
+    bits = 32 if compute == tl.float32 else 16
+    dim = Q.shape[-1]
+    most = num_queries if which == native.EVERY else 1
+    columns = _columns(tokens, most, MOST_COLUMNS)
+    if argmax is not None and (cu_q is not None or columns % max(1, tokens)):
+        # Which query a column belongs to is then a register a column.
+        columns = _columns(tokens, most, MOST_COLUMNS // 2)
+    kernel = "score" if argmax is None else "score_argmax"
+    blocks = config.blocks(kernel, capability(Q.device.index), bits, dim, columns)
+    group = max(1, min(blocks.columns // max(1, tokens), most))
+    slots = 1 << (group - 1).bit_length()
+    constants = (
+        *(which, dim, *config.pieces(dim), blocks.rows, blocks.columns, group, slots),
+        *(cu_q is None and Q.shape[-2] * slots == blocks.columns, compute, how, D.dtype is torch.float8_e4m3fn),
+        *(each is not None for each in (q_mask, d_mask, cu_q, cu_d, scales)),
+        *(normalize, d_mask is not None and mask_mode == "zero", argmax is not None, grad is not None),
+    )
+    key = Q.dtype, D.dtype, None if argmax is None else argmax.dtype, Q.device.index, blocks, constants
+    variant = _variants.get(key)
+    if variant is None:
+        variant = _variants[key] = Variant(score, constants, blocks.warps, blocks.stages, _ALIGNED)
+    if query_index is not None:
+        programs = query_index.shape[0]
+    else:
+        programs = num_documents * (-(-num_queries // group) if which == native.EVERY else num_queries)
+    return _Plan(variant, programs, (num_queries, num_documents, Q.shape[-2], D.shape[-2]))
+
+
+def _columns(tokens: int, queries: int, most: int) -> int:
+    """Room for as many queries as fit beside each other, a power of two from 16 on."""
+    group = max(1, min(most // max(1, tokens), queries))
+    return min(most, max(16, 1 << (group * tokens - 1).bit_length()))
+
+
+def products(Q: torch.dtype, D: torch.dtype, precision: str, tf32: bool) -> tuple[Any, str]:
+    """The dtype of the products, and how float32 is multiplied: as such, in three TF32 products, or in one if asked for."""
+    if D in (torch.int8, torch.float8_e4m3fn):
+        D = Q
+    if Q is D and Q is not torch.float32 and not (INTERPRETED and Q is torch.bfloat16):
+        return (tl.float16 if Q is torch.float16 else tl.bfloat16), "tf32"
+    return tl.float32, "tf32" if tf32 else "tf32x3" if precision == "fast" else "ieee"
+
+
+def tf32_allowed() -> bool:
+    """PyTorch's own switch for float32 products."""
+    try:
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:  # it was set by the newer of its two names
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def forget() -> None:
+    """Choose blocks anew."""
+    _plans.clear()
+    _variants.clear()
+
+
+def capability(device: int | None) -> int:
+    major, minor = (0, 0) if INTERPRETED else torch.cuda.get_device_capability(device)
+    return 10 * major + minor

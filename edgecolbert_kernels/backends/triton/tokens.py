@@ -1,0 +1,58 @@
+"""Device functions that the kernels share: where token rows lie, reading them in pieces, norms and similarities.
+
+The dimension d is read in up to three pieces, powers of two, so that 48 is 32 + 16 and takes three tensor-core steps of 16
+where one piece of 64 takes four. `C0`, `C1`, `C2` are the pieces, 0 where there is none. A larger d is read in blocks of
+`C0` inside a loop (`LOOP`).
+"""
+
+import triton
+import triton.language as tl
+
+EVERY, OWN, INDEXED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+SMALLEST_NORM = tl.constexpr(1e-12)
+
+
+@triton.jit
+def nan_max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def boundary(bounds_ptr, number, rows):
+    """Where sequence `number` starts; within the buffer whatever stands there."""
+    return tl.minimum(tl.maximum(tl.load(bounds_ptr + number), 0), rows)
+
+
+@triton.jit
+def read(row_ptrs, keep, start, C: tl.constexpr, DIM: tl.constexpr, KEEP: tl.constexpr, FULL: tl.constexpr):
+    """`[..., C]` from dimension `start` on; zeros beyond the last dimension, unless FULL, and, if KEEP, in rows not kept."""
+    k = start + tl.arange(0, C)
+    ptrs = tl.expand_dims(row_ptrs, -1) + k
+    if not KEEP:
+        keep = tl.full(row_ptrs.shape, True, tl.int1)
+    if FULL and not KEEP:
+        return tl.load(ptrs)
+    elif FULL:
+        return tl.load(ptrs, mask=tl.expand_dims(keep, -1), other=0.0)
+    else:
+        return tl.load(ptrs, mask=tl.expand_dims(keep, -1) & (k < DIM), other=0.0)
+
+
+@triton.jit
+def values(x, COMPUTE: tl.constexpr, E4M3: tl.constexpr):
+    """As the products take them. Of e4m3 bytes 2^-8 of the value, exact: the exponent's bias is 8 lower than float16's."""
+    if E4M3:
+        bits = x.to(tl.uint16)
+        return ((bits & 0x80) << 8 | (bits & 0x7F) << 7).to(tl.float16, bitcast=True).to(COMPUTE)
+    return x.to(COMPUTE)
+
+
+@triton.jit
+def square_sum(x):
+    wide = x.to(tl.float32)
+    return tl.sum(wide * wide, axis=-1)
+
+
+@triton.jit
+def inverse_norm(squares):
+    return 1.0 / tl.maximum(tl.sqrt(squares), SMALLEST_NORM)

@@ -1,0 +1,167 @@
+"""Commits to a folder of packed embeddings."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from edgecolbert_kernels import checks, dtypes, identifiers
+from edgecolbert_kernels.identifiers import Id
+from edgecolbert_kernels.packed import folder as folders
+from edgecolbert_kernels.packed.embeddings import PackedEmbeddings
+from edgecolbert_kernels.storage import writer
+
+
+class PackedWriter:
+    """Changes a folder of packed embeddings: `append` and `remove` are commits that a crash cannot halve.
+
+    A commit is on the disk when the call returns; a process that dies at any moment leaves the commits before it. Readers
+    may load the folder meanwhile: each sees the last commit of the moment it loaded. There is one writer: another, in any
+    process, gets PackedLocked until this one is closed or its process has ended.
+
+        with PackedWriter("index", dim=48) as writer:
+            writer.append(documents, ids)
+
+    Args:
+        folder: of packed embeddings; a new one is created if `dim` is given.
+        dim, dtype: of a new folder. An existing one must have the same, where they are given.
+
+    Raises:
+        PackedFormatError: the folder is not one, or is damaged.
+        PackedLocked: another writer has it open.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, dim: int | None = None, dtype: Any = None) -> None:
+        self.folder = Path(folder).absolute()
+        if dim is not None and not self.folder.exists():
+            # Where another process has just made it, it is opened.
+            with contextlib.suppress(FileExistsError):
+                PackedEmbeddings.empty(dim, "float16" if dtype is None else dtype).save(self.folder)
+        self._folder = writer.FolderWriter(self.folder)
+        try:
+            header = self._folder.header
+            if dim is not None and dim != header.dim:
+                raise ValueError(f"{self.folder} has dim {header.dim}; {dim} is asked for")
+            if dtype is not None and dtypes.name(dtype) != header.dtype:
+                raise ValueError(f"{self.folder} has dtype {header.dtype}; {dtypes.name(dtype)} is asked for")
+            self._live = folders.live(self._folder.contents)
+            # id -> document number in the file, of those that are not removed; read when first needed
+            self._numbers: dict[Id, int] | None = None
+        except BaseException:
+            self._folder.close()
+            raise
+
+    def __len__(self) -> int:
+        """Documents that are there."""
+        return len(self._live)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a document has this id."""
+        return name in self._ids()
+
+    def append(self, documents: Sequence[Any], ids: Iterable[Id] | None = None) -> None:
+        """Commit `documents`: as in `PackedEmbeddings.from_list`, or a PackedEmbeddings, whose ids are taken along.
+
+        Raises:
+            TypeError, ValueError: as `from_list`, or an id is there already; nothing is committed.
+            OSError: the disk refused; nothing is committed, and the writer must be opened again.
+        """
+        header = self._folder.header
+        if isinstance(documents, PackedEmbeddings):
+            added = documents.to(header.dtype)
+            checks.same_dim((0, header.dim), (0, added.dim))
+            names = identifiers.checked(added.ids if ids is None else ids, len(added))
+        else:
+            added = PackedEmbeddings.from_list(documents, ids, dtype=header.dtype, dim=header.dim)
+            names = added.ids
+        if not len(added):
+            return
+        tokens, offsets, scales = added.contiguous()
+        data: dict[str, Any] = {"tokens": tokens, "offsets": offsets[1:] + header.tokens}
+        if scales is not None:
+            data["scales"] = scales
+        self._add_ids(names, data)
+        first = header.documents
+        self._folder.commit(data, documents=len(added), tokens=len(tokens))
+        numbers = np.arange(first, first + len(added))
+        self._live = np.concatenate([self._live, numbers])
+        if self._numbers is not None:
+            self._numbers.update(zip(names or [], numbers.tolist(), strict=True))
+
+    def remove(self, indices: Any = None, *, ids: Iterable[Id] | None = None) -> None:
+        """Commit that these documents are no longer there; their bytes stay until `compact`.
+
+        Args:
+            indices: as `PackedEmbeddings.load` would count them now.
+            ids: their names.
+
+        Raises:
+            IndexError, KeyError: there is no such document; nothing is committed.
+        """
+        gone = np.empty(0, np.int64)
+        if indices is not None:
+            index = np.asarray(indices)
+            if index.dtype == bool and index.shape == (len(self),):
+                index = np.flatnonzero(index)
+            index = index.astype(np.int64).reshape(-1)
+            checks.index("indices", index, len(self))
+            gone = self._live[index]
+        if ids is not None:
+            numbers = self._ids()
+            for name in (names := list(ids)):
+                if name not in numbers:
+                    raise checks.no_such_id(name)
+            gone = np.concatenate([gone, np.array([numbers[name] for name in names], np.int64)])
+        gone = np.unique(gone)
+        if not len(gone):
+            return
+        self._folder.commit({"removed": gone}, removed=len(gone))
+        self._live = np.setdiff1d(self._live, gone, assume_unique=True)
+        if self._numbers is not None:
+            dead = set(gone.tolist())
+            self._numbers = {name: n for name, n in self._numbers.items() if n not in dead}
+
+    def compact(self) -> None:
+        """Write the folder anew without the bytes of removed documents, in one step."""
+        packed = PackedEmbeddings.load(self.folder)
+        self._folder.replace_all(*folders.commit(packed, packed.ids))
+        self._live = np.arange(len(packed))
+        self._numbers = None
+
+    def close(self) -> None:
+        self._folder.close()
+
+    def __enter__(self) -> PackedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ids(self) -> dict[Id, int]:
+        if self._numbers is None:
+            names = PackedEmbeddings.load(self.folder).ids
+            self._numbers = {} if names is None else dict(zip(names, self._live.tolist(), strict=True))
+        return self._numbers
+
+    def _add_ids(self, names: list[Id] | None, data: dict[str, Any]) -> None:
+        header = self._folder.header
+        kind = identifiers.kind(names[0]) if names else "none"
+        if kind != header.ids:
+            if header.documents:
+                raise checks.ids(f"of kind {kind}, and the folder has {header.ids}", "the kind of the folder")
+            self._folder.replace_all(*folders.nothing(header, kind))
+        if not names:
+            return
+        identifiers.new(names, self._ids())
+        if kind == "int64":
+            data["ids"] = np.array(names, np.int64)
+        else:
+            data["ids"], data["id_offsets"] = identifiers.encode(names, self._folder.header.parts["ids"].size)

@@ -1,0 +1,100 @@
+"""The losses and GradCache on tensors of a GPU: gradients, no waiting, and memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import edgecolbert_kernels as ek
+from cases import embeddings, holes
+from conftest import GPU
+from edgecolbert_kernels import reference
+from losses import assert_as_near, value_and_gradients
+
+pytestmark = pytest.mark.skipif(not GPU, reason="there is no GPU that the kernels run on")
+
+REGIMES = ({}, {"save_scores": True, "max_saved_bytes": 0}, {"save_scores": False})
+
+
+def batch(dtype, num_queries=24, num_documents=40, device="cuda"):
+    Q, D = embeddings(num_queries, 32, 48, seed=1).to(dtype), embeddings(num_documents, 60, 48, seed=2).to(dtype)
+    masks = holes(num_queries, 32, seed=3), holes(num_documents, 60, seed=4)
+    return [each.to(device) for each in (Q, D, *masks)]
+
+
+@pytest.mark.parametrize("regime", REGIMES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("options", [{"temperature": 0.02}, {"symmetric": True, "margin": 0.95}], ids=str)
+def test_contrastive(dtype, options, regime):
+    exact, plain = (
+        value_and_gradients(reference.contrastive_loss, *batch(dtype, device="cpu"), dtype=each, **options)
+        for each in (torch.float64, torch.float32)
+    )
+    found = value_and_gradients(ek.contrastive_loss, *batch(dtype), **options, **regime)
+    assert_as_near([each.cpu() for each in found], exact, plain)
+
+
+def test_distillation():
+    Q, D = embeddings(8, 32, 48, seed=1), embeddings(8, 16, 40, 48, seed=2)
+    teacher = embeddings(8, 16, seed=3, norm=None)
+    exact, plain = (
+        value_and_gradients(reference.distillation_loss, Q, D, teacher, dtype=each)
+        for each in (torch.float64, torch.float32)
+    )
+    found = value_and_gradients(ek.distillation_loss, Q.cuda(), D.cuda(), teacher.cuda())
+    assert_as_near([each.cpu() for each in found], exact, plain)
+
+
+@pytest.mark.parametrize("regime", REGIMES, ids=str)
+def test_the_host_does_not_wait(regime):
+    Q, D, *masks = batch(torch.float16)
+    temperature = torch.full((), 0.05, dtype=torch.float64, device="cuda", requires_grad=True)
+
+    def step():
+        q, d = Q.detach().requires_grad_(), D.detach().requires_grad_()
+        ek.contrastive_loss(q, d, *masks, temperature=temperature, symmetric=True, margin=0.9, **regime).backward()
+        ek.distillation_loss(
+            q, D.view(1, 40, 60, 48).expand(24, 40, 60, 48), torch.ones(24, 40, device="cuda")
+        ).backward()
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_what_nobody_looked_at_is_nan():
+    Q, D, *masks = batch(torch.float16)
+    target = torch.arange(24, device="cuda")
+    target[3] = 40
+    losses = ek.contrastive_loss(Q, D, *masks, target=target, reduction="none")
+    assert losses.isnan().nonzero().flatten().tolist() == [3]
+    assert ek.contrastive_loss(Q, D, *masks, temperature=torch.zeros((), device="cuda")).isnan()
+
+
+def test_same_bits_in_every_run():
+    found = [value_and_gradients(ek.contrastive_loss, *batch(torch.float16), save_scores=False) for _ in range(3)]
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+
+
+def test_gradient_cache_repeats_dropout():
+    """Random numbers of the device are drawn again alike in the second pass of a chunk."""
+    torch.manual_seed(0)
+    encoder = torch.nn.Sequential(torch.nn.Linear(8, 48), torch.nn.Dropout(0.5)).cuda()
+    queries, documents = embeddings(6, 4, 8, seed=1).cuda(), embeddings(6, 5, 8, seed=2).cuda()
+    seen = []
+
+    def encode(x):
+        seen.append(encoder(x))
+        return seen[-1]
+
+    ek.GradCache(encode, lambda q, d: ek.contrastive_loss(q, d, temperature=0.5), mini_batch_size=2).step(
+        queries, documents
+    )
+    for first, again in zip(seen[:6], seen[6:], strict=True):
+        assert torch.equal(first, again)
+    assert not torch.equal(seen[0], encoder(queries[:2]))
