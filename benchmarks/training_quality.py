@@ -28,7 +28,7 @@ def collect(pairs: Sequence[str]) -> None:
     """One line a set with its query ids, then one a model and set, sorted by both."""
     ids, values = read()
     for pair in pairs:
-        name, _, folder = pair.partition("=")
+        name, _, folder = pair.rpartition("=")
         place = Path(folder)
         if (place / "eval").is_dir():
             place = max((place / "eval").iterdir())
@@ -75,32 +75,34 @@ def table(values: Values, baseline: str) -> str:
 
 
 def plot(values: Values, path: Path) -> None:
-    """Left and middle: nDCG@10 over the dimension, a set each; right: the other models, differences to the first of them."""
+    """A panel a set with nDCG@10 over the dimension, and one with the other models beside the head of 48 dimensions."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=(3, 4))
-    others = [name for name in next(iter(values.values())) if not re.fullmatch(r"head, d = \d+", name)]
-    for colour, (own, models) in zip(("tab:blue", "tab:orange"), values.items(), strict=False):
-        sizes = sorted(int(found[1]) for name in models if (found := re.fullmatch(r"head, d = (\d+)", name)))
-        curve = [models[f"head, d = {size}"] for size in sizes]
-        axes[0].plot(sizes, [each.mean() for each in curve], "o-", color=colour, label=own)
-        means = [models[name].mean() for name in others]
-        spread = np.array([bootstrap(models[name])[1:3] for name in others]).T
-        places = np.arange(len(others)) + (0.12 if colour == "tab:blue" else -0.12)
-        axes[1].errorbar(means, places, xerr=np.abs(spread - means), fmt="o", color=colour, capsize=2, label=own)
-    axes[0].set(xscale="log", xlabel="dimensions a token", ylabel=MEASURE, title="heads over one frozen encoder")
-    axes[0].set_xticks(sizes, [str(size) for size in sizes])
-    axes[0].minorticks_off()
-    axes[1].set_yticks(range(len(others)), others)
-    axes[1].invert_yaxis()
-    axes[1].set(xlabel=f"{MEASURE}, 95 % interval over queries", title="models and parts of the recipe")
+    names = list(next(iter(values.values())))
+    heads = {int(found[1]): name for name in names if (found := re.fullmatch(r"head, d = (\d+)", name))}
+    models = [name for name in names if name not in heads.values() or name == heads.get(48)]
+    shares = [3] * len(values) + [4]
+    figure, axes = pyplot.subplots(1, len(shares), figsize=(12, 3.4), layout="constrained", width_ratios=shares)
+    for number, (own, scores) in enumerate(values.items()):
+        axis, colour, sizes = axes[number], f"C{number}", sorted(heads)
+        axis.plot(sizes, [scores[heads[size]].mean() for size in sizes], "o-", color=colour)
+        axis.set(xscale="log", xlabel="dimensions a token", ylabel=MEASURE, title=f"{own}: heads over one encoder")
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.minorticks_off()
+        means = np.array([scores[name].mean() for name in models])
+        spread = np.array([bootstrap(scores[name])[1:3] for name in models]).T
+        places = np.arange(len(models)) + 0.2 * number - 0.1
+        axes[-1].errorbar(means, places, xerr=np.abs(spread - means), fmt="o", color=colour, capsize=2, label=own)
+    axes[-1].set_yticks(range(len(models)), models)
+    axes[-1].invert_yaxis()
+    axes[-1].set(xlabel=f"{MEASURE}, 95 % over queries")
+    axes[-1].legend()
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
 
@@ -110,7 +112,8 @@ def main(arguments: Sequence[str]) -> None:
             raise SystemExit(__doc__)
         collect(arguments[1:])
     _, values = read()
-    print(table(values, "BM25"))
+    for baseline in ("BM25", "untrained, d = 48"):
+        print(table(values, baseline), end="\n\n")
     plot(values, RESULTS / "training_quality.png")
 
 
