@@ -1,8 +1,8 @@
 """The four stages of training over the standard library's docstrings, and what each is worth on entries held out.
 
-The student is half of an encoder: three of the six layers of all-MiniLM-L6-v2, which lies in a wheel. The whole one, fine-tuned,
-is its teacher. The stages are those of demo/recipe, run by training.train. Everything is kept: an interrupted story goes on
-where it was, and a finished one is only told again.
+The student is half of an encoder: three of the six layers of all-MiniLM-L6-v2, which lies in a wheel. The whole one is its
+teacher, once fine-tuned. The stages are those of demo/recipe, run by training.train. Everything is kept: an interrupted story
+goes on where it was, and a finished one is only told again.
 """
 
 from __future__ import annotations
