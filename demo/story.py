@@ -1,8 +1,8 @@
 """The four stages of training over the standard library's docstrings, and what each is worth on entries held out.
 
-The student is half of an encoder: three of the six layers of all-MiniLM-L6-v2, which lies in a wheel; the whole is a teacher.
-The stages are those of demo/recipe, run by training.train. Everything is kept: an interrupted story goes on where it was, and a
-finished one is only told again.
+The student is half of an encoder: three of the six layers of all-MiniLM-L6-v2, which lies in a wheel. The whole one is its
+teacher, once fine-tuned. The stages are those of demo/recipe, run by training.train. Everything is kept: an interrupted story
+goes on where it was, and a finished one is only told again.
 """
 
 from __future__ import annotations
@@ -68,47 +68,60 @@ def tell(task: Task, folder: Path, console: Console, *, quick: bool = False, par
     made, told = prepare(task, folder, quick)
     console.print(told, style="dim")
 
-    def measured(name: str, title: str, what: str, ranker: Callable[[], rankers.Ranker]) -> Chapter:
-        return measure(folder, part, Chapter(name, title, what, []), made, ranker)
+    def measured(
+        name: str, title: str, what: str, ranker: Callable[[], rankers.Ranker], seconds: float = 0.0
+    ) -> Chapter:
+        return measure(folder, part, Chapter(name, title, what, [], seconds), made, ranker)
 
-    chapters = [
-        measured("bm25", "BM25", "words alone", rankers.Bm25),
-        measured("whole", "all six layers", "dense", lambda: reader(folder / "teacher")),
-        measured("start", "three of them", "the start", lambda: reader(folder / "start")),
-    ]
-    for path, (title, what) in zip(RECIPES, STAGES, strict=True):
-        made = _digest(made, path.read_text(encoding="utf-8"))
-        settings = config.load(path, TRIAL if quick else [])
+    def trained(path: Path, title: str, what: str, own: Sequence[str] = ()) -> Chapter:
+        """A stage, if it has yet to be trained, and what it is worth."""
+        settings = config.load(path, [*own, *(TRIAL if quick else [])])
         output = Path(settings.output)
         if _stale(output, made):
-            console.rule(
-                f"[bold]{title}[/]: {what}  [dim]{path.relative_to(Path(__file__).parents[1])}[/]", align="left"
-            )
+            recipe = path.relative_to(Path(__file__).parents[1])
+            console.rule(f"[bold]{title}[/]: {what}  [dim]{recipe}[/]", align="left")
             begun = time.perf_counter()
             _one_run()
             train.run(settings)
             (output / "seconds").write_text(f"{time.perf_counter() - begun:.1f}", encoding="utf-8")
             _fresh(output, made)
-        chapter = measured(path.stem, title, what, lambda output=output: reader(output / "model"))
-        chapter.seconds = float((output / "seconds").read_text(encoding="utf-8"))
-        chapters.append(chapter)
+        seconds = float((output / "seconds").read_text(encoding="utf-8"))
+        return measured(output.name, title, what, lambda: reader(output / "model"), seconds)
+
+    chapters = [
+        measured("bm25", "BM25", "words alone", rankers.Bm25),
+        measured("whole", "all six layers", "dense", lambda: reader(folder / "whole")),
+    ]
+    # The teacher is the whole encoder after stage 2 alone: a student learns little from one that knows less than itself.
+    made = _digest(made, RECIPES[1].read_text(encoding="utf-8"))
+    own = [f"model.base={folder / 'whole'}", f"output={folder / 'teacher'}"]
+    chapters.append(trained(RECIPES[1], "all six, tuned", "the teacher", own))
+    taught = folder / "taught"
+    if _stale(taught, made):
+        ask_teacher(folder / "teacher" / "model", folder / "data" / "train", taught)
+        _fresh(taught, made)
+    chapters.append(measured("start", "three of them", "the start", lambda: reader(folder / "start")))
+    for path, (title, what) in zip(RECIPES, STAGES, strict=True):
+        made = _digest(made, path.read_text(encoding="utf-8"))
+        chapters.append(trained(path, title, what))
     return chapters
 
 
 def prepare(task: Task, folder: Path, quick: bool) -> tuple[str, str]:
-    """What the stages start from: the entries, the student and its teacher, hard negatives and the teacher's scores.
+    """What the stages start from: the entries, hard negatives, the student and the whole encoder.
 
     Returns a digest of it all, and a sentence about it.
     """
-    data, counts = folder / "data", folder / "data" / "counts.json"
+    data, whole = folder / "data", folder / "whole"
     made = _digest(FORMAT, LAYERS, TAUGHT, NEGATIVES, DENSE, task, quick)
-    for place, layers, length in ((folder / "start", LAYERS, READ), (folder / "teacher", range(6), TAUGHT)):
+    for place, layers, length in ((folder / "start", LAYERS, READ), (whole, range(6), TAUGHT)):
         if _stale(place, made):
             cut(place, layers, length)
             _fresh(place, made)
+    counts = data / "counts.json"
     if _stale(data, made):
         counts.write_text(json.dumps(held_out.write(task, data)), encoding="utf-8")
-        ask_teacher(folder / "teacher", data)
+        mine.mine(str(data / "train"), str(whole), data / "mined.jsonl", negatives=NEGATIVES)
         _fresh(data, made)
     found = json.loads(counts.read_text(encoding="utf-8"))
     return made, (
@@ -117,16 +130,16 @@ def prepare(task: Task, folder: Path, quick: bool) -> tuple[str, str]:
     )
 
 
-def ask_teacher(teacher: Path, data: Path) -> None:
-    """What the stages want of it: hard negatives, its vectors of all texts, and its scores of all pairs with BM25's."""
-    task = read_beir(data / "train", "train")
+def ask_teacher(teacher: Path, corpus: Path, out: Path) -> None:
+    """What stages 3 and 4 want of it: its vectors of all texts, and its scores of all pairs, joined with BM25's."""
+    task = read_beir(corpus, "train")
     dense = rankers.Dense(str(teacher))
+    dense.model.max_seq_length = TAUGHT
     dense.index(list(task.documents.values()))
     queries = dense.model.encode_query([task.queries[each] for each in task.qrels], normalize_embeddings=True)
-    np.save(data / "teacher.npy", np.concatenate([queries, dense.vectors]).astype(np.float16))
-    mine.mine(str(data / "train"), str(teacher), data / "mined.jsonl", negatives=NEGATIVES)
-    if not (data / "taught").exists():
-        teach.teach(str(data / "train"), f"fusion:{teacher}:{DENSE}", data / "taught")
+    np.save(out / "vectors.npy", np.concatenate([queries, dense.vectors]).astype(np.float16))
+    if not (out / "scores").exists():
+        teach.teach(str(corpus), f"fusion:{teacher}:{DENSE}", out / "scores")
 
 
 def cut(folder: Path, kept: Sequence[int], length: int) -> None:

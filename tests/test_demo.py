@@ -373,12 +373,14 @@ def test_a_folder_made_from_something_else_is_made_again(tmp_path):
 
 
 @needs_training
-def test_a_trained_checkpoint_tells_where_its_vectors_stand(tmp_path):
+@pytest.mark.parametrize("prefix", [None, ""])
+def test_a_trained_checkpoint_tells_where_its_vectors_stand(tmp_path, prefix):
     """What training saves, as the command line loads it: a span a vector, prefix and punctuation accounted for."""
     tiny = pytest.importorskip("tiny")
     from training import config, model
 
     wanted = config.Model(base=str(tiny.encoder(tmp_path / "base")), dimension=16, document_length=24)
+    wanted.query_prefix = wanted.document_prefix = prefix
     trained = model.create(wanted, "colbert").eval()
     trained.save(tmp_path / "model")
     encoder = encoders.load_encoder(str(tmp_path / "model"), 24)
