@@ -7,6 +7,9 @@ BUILD ?= build/dev
 #   make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 
+# Builds of torch for a CPU come without Triton; the GPU kernels are compiled and interpreted with this one then.
+TRITON ?= "triton==3.6.0; sys_platform == 'linux' and platform_machine == 'x86_64'"
+
 FUZZ_SECONDS ?= 600
 MKDOCS ?= build
 
@@ -94,6 +97,7 @@ $(BIN)/.base: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade pip
 	$(PIP) install $(TORCH)
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install $(TRITON)
 	$(PIP) install "setuptools>=77" cmake ninja pybind11
 	EDGECOLBERT_BUILD=0 $(PIP) install --no-build-isolation --editable .
 	@touch $@

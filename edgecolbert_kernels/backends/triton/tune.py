@@ -49,6 +49,7 @@ def problems(dim: int, dtype: torch.dtype) -> Iterator[tuple[str, str, int, Call
             yield kernel, key, columns, partial(scoring.forward, Q, D, *rest, kernel == "score_argmax")
         if columns == max(SHAPES):
             scores, argmax = scoring.forward(Q, D, *rest, True)
+            assert argmax is not None
             width = sum(config.shared_pieces(dim, False)[:3])
             for kernel, tokens in (("documents", QUERY_TOKENS), ("queries", 16)):
                 key = config.key(kernel, capability, bits if kernel == "documents" else 16, width, tokens)
