@@ -36,7 +36,7 @@ train: $(BIN)/.train module  ## one stage of training (CONFIG=training/configs/N
 bench: $(BIN)/.bench module  ## all benchmarks and the numbers to reach (BENCH="--pylate PYTHON" for PyLate's as well)
 	$(BIN)/python -m benchmarks.all $(BENCH)
 
-bench-quick: $(BIN)/.bench module  ## the main benchmarks in under 3 minutes; leaves the committed results alone
+bench-quick: $(BIN)/.bench module  ## the main benchmarks, briefly; leaves the committed results alone
 	$(BIN)/python -m benchmarks.all --quick $(BENCH)
 
 docs: $(BIN)/.docs  ## the pages in build/site, every link checked (MKDOCS=serve to watch them)

@@ -7,7 +7,7 @@ import time
 
 from benchmarks import suite
 
-# In quick runs, the first; together they take under 3 minutes.
+# In quick runs, the first.
 QUICK = ("rerank", "batch", "layouts", "training", "losses", "packing", "overhead")
 SLOWER = ("threads", "isa", "scaling", "dtypes", "peers", "gradcache", "storage", "st_maxsim", "search")
 PYLATE = ("pylate_rerank", "pylate_step")
@@ -15,7 +15,7 @@ PYLATE = ("pylate_rerank", "pylate_step")
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.all")
-    parser.add_argument("--quick", action="store_true", help="the main suites, fewer rounds: under 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="the main suites, fewer rounds")
     parser.add_argument("--pylate", metavar="PYTHON", help="interpreter with PyLate 1.6: its suites as well")
     parser.add_argument("--only", nargs="+", metavar="SUITE", help="these alone")
     options = parser.parse_args()

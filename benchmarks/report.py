@@ -243,8 +243,8 @@ INTRODUCTION = """\
 
 <!-- Written by python -m benchmarks.report from benchmarks/results: run it again instead of changing this page. -->
 
-    make bench          # every suite, under 30 minutes
-    make bench-quick    # the main ones, under 3 minutes; no committed result changes
+    make bench          # every suite
+    make bench-quick    # the main ones, briefly; no committed result changes
 
 Contenders take turns in one process, each is checked against float64 before it is timed, and the peaks are measured in the
 same rounds; a ratio is the median over rounds of two times of one round. The numbers are p50 (p20 to p80). The machines were
