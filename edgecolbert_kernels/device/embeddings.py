@@ -26,6 +26,10 @@ class Packed(NamedTuple):
     offsets: Tensor  # int64 [N + 1], from 0 to T
     scales: Tensor | None  # float32 [N], for int8 and float8_e4m3fn
 
+    def to(self, device: torch.device) -> Packed:
+        scales = None if self.scales is None else self.scales.to(device)
+        return Packed(self.tokens.to(device), self.offsets.to(device), scales)
+
 
 class DeviceEmbeddings(Stored):
     """Token vectors of N documents, `[T, d]` without padding, on an accelerator: `maxsim`, `maxsim_indexed` and `search`
@@ -154,8 +158,7 @@ class DeviceEmbeddings(Stored):
                 return self.cpu()
             if device == self.device:
                 return self
-            moved = (None if each is None else each.to(device) for each in self.arrays)
-            return DeviceEmbeddings(Packed(*moved), self._starts, self.ids, self._host)
+            return DeviceEmbeddings(self.arrays.to(device), self._starts, self.ids, self._host)
         storage = dtypes.name(where)
         if storage == self.dtype:
             return self

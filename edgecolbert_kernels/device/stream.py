@@ -41,10 +41,7 @@ def blocks(documents: Any, device: torch.device, most_tokens: int | None = None)
     ranges = list(cuts(starts, most))
     if device.type != "cuda":
         for begin, end in ranges:
-            yield (
-                slice(begin, end),
-                Packed(*(None if x is None else x.to(device) for x in _host(documents, begin, end))),
-            )
+            yield slice(begin, end), _host(documents, begin, end).to(device)
         return
     if not ranges:
         return
