@@ -58,18 +58,18 @@ def score_pairs(
         checks.same_shape("query_index", query.shape, "document_index", document.shape)
         return score_block(documents.arrays, Q, q_mask, None, options, out_dtype, (query, document))
 
-    queries, named = (
+    of_query, of_document = (
         tensors.integers(name, each, Q).cpu().numpy()
         for name, each in (("query_index", query_index), ("document_index", document_index))
     )
-    checks.same_shape("query_index", queries.shape, "document_index", named.shape)
-    checks.index("document_index", named, len(documents))
-    used, place = np.unique(named, return_inverse=True)
+    checks.same_shape("query_index", of_query.shape, "document_index", of_document.shape)
+    checks.index("document_index", of_document, len(documents))
+    used, place = np.unique(of_document, return_inverse=True)
     order = np.argsort(place, kind="stable")
     ordered, found = place[order], []
     for part, block in blocks(documents[used], Q, options):
         where = order[np.searchsorted(ordered, part.start) : np.searchsorted(ordered, part.stop)]
-        index = on_device(queries[where], Q.device), on_device(place[where] - part.start, Q.device)
+        index = on_device(of_query[where], Q.device), on_device(place[where] - part.start, Q.device)
         found.append(score_block(block, Q, q_mask, None, options, out_dtype, index))
     if not found:
         return Q.new_zeros(0, dtype=torch.float32 if out_dtype is None else out_dtype)
