@@ -423,7 +423,9 @@ def test_candidates_of_every_query(name):
         value_and_gradients(reference.distillation_loss, *shared, dtype=dtype, grad=grad, **OPTIONS[name])
         for dtype in (torch.float64, torch.float32)
     )
-    assert_as_near(value_and_gradients(ek.distillation_loss, *shared, grad=grad, **OPTIONS[name]), exact, plain, of=0.1)
+    found = value_and_gradients(ek.distillation_loss, *shared, grad=grad, **OPTIONS[name])
+    # z-scores divide the rounding of these scores, which lie close together, by their small deviation.
+    assert_as_near(found, exact, plain, roundings=160 if "z-scores" in name else 32, of=0.1)
 
 
 @pytest.mark.parametrize("name", MISTAKES)
