@@ -71,7 +71,7 @@ def test_gradcache_signature():
 
 # Positional names, a star before the keyword-only ones, a question mark after what has a default.
 OTHERS = {
-    "pack": "hidden mask? weight? bias? * normalize? dtype?",
+    "pack": "hidden mask? weight? bias? * normalize? dtype? device?",
     "search": "Q documents k * q_mask? precision? candidates? filter? ids?",
     "PackedWriter": "folder * dim? dtype?",
     "PackedWriter.append": "self documents ids?",

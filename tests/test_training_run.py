@@ -94,8 +94,8 @@ def test_every_configuration_runs_two_steps(place, tmp_path, monkeypatch, path):
     raw = tomllib.loads(path.read_text())
     # The encoder here is narrower, and the hub is out of reach.
     if "head" in raw["model"]:
-        small += ["model.head.widths=[64, 48]" if len(raw["model"]["head"]["widths"]) > 1 else "model.head.widths=[48]"]
-        small += ["model.head.widths=[16]", "model.dimension=16"] if len(raw["model"]["head"]["widths"]) == 1 else []
+        widths = "[64, 16]" if len(raw["model"]["head"]["widths"]) > 1 else "[16]"
+        small += [f"model.head.widths={widths}", "model.dimension=16"]
     if raw["model"].get("freeze"):
         small += ["model.freeze=1"]
     if raw["model"].get("random"):
