@@ -24,9 +24,11 @@ macro(edgecolbert_isa name flags probe)
     set(target edgecolbert_isa_${name})
     add_library(${target} OBJECT csrc/cpu/isa/${name}.cpp)
     separate_arguments(flag_list UNIX_COMMAND "${flags}")
-    # Nothing here throws, and the tables of exceptions would bring a weak symbol. errno and floating-point traps are never looked at. Not -ffast-math: NaN, Inf and signed zeros keep their meaning.
+    # Nothing here throws, and the tables of exceptions would bring a weak symbol. errno and floating-point traps are never
+    # looked at. Not -ffast-math: NaN, Inf and signed zeros keep their meaning.
     # Aligned functions keep the place of a hot loop, and so its speed, independent of the code before it.
-    target_compile_options(${target} PRIVATE ${flag_list} -fno-exceptions -fno-math-errno -fno-trapping-math -falign-functions=64)
+    target_compile_options(${target} PRIVATE ${flag_list}
+        -fno-exceptions -fno-math-errno -fno-trapping-math -falign-functions=64)
     if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
       # gcc's own AVX-512 intrinsics start from a deliberately undefined register (gcc bug 105593).
       target_compile_options(${target} PRIVATE -Wno-uninitialized -Wno-maybe-uninitialized)
