@@ -73,7 +73,7 @@ def test_a_kd_step_has_the_gradients_of_pylates_formula(folder, mini_batch):
     )
     expected.backward()
     assert value == pytest.approx(expected.item(), rel=1e-5)
-    assert apart(found, [p.grad for p in built.model.parameters() if p.grad is not None]) < 1e-5
+    assert apart(found, [p.grad for p in built.model.parameters() if p.grad is not None]) < 5e-5
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_chunks_have_the_gradients_of_the_whole_batch(folder, stage, loss):
     whole, expected = gradients(built, batch, 1000)
     value, found = gradients(built, batch, 3)
     assert value == pytest.approx(whole, rel=1e-5)
-    assert apart(found, expected) < 1e-5
+    assert apart(found, expected) < 5e-5
 
 
 def test_the_contrastive_loss_is_cross_entropy_over_the_batch(folder):
@@ -125,7 +125,7 @@ def test_distillation_to_any_dimension(folder, stella):
     whole, expected = gradients(built, batch, 1000)
     value, found = gradients(built, batch, 3)
     assert value == pytest.approx(whole, rel=1e-5)
-    assert apart(found, expected) < 1e-5
+    assert apart(found, expected) < 5e-5
     if not stella:
         with torch.no_grad():
             given = F.normalize(
