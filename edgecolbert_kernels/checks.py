@@ -182,6 +182,12 @@ def mask_list(name: str, seen: object, of: str, count: int) -> None:
         raise ValueError(f"{name} has {len(seen)} entries; want {count}, one for each of {of}")
 
 
+def on_accelerator(X: Any) -> bool:
+    """Whether an array, or the first of a list, lies on a device other than the CPU."""
+    first = X[0] if isinstance(X, (list, tuple)) and X else X
+    return getattr(getattr(first, "device", None), "type", "cpu") != "cpu"
+
+
 def same_device(name: str, seen: object, wanted: object, of: str = "Q") -> None:
     if seen != wanted:
         raise ValueError(f"{name} is on {seen}; want {wanted}, the device of {of}")

@@ -52,7 +52,7 @@ def pack(
         TypeError: an argument is not an array or has a dtype other than those.
         ValueError: a shape does not fit, or a value is too large for `dtype`.
     """
-    if _on_accelerator(hidden):
+    if checks.on_accelerator(hidden):
         return _pack_there(hidden, mask, weight, bias, normalize, dtype, device)
     if device is not None:
         return pack(hidden, mask, weight, bias, normalize=normalize, dtype="float32").to(device).to(dtype)
@@ -85,11 +85,6 @@ def pack(
         if scales is not None:
             scales[begin:end] = found
     return PackedEmbeddings.from_arrays(tokens, offsets, scales)
-
-
-def _on_accelerator(hidden: Any) -> bool:
-    first = hidden[0] if isinstance(hidden, (list, tuple)) and hidden else hidden
-    return getattr(getattr(first, "device", None), "type", "cpu") != "cpu"
 
 
 def _pack_there(hidden: Any, mask: Any, weight: Any, bias: Any, normalize: bool, dtype: Any, device: Any) -> Any:

@@ -80,7 +80,7 @@ def search(
     if single:
         Q, q_mask = Q[None], None if q_mask is None else q_mask[None]
     allowed = _allowed(packed, filter, ids)
-    if packed.device is not None or _on_accelerator(Q):
+    if packed.device is not None or checks.on_accelerator(Q):
         scores, indices = _search_there(Q, packed, k, q_mask, candidates, allowed)
         return (scores[0], indices[0]) if single else (scores, indices)
     found = _Best(len(Q), k)
@@ -297,7 +297,7 @@ class _Best:
 def _packed(documents: Any) -> Any:
     if isinstance(documents, Stored):
         return documents
-    if _on_accelerator(documents):
+    if checks.on_accelerator(documents):
         return _packed_there(documents)
     if isinstance(documents, (list, tuple)):
         names = {dtypes.matrix(f"documents[{n}]", each)[1] for n, each in enumerate(documents)}
@@ -317,11 +317,6 @@ def _allowed(documents: Any, filter: Any, ids: Iterable[Any] | None) -> Array | 
         named = np.unique(np.array([documents.position(name) for name in ids], np.int64))
         allowed = named if allowed is None else np.intersect1d(allowed, named, assume_unique=True)
     return allowed
-
-
-def _on_accelerator(X: Any) -> bool:
-    first = X[0] if isinstance(X, (list, tuple)) and X else X
-    return getattr(getattr(first, "device", None), "type", "cpu") != "cpu"
 
 
 def _packed_there(documents: Any) -> Any:

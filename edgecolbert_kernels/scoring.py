@@ -281,7 +281,7 @@ def _score_stored(Q: Any, D: Stored, q_mask: Any, d_mask: Any, options: Options,
     if d_mask is not None:
         raise checks.stored_mask()
     xp = _side(Q)
-    if D.device is not None or _on_accelerator(Q):
+    if D.device is not None or checks.on_accelerator(Q):
         Q, q_mask, cu_q = _packed(xp, *_read(xp, "Q", Q, q_mask, (2, 3), QUERIES), D.nothing())
         checks.same_dim(Q.shape, (len(D), D.dim))
         return D.device_scores(Q, q_mask, cu_q, options, out_dtype)
@@ -317,7 +317,7 @@ def _score_stored_pairs(
     if d_mask is not None:
         raise checks.stored_mask()
     xp, arrays = _side(Q), _arrays
-    if D.device is not None or _on_accelerator(Q):
+    if D.device is not None or checks.on_accelerator(Q):
         Q, q_mask = _padded(xp, *_read(xp, "Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]"), D.nothing())
         checks.same_dim(Q.shape, (len(D), D.dim))
         return D.device_pair_scores(Q, query_index, document_index, q_mask, options, out_dtype)
@@ -339,11 +339,6 @@ def _score_stored_pairs(
         scores.append(xp.score(Q, xp.stored(tokens), q_mask, None, None, *integers, *options, out_dtype))
         places.append(where)
     return xp.join(scores)[arrays.inverse(places)]
-
-
-def _on_accelerator(Q: Any) -> bool:
-    first = Q[0] if isinstance(Q, (list, tuple)) and Q else Q
-    return getattr(getattr(first, "device", None), "type", "cpu") != "cpu"
 
 
 def _array(xp: Any, name: str, X: Any, mask: Any, ranks: tuple[int, ...], wanted: str) -> tuple[Array, Array]:

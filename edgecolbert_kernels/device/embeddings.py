@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edgecolbert_kernels import checks
 from edgecolbert_kernels.device import dtypes, packing
-from edgecolbert_kernels.scoring import Stored
+from edgecolbert_kernels.device.documents import Documents
 
 Id = str | int
 
@@ -31,7 +31,7 @@ class Packed(NamedTuple):
         return Packed(self.tokens.to(device), self.offsets.to(device), scales)
 
 
-class DeviceEmbeddings(Stored):
+class DeviceEmbeddings(Documents):
     """Token vectors of N documents, `[T, d]` without padding, on an accelerator: `maxsim`, `maxsim_indexed` and `search`
     take it as D, with queries on the same device.
 
@@ -184,35 +184,11 @@ class DeviceEmbeddings(Stored):
         """On the current CUDA device, where it is not on one already."""
         return self if self.device.type == "cuda" else self.to("cuda")
 
-    def indices_of(self, key: Any) -> np.ndarray:
-        """Integers from 0 to N - 1, or a bool mask, as integers on the host."""
-        index = np.asarray(key.cpu() if hasattr(key, "cpu") else key)
-        if index.dtype == bool:
-            if index.shape != (len(self),):
-                raise checks.wrong_shape("the mask", index.shape, f"[{len(self)}]")
-            return np.flatnonzero(index)
-        index = index.astype(np.int64) if not index.size else index
-        if index.dtype.kind not in "iu":
-            raise checks.wrong_dtype("the index", index.dtype, f"bool or {checks.INTEGERS}")
-        index = index.reshape(-1).astype(np.int64)
-        checks.index("the index", index, len(self))
-        return index
-
     # What `scoring` asks
 
     def nothing(self) -> Tensor:
         dtype = torch.float32 if self.scales is not None else self.tokens.dtype
         return torch.empty(0, self.dim, dtype=dtype, device=self.device)
-
-    def device_scores(self, *arguments: Any) -> Tensor:
-        from edgecolbert_kernels.device import scores
-
-        return scores.score(self, *arguments)
-
-    def device_pair_scores(self, *arguments: Any) -> Tensor:
-        from edgecolbert_kernels.device import scores
-
-        return scores.score_pairs(self, *arguments)
 
     def blocks_on(
         self, device: torch.device, tokens: int | None = None, documents: int | None = None
@@ -277,11 +253,15 @@ def from_device(tokens: Tensor, offsets: Tensor, scales: Tensor | None, host: Ca
 
 def from_host(documents: Any, device: torch.device, host: Callable[..., Any]) -> DeviceEmbeddings:
     """A copy of the documents of a PackedEmbeddings on a device."""
+    arrays = on_host(documents)
+    return DeviceEmbeddings(arrays.to(device), arrays.offsets.numpy(), documents.ids, host)
+
+
+def on_host(documents: Any) -> Packed:
+    """The documents of a PackedEmbeddings as tensors of the host, where they lie if they lie side by side."""
     tokens, offsets, scales = documents.contiguous()
-    starts = np.ascontiguousarray(offsets, np.int64)
-    arrays = Packed(
-        dtypes.from_host(np.ascontiguousarray(tokens)).to(device),
-        torch.from_numpy(starts).to(device),
-        None if scales is None else dtypes.from_host(np.ascontiguousarray(scales)).to(device),
+    return Packed(
+        dtypes.from_host(np.ascontiguousarray(tokens)),
+        dtypes.from_host(np.ascontiguousarray(offsets)),
+        None if scales is None else dtypes.from_host(np.ascontiguousarray(scales)),
     )
-    return DeviceEmbeddings(arrays, starts, documents.ids, host)

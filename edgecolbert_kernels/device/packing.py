@@ -27,12 +27,6 @@ class _Rows(NamedTuple):
     mask: Tensor | None  # bool [R]
 
 
-def applies(hidden: Any) -> bool:
-    """Whether hidden states lie on an accelerator."""
-    first = hidden[0] if isinstance(hidden, (list, tuple)) and hidden else hidden
-    return isinstance(first, Tensor) and first.device.type != "cpu"
-
-
 @torch.no_grad()
 def pack(
     hidden: Any, mask: Any, weight: Any, bias: Any, normalize: bool, dtype: str

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, cuda
 
 from edgecolbert_kernels.device import dtypes
-from edgecolbert_kernels.device.embeddings import Packed
+from edgecolbert_kernels.device.embeddings import Packed, on_host
 from edgecolbert_kernels.device.packing import cuts
 
 BLOCK_BYTES = 1 << 26
@@ -41,7 +41,7 @@ def blocks(documents: Any, device: torch.device, most_tokens: int | None = None)
     ranges = list(cuts(starts, most))
     if device.type != "cuda":
         for begin, end in ranges:
-            yield slice(begin, end), _host(documents, begin, end).to(device)
+            yield slice(begin, end), on_host(documents[begin:end]).to(device)
         return
     if not ranges:
         return
@@ -52,7 +52,7 @@ def blocks(documents: Any, device: torch.device, most_tokens: int | None = None)
     places = [_Place(largest, device) for _ in range(min(PLACES, len(ranges)))]
     for number, (begin, end) in enumerate(ranges):
         place = places[number % len(places)]
-        sent = place.send(_host(documents, begin, end), copier)
+        sent = place.send(on_host(documents[begin:end]), copier)
         cuda.current_stream(device).wait_event(place.copied)
         yield slice(begin, end), sent
         place.used.record(cuda.current_stream(device))
@@ -87,16 +87,6 @@ class _Place:
 def transfer(source: Tensor, target: Tensor) -> None:
     """On the current stream."""
     target.copy_(source, non_blocking=True)
-
-
-def _host(documents: Any, begin: int, end: int) -> Packed:
-    """Some documents as tensors of the host, where they lie if they lie side by side."""
-    tokens, offsets, scales = documents[begin:end].contiguous()
-    return Packed(
-        dtypes.from_host(np.ascontiguousarray(tokens)),
-        dtypes.from_host(np.ascontiguousarray(offsets)),
-        None if scales is None else dtypes.from_host(np.ascontiguousarray(scales)),
-    )
 
 
 def _sizes(row: int, tokens: int, documents: int) -> list[int]:

@@ -277,20 +277,6 @@ class PackedEmbeddings(PackedTokens):
 
         return embeddings.from_host(self, device, PackedEmbeddings)
 
-    def indices_of(self, key: Any) -> Array:
-        """Integers from 0 to N - 1, or a bool mask, as integers."""
-        index = np.asarray(key.cpu() if hasattr(key, "cpu") else key)
-        if index.dtype == bool:
-            if index.shape != (len(self),):
-                raise checks.wrong_shape("the mask", index.shape, f"[{len(self)}]")
-            return np.flatnonzero(index)
-        index = index.astype(np.int64) if not index.size else index
-        if index.dtype.kind not in "iu":
-            raise checks.wrong_dtype("the index", index.dtype, f"bool or {checks.INTEGERS}")
-        index = index.reshape(-1).astype(np.int64)
-        checks.index("the index", index, len(self))
-        return index
-
     def _sliced(self, start: int, stop: int) -> PackedEmbeddings:
         scales = None if self._scales is None else self._scales[start:stop]
         ids = None if self._ids is None else self._ids[start:stop]

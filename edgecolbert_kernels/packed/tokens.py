@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from edgecolbert_kernels import dtypes
-from edgecolbert_kernels.scoring import Stored
+from edgecolbert_kernels.device.documents import Documents
 
 Array = np.ndarray
 
@@ -18,7 +18,7 @@ BLOCK_BYTES = 1 << 25
 RUN_DOCUMENTS = 256
 
 
-class PackedTokens(Stored):
+class PackedTokens(Documents):
     """Token vectors of N documents: all of a storage, a range of it, or chosen ones."""
 
     __slots__ = ("_dtype", "_norms", "_offsets", "_rows", "_scales", "_tokens")
@@ -109,16 +109,6 @@ class PackedTokens(Stored):
         for begin, end in part.cuts():
             where = order[np.searchsorted(ordered, begin) : np.searchsorted(ordered, end)]
             yield where, *part.floats(begin, end), index[where] - begin
-
-    def device_scores(self, *arguments: Any) -> Any:
-        from edgecolbert_kernels.device import scores
-
-        return scores.score(self, *arguments)
-
-    def device_pair_scores(self, *arguments: Any) -> Any:
-        from edgecolbert_kernels.device import scores
-
-        return scores.score_pairs(self, *arguments)
 
     def token_norms(self) -> Array:
         """float32 `[N]`: at least the largest Euclidean norm of a token of each document. Kept once it is known."""

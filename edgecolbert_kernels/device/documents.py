@@ -1,0 +1,40 @@
+"""What stored documents of the host and of a device share. Without torch, until queries on a device arrive."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from edgecolbert_kernels import checks
+from edgecolbert_kernels.scoring import Stored
+
+
+class Documents(Stored):
+    """Stored documents that are chosen by index or mask, and scored on a device."""
+
+    __slots__ = ()
+
+    def indices_of(self, key: Any) -> np.ndarray:
+        """Integers from 0 to N - 1, or a bool mask, as int64 integers on the host."""
+        index = np.asarray(key.cpu() if hasattr(key, "cpu") else key)
+        if index.dtype == bool:
+            if index.shape != (len(self),):
+                raise checks.wrong_shape("the mask", index.shape, f"[{len(self)}]")
+            return np.flatnonzero(index)
+        index = index.astype(np.int64) if not index.size else index
+        if index.dtype.kind not in "iu":
+            raise checks.wrong_dtype("the index", index.dtype, f"bool or {checks.INTEGERS}")
+        index = index.reshape(-1).astype(np.int64)
+        checks.index("the index", index, len(self))
+        return index
+
+    def device_scores(self, *arguments: Any) -> Any:
+        from edgecolbert_kernels.device import scores
+
+        return scores.score(self, *arguments)
+
+    def device_pair_scores(self, *arguments: Any) -> Any:
+        from edgecolbert_kernels.device import scores
+
+        return scores.score_pairs(self, *arguments)
