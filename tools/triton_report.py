@@ -34,6 +34,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}
 KNOWN_SPILLS = {
     ("128 queries, d 48, documents masked", "score", 80): 8,
     ("backward, d 48, fp32", "queries", 80): 24,
+    ("backward, packed, masked, d 48", "documents", 80): 136,
 }
 INSTRUCTION = {80: "HMMA", 90: "HGMMA"}
 HMMA, HGMMA = re.compile(r"\bHMMA\.(\d+)"), re.compile(r"\bHGMMA\.64x(\d+)x16")
@@ -156,10 +157,13 @@ def calls() -> Iterator[tuple[str, int | None, Callable[[], object]]]:
     yield "chosen pairs, d 48", 48, score(empty(128, 32, 48), empty(128, 180, 48), None, None, None, None, index, index)
     yield "32 queries, d 768", 768, score(empty(32, 32, 768), empty(128, 180, 768))
 
-    def gradient(dim: int, dtype: torch.dtype, normalize: bool = False) -> Callable[[], object]:
+    def gradient(dim: int, dtype: torch.dtype, normalize: bool = False, varlen: bool = False) -> Callable[[], object]:
         Q, D, grad = empty(128, 32, dim, dtype=dtype), empty(128, 180, dim, dtype=dtype), empty(128, 128, dtype=single)
-        argmax = empty(128 * 128 * 32, dtype=torch.int16)
-        batch = (None,) * 6
+        argmax = empty(128 * 128 * 32, dtype=torch.int32 if varlen else torch.int16)
+        batch: tuple[torch.Tensor | None, ...] = (None,) * 6
+        if varlen:
+            Q, D = Q.flatten(0, 1), D.flatten(0, 1)
+            batch = mask(128 * 32), mask(128 * 180), packed(128), packed(128), None, None
         return lambda: gradients.backward(grad, Q, D, argmax, *batch, normalize, "exclude", "exact", True, True, None)
 
     def recomputed(dim: int) -> Callable[[], object]:
@@ -172,6 +176,7 @@ def calls() -> Iterator[tuple[str, int | None, Callable[[], object]]]:
     yield "backward, d 48, bf16", None, gradient(48, bf16)
     yield "backward, d 48, fp32", None, gradient(48, single)
     yield "backward, d 48, normalised", None, gradient(48, half, normalize=True)
+    yield "backward, packed, masked, d 48", None, gradient(48, half, varlen=True)
 
     def store(stored: torch.dtype) -> Callable[[], object]:
         rows, bounds = empty(9600, 48), packed(32)

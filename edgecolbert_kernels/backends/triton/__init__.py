@@ -12,8 +12,8 @@ import os
 from functools import cache
 from typing import Any
 
-from torch import Tensor
-
+# What a backend offers, by the file that has it.
+_PARTS = {"forward": "scoring", "backward": "gradients", "backward_recompute": "gradients"}
 OLDEST = (8, 0)
 # Kernels that read inside their buffers whatever boundaries, indices and argmax say.
 GUARDED = True
@@ -29,80 +29,11 @@ def supports(op: str, device: str, dtype: str) -> str | None:
     return f"the inputs are on {device} and its kernels run on a CUDA GPU"
 
 
-def forward(
-    Q: Tensor,
-    D: Tensor,
-    q_mask: Tensor | None,
-    d_mask: Tensor | None,
-    cu_q: Tensor | None,
-    cu_d: Tensor | None,
-    query_index: Tensor | None,
-    document_index: Tensor | None,
-    normalize: bool,
-    mask_mode: str,
-    precision: str,
-    with_argmax: bool,
-    scales: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """As `cpu.forward`. D may also be int8, or float8_e4m3fn, with float32 `scales` [documents] that multiply its scores."""
-    batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
-    return _part("scoring").forward(Q, D, *batch, normalize, mask_mode, precision, with_argmax, scales)
-
-
-def backward(
-    grad: Tensor,
-    Q: Tensor,
-    D: Tensor,
-    argmax: Tensor,
-    q_mask: Tensor | None,
-    d_mask: Tensor | None,
-    cu_q: Tensor | None,
-    cu_d: Tensor | None,
-    query_index: Tensor | None,
-    document_index: Tensor | None,
-    normalize: bool,
-    mask_mode: str,
-    precision: str,
-    need_queries: bool,
-    need_documents: bool,
-    sum_queries: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """As `cpu.backward`."""
-    batch: tuple[Any, ...] = q_mask, d_mask, cu_q, cu_d, query_index, document_index
-    options = normalize, mask_mode, precision
-    return _part("gradients").backward(grad, Q, D, argmax, *batch, *options, need_queries, need_documents, sum_queries)
-
-
-def backward_recompute(
-    grad: Tensor,
-    Q: Tensor,
-    D: Tensor,
-    q_mask: Tensor | None,
-    d_mask: Tensor | None,
-    cu_q: Tensor | None,
-    cu_d: Tensor | None,
-    query_index: Tensor | None,
-    document_index: Tensor | None,
-    normalize: bool,
-    mask_mode: str,
-    precision: str,
-    need_queries: bool,
-    need_documents: bool,
-    sum_queries: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """`backward` without an argmax: winners are found again, but for pairs whose gradient is 0, and the host does not wait.
-
-    Its scratch is one argmax of the documents passed, unwritten where it is not needed.
-    """
-    batch: tuple[Any, ...] = q_mask, d_mask, cu_q, cu_d, query_index, document_index
-    options = normalize, mask_mode, precision
-    argmax = _part("scoring").winners(grad, Q, D, *batch, *options)
-    return _part("gradients").backward(grad, Q, D, argmax, *batch, *options, need_queries, need_documents, sum_queries)
-
-
-@cache
-def _part(name: str) -> Any:
-    return importlib.import_module(f"{__name__}.{name}")
+def __getattr__(name: str) -> Any:
+    if name not in _PARTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_PARTS[name]}"), name)
+    return found
 
 
 @cache

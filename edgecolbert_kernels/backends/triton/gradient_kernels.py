@@ -142,9 +142,37 @@ def add_query(
 
 
 @triton.jit
-def through_norm(acc, x, inverse, along, live):
+def piece_through_norm(acc, x, inverse, along, live):
     """A piece of the gradient to x from that to x / |x|, of which `along` is the part along x / |x|."""
     return tl.where(live[:, None], (acc - x * (inverse * along)[:, None]) * inverse[:, None], 0.0)
+
+
+@triton.jit
+def through_norm(
+    acc0, acc1, acc2, ptrs, exists, DIM: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr
+):
+    """The gradient to the rows x at `ptrs` from that to x / |x|; rows without one are left alone, whatever stands there."""
+    x0 = read(ptrs, exists, 0, C0, DIM, True, C0 <= DIM).to(tl.float32)
+    squares, product = tl.sum(x0 * x0, 1), tl.sum(x0 * acc0, 1)
+    live = tl.max((acc0 != 0).to(tl.int32), 1)
+    if C1 > 0:
+        x1 = read(ptrs, exists, C0, C1, DIM, True, C0 + C1 <= DIM).to(tl.float32)
+        squares += tl.sum(x1 * x1, 1)
+        product += tl.sum(x1 * acc1, 1)
+        live |= tl.max((acc1 != 0).to(tl.int32), 1)
+    if C2 > 0:
+        x2 = read(ptrs, exists, C0 + C1, C2, DIM, True, C0 + C1 + C2 <= DIM).to(tl.float32)
+        squares += tl.sum(x2 * x2, 1)
+        product += tl.sum(x2 * acc2, 1)
+        live |= tl.max((acc2 != 0).to(tl.int32), 1)
+    inverse = inverse_norm(squares)
+    along = tl.where(tl.sqrt(squares) < SMALLEST_NORM, 0.0, product * inverse)
+    acc0 = piece_through_norm(acc0, x0, inverse, along, live != 0)
+    if C1 > 0:
+        acc1 = piece_through_norm(acc1, x1, inverse, along, live != 0)
+    if C2 > 0:
+        acc2 = piece_through_norm(acc2, x2, inverse, along, live != 0)
+    return acc0, acc1, acc2
 
 
 @triton.jit
@@ -327,26 +355,7 @@ def documents(
             )  # fmt: skip
         if NORMALIZE:
             d_ptrs = d_ptr + (d_base + row * d_stride_t)
-            x0 = read(d_ptrs, exists, 0, C0, DIM, True, C0 <= DIM).to(tl.float32)
-            squares, product = tl.sum(x0 * x0, 1), tl.sum(x0 * acc0, 1)
-            live = tl.max((acc0 != 0).to(tl.int32), 1)
-            if C1 > 0:
-                x1 = read(d_ptrs, exists, C0, C1, DIM, True, C0 + C1 <= DIM).to(tl.float32)
-                squares += tl.sum(x1 * x1, 1)
-                product += tl.sum(x1 * acc1, 1)
-                live |= tl.max((acc1 != 0).to(tl.int32), 1)
-            if C2 > 0:
-                x2 = read(d_ptrs, exists, C0 + C1, C2, DIM, True, WIDTH <= DIM).to(tl.float32)
-                squares += tl.sum(x2 * x2, 1)
-                product += tl.sum(x2 * acc2, 1)
-                live |= tl.max((acc2 != 0).to(tl.int32), 1)
-            inverse = inverse_norm(squares)
-            along = tl.where(tl.sqrt(squares) < SMALLEST_NORM, 0.0, product * inverse)
-            acc0 = through_norm(acc0, x0, inverse, along, live != 0)
-            if C1 > 0:
-                acc1 = through_norm(acc1, x1, inverse, along, live != 0)
-            if C2 > 0:
-                acc2 = through_norm(acc2, x2, inverse, along, live != 0)
+            acc0, acc1, acc2 = through_norm(acc0, acc1, acc2, d_ptrs, exists, DIM, C0, C1, C2)
         out_ptrs = out_ptr + (out_base + row) * DIM
         write(out_ptrs, acc0, exists, k0, C0, DIM)
         if C1 > 0:
@@ -499,26 +508,7 @@ def queries(
         else:
             if NORMALIZE:
                 q_ptrs = q_ptr + (q_base + column * q_stride_t)
-                y0 = read(q_ptrs, exists, 0, C0, DIM, True, C0 <= DIM).to(tl.float32)
-                squares, product = tl.sum(y0 * y0, 1), tl.sum(y0 * acc0, 1)
-                any_grad = tl.max((acc0 != 0).to(tl.int32), 1)
-                if C1 > 0:
-                    y1 = read(q_ptrs, exists, C0, C1, DIM, True, C0 + C1 <= DIM).to(tl.float32)
-                    squares += tl.sum(y1 * y1, 1)
-                    product += tl.sum(y1 * acc1, 1)
-                    any_grad |= tl.max((acc1 != 0).to(tl.int32), 1)
-                if C2 > 0:
-                    y2 = read(q_ptrs, exists, C0 + C1, C2, DIM, True, WIDTH <= DIM).to(tl.float32)
-                    squares += tl.sum(y2 * y2, 1)
-                    product += tl.sum(y2 * acc2, 1)
-                    any_grad |= tl.max((acc2 != 0).to(tl.int32), 1)
-                inverse = inverse_norm(squares)
-                along = tl.where(tl.sqrt(squares) < SMALLEST_NORM, 0.0, product * inverse)
-                acc0 = through_norm(acc0, y0, inverse, along, any_grad != 0)
-                if C1 > 0:
-                    acc1 = through_norm(acc1, y1, inverse, along, any_grad != 0)
-                if C2 > 0:
-                    acc2 = through_norm(acc2, y2, inverse, along, any_grad != 0)
+                acc0, acc1, acc2 = through_norm(acc0, acc1, acc2, q_ptrs, exists, DIM, C0, C1, C2)
             write(out_ptrs, acc0, exists, k0, C0, DIM)
             if C1 > 0:
                 write(out_ptrs, acc1, exists, k0 + C0, C1, DIM)

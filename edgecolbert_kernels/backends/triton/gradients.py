@@ -12,7 +12,7 @@ from edgecolbert_kernels.backends import layout, native, torch_
 from edgecolbert_kernels.backends.triton import config
 from edgecolbert_kernels.backends.triton.gradient_kernels import FLAGS, documents, queries, unusual
 from edgecolbert_kernels.backends.triton.launch import Variant
-from edgecolbert_kernels.backends.triton.scoring import capability, products, rows, strides, tf32_allowed
+from edgecolbert_kernels.backends.triton.scoring import capability, products, rows, strides, tf32_allowed, winners
 
 _variants: dict[Any, Variant] = {}
 
@@ -43,6 +43,33 @@ def backward(
     call = _Call(grad, Q, D, argmax, d_mask, cu_q, cu_d, query_index, document_index, normalize, precision)
     grad_queries = call.queries(sum_queries) if need_queries else None
     return grad_queries, call.documents() if need_documents else None
+
+
+def backward_recompute(
+    grad: Tensor,
+    Q: Tensor,
+    D: Tensor,
+    q_mask: Tensor | None,
+    d_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_d: Tensor | None,
+    query_index: Tensor | None,
+    document_index: Tensor | None,
+    normalize: bool,
+    mask_mode: str,
+    precision: str,
+    need_queries: bool,
+    need_documents: bool,
+    sum_queries: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`backward` without an argmax: winners are found again, but for pairs whose gradient is 0, and the host does not wait.
+
+    Its scratch is one argmax of the documents passed, unwritten where it is not needed.
+    """
+    batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
+    options = normalize, mask_mode, precision
+    argmax = winners(grad, Q, D, *batch, *options)
+    return backward(grad, Q, D, argmax, *batch, *options, need_queries, need_documents, sum_queries)
 
 
 def forget() -> None:
@@ -127,10 +154,11 @@ class _Call:
     def _documents_variant(self, length: int) -> Variant:
         compute, how = products(self.Q.dtype, self.Q.dtype, self.precision, self.tf32)
         bits = 32 if compute == tl.float32 else 16
-        columns = self.Q.shape[-2] if self.cu_q is None else 32
-        width, blocks = documents_blocks(capability(self.device), bits, self.dim, self.normalize, columns, length)
+        columns = min(128, _bucket(self.Q.shape[-2] if self.cu_q is None else 32))
+        width = config.shared_pieces(self.dim, self.normalize)
+        blocks = config.blocks("documents", capability(self.device), bits, sum(width[:3]), columns)
         flags = self.d_mask is not None, self.cu_q is not None, self.cu_d is not None, self.normalize
-        constants = self.which, self.dim, *width, blocks.rows, blocks.columns, compute, how, *flags
+        constants = self.which, self.dim, *width, min(blocks.rows, length), blocks.columns, compute, how, *flags
         return Variant(documents, constants, blocks.warps, blocks.stages, (0, 1, 11, 12, 13, 14, 15, 16))
 
     def _queries_variant(self, width: tuple[int, int, int, bool], tokens: int, add: bool) -> Variant:
@@ -157,16 +185,6 @@ class _Call:
             return None, None
         found, order = index.sort(stable=True)
         return order, torch.searchsorted(found, torch.arange(count + 1, device=index.device))
-
-
-def documents_blocks(
-    capability: int, bits: int, dim: int, normalize: bool, query_length: int, document_length: int
-) -> tuple[config.Pieces, config.Blocks]:
-    """The dimensions and the tokens that a program of `documents` owns."""
-    width = config.shared_pieces(dim, normalize)
-    columns = min(128, max(16, 1 << (query_length - 1).bit_length()))
-    blocks = config.blocks("documents", capability, bits, sum(width[:3]), columns)
-    return width, blocks._replace(rows=min(blocks.rows, document_length))
 
 
 def _empty(X: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
