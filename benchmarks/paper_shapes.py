@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import machine, suite
-from benchmarks.memory import peak_bytes
+from benchmarks.memory import resident
 
 SIZES = ("17m", "32m")
 CASES = ("1", "2", "3", "4", "long")
@@ -204,7 +204,7 @@ def measure(size: str, case: str, threads: int, quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         found = long(size, Path(name), quick) if case == "long" else step(size, case, Path(name), quick)
     what = "32k document" if case == "long" else f"stage {case}"
-    return {"case": f"{size}, {what}", "threads": threads, **found, "peak_mib": peak_bytes() // 2**20}
+    return {"case": f"{size}, {what}", "threads": threads, **found, "peak_mib": resident("VmHWM") // 2**20}
 
 
 def table(found: list[dict[str, Any]]) -> str:

@@ -63,6 +63,17 @@ def figure(path: Path, width: float = 7.2, height: float = 3.4, **options: Any) 
     path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
 
 
+@contextlib.contextmanager
+def horizontal_bars(path: Path, bars: Mapping[str, float], shades: Sequence[str], label: str) -> Iterator[Any]:
+    """A figure of one bar a name, the first on top, with its value as ``label`` formats it."""
+    with figure(path, height=0.8 + 0.28 * len(bars)) as axes:
+        drawn = axes.barh(list(bars), list(bars.values()), color=shades, height=0.65)
+        axes.bar_label(drawn, [f" {label.format(value)}" for value in bars.values()], color=GREY, fontsize=8)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        yield axes
+
+
 def of(rows: Rows, suite: str, case: str | None = None) -> list[Mapping]:
     return [row for row in rows if row["suite"] == suite and case in (None, row.get("case"))]
 
@@ -82,12 +93,8 @@ def ratios(rows: Rows, path: Path) -> bool:
     if not bars:
         return False
     bars["exact"] = 1.0
-    names = sorted(bars, key=bars.__getitem__)
-    with figure(path, height=0.8 + 0.28 * len(names)) as axes:
-        drawn = axes.barh(names, [bars[name] for name in names], color=list(colors(names).values()), height=0.65)
-        axes.bar_label(drawn, [f" {bars[name]:.3g}x" for name in names], color=GREY, fontsize=8)
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
+    bars = dict(sorted(bars.items(), key=lambda bar: bar[1]))
+    with horizontal_bars(path, bars, list(colors(list(bars)).values()), "{:.3g}x") as axes:
         axes.margins(x=0.08)
         axes.set(xlabel="time over that of exact (1 query x 1000 documents x 300 tokens, d = 48, one thread)")
     return True
@@ -225,14 +232,9 @@ def memory(rows: Rows, path: Path) -> bool:
             bars[row["contender"].removesuffix(", memory") + ", a step of 64"] = row["p50"]
     if not bars:
         return False
-    names = list(bars)
-    with figure(path, height=0.8 + 0.28 * len(names)) as axes:
-        ours = ("fused", "GradCache, fused")
-        shades = [COLORS["exact"] if name.startswith(ours) else COLORS["torch eager fp32"] for name in names]
-        drawn = axes.barh(names, [bars[name] for name in names], color=shades, height=0.65)
-        axes.bar_label(drawn, [f" {bars[name]:,.0f}" for name in names], color=GREY, fontsize=8)
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
+    ours = ("fused", "GradCache, fused")
+    shades = [COLORS["exact"] if name.startswith(ours) else COLORS["torch eager fp32"] for name in bars]
+    with horizontal_bars(path, bars, shades, "{:,.0f}") as axes:
         axes.set(xscale="log", xlim=(1, 4 * max(bars.values())), xlabel="MB beside inputs and gradients")
     return True
 

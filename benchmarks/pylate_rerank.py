@@ -23,7 +23,8 @@ import torch
 
 from benchmarks import contenders, machine, suite
 from benchmarks.interleave import Contender, Samples
-from benchmarks.pylate_step import THREADS, batch, growth, model, own_process
+from benchmarks.memory import growth, own_process
+from benchmarks.pylate_step import THREADS, batch, model
 
 QUERY_LENGTH, DOCUMENTS, LENGTHS, COPIES = 32, 1000, (30, 300), 4
 DIMS = (48, 128)

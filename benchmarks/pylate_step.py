@@ -13,20 +13,18 @@ pylate==1.6.0 matplotlib` and this package.
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks import contenders, machine, suite
 from benchmarks.interleave import Contender, Samples
+from benchmarks.memory import growth, own_process
 from tests import tiny_colbert
 
 BATCHES = (8, 16, 32, 64)
@@ -92,20 +90,6 @@ def step(loss: str, library: str, size: int, alone: bool) -> Callable[[int], tup
     return call
 
 
-def resident(field: str) -> int:
-    """VmRSS, or VmHWM since it was last reset, in bytes."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
-
-
-def growth(call: Callable[[], object]) -> int:
-    """How far the resident set grows during a call, in bytes."""
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident
-    call()
-    return resident("VmHWM") - before
-
-
 def measure_memory(loss: str, library: str, alone: bool) -> None:
     """Print the growth of the resident set at each batch size, as JSON; for a process of its own."""
     machine.set_threads(THREADS)
@@ -116,15 +100,6 @@ def measure_memory(loss: str, library: str, alone: bool) -> None:
         call = step(loss, library, size, alone)
         grown[size] = growth(lambda call=call: call(0))
     print(json.dumps(grown))
-
-
-def own_process(module: str, *arguments: str) -> Any:
-    """What `python -m module --memory arguments` prints, as JSON."""
-    command = [sys.executable, "-m", module, "--memory", *arguments]
-    # Blocks go back to the system when they are freed, so that the resident set is what is in use.
-    variables = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @cache

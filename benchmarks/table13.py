@@ -32,11 +32,13 @@ import numpy as np
 import torch
 
 from benchmarks import machine, suite
+from benchmarks.memory import resident
 
 SIZES = ("17m", "32m")
 DIMS = (48, 64, 96, 128)
 QUERIES, QUERY_LENGTH, LENGTH, BATCH = 650, 32, 300, 32
 WORDS, VOCABULARY = 50_280, 50_368
+MIB = 2**20
 PYLATE_BLOCK = 16  # documents a call of colbert_scores: its similarities with 650 queries take 0.4 GB
 
 
@@ -80,12 +82,6 @@ def make_model(size: str, dim: int, folder: Path) -> Any:
         document_length=LENGTH,
     )
     return model.create(wanted, "colbert").eval()
-
-
-def resident(field: str = "VmRSS") -> float:
-    """Resident MiB of this process, now or (VmHWM) at its peak."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
 
 
 def batches(total: int, label: str) -> Iterator[range]:
@@ -138,7 +134,7 @@ def encode(folder: Path, size: str, documents: int) -> dict[str, Any]:
             tokens += int(given["score_mask"].sum())
     for writer in writers.values():
         writer.close()
-    return {"tokens": tokens, "peak_mib": resident("VmHWM"), "seconds": spent}
+    return {"tokens": tokens, "peak_mib": resident("VmHWM") / MIB, "seconds": spent}
 
 
 def score(folder: Path, dim: int) -> dict[str, Any]:
@@ -149,7 +145,7 @@ def score(folder: Path, dim: int) -> dict[str, Any]:
     # First of all, while no freed memory is there that could be used again unseen.
     before = resident()
     documents = PackedEmbeddings.load(folder / f"packed-{dim}", mmap=False)
-    memory = resident() - before
+    memory = (resident() - before) / MIB
     encoder = model.load(folder / f"model-{dim}")
     start = time.perf_counter()
     with torch.inference_mode():
@@ -170,7 +166,7 @@ def score(folder: Path, dim: int) -> dict[str, Any]:
         scores = maxsim(queries, documents, precision=precision)
         found[f"score_{precision}_s"] = time.perf_counter() - start
         assert scores.shape == (QUERIES, len(documents))
-    return {**found, "peak_mib": resident("VmHWM")}
+    return {**found, "peak_mib": resident("VmHWM") / MIB}
 
 
 def pylate(folder: Path, dim: int, documents: int) -> dict[str, Any]:
@@ -191,7 +187,7 @@ def pylate(folder: Path, dim: int, documents: int) -> dict[str, Any]:
     vectors = encoder.encode(listed, batch_size=BATCH, is_query=False, show_progress_bar=True)
     encode_seconds = time.perf_counter() - start
     gc.collect()
-    memory = resident() - before
+    memory = (resident() - before) / MIB
     Q = torch.from_numpy(np.stack(queries))
     start = time.perf_counter()
     scores = [
@@ -207,7 +203,7 @@ def pylate(folder: Path, dim: int, documents: int) -> dict[str, Any]:
         "encode_s": encode_seconds,
         "memory_mib": memory,
         "score_s": score_seconds,
-        "peak_mib": resident("VmHWM"),
+        "peak_mib": resident("VmHWM") / MIB,
         "difference": float((torch.cat(scores, 1)[:4] - ours).abs().max()),
     }
 
