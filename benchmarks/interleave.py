@@ -7,6 +7,7 @@ median of these ratios is what a row reports.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,8 @@ class Contender:
     caches. ``operations`` counts 2 per multiply-add, 0 where a rate means nothing. ``peak`` names the contender of the
     same case whose rate is the limit. A contender with ``returns_rate`` is such a limit: it times itself and returns
     a rate in ``rate_unit``. ``missing`` says why it cannot run here. ``tolerance`` stands for the case's where a contender is
-    inexact by design: its error is a column all the same.
+    inexact by design: its error is a column all the same. ``around`` makes what a call runs in; entering and leaving it is
+    not timed.
     """
 
     name: str
@@ -34,6 +36,11 @@ class Contender:
     missing: str | None = None
     tolerance: float | None = None
     rate_unit: str = "G operations/s"
+    around: Callable[[], AbstractContextManager[object]] = field(default=nullcontext, repr=False)
+
+    def once(self, turn: int) -> object:
+        with self.around():
+            return self.call(turn)
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ def interleave(
             Below 1 only for wall-clock times, which other processes lengthen.
     """
     for contender in contenders:
-        contender.call(0)
+        contender.once(0)
     values = {contender.name: np.empty(rounds) for contender in contenders}
     cpu = {contender.name: np.empty(rounds) for contender in contenders}
     waited = np.empty(rounds)
@@ -98,11 +105,12 @@ def interleave(
             if contender.returns_rate:
                 values[contender.name][turn] = contender.call(turn)
                 continue
-            cpu_start, start = time.process_time(), clock()
-            for _ in range(calls):
-                contender.call(turn)
-            values[contender.name][turn] = (clock() - start) / calls
-            cpu[contender.name][turn] = (time.process_time() - cpu_start) / calls
+            with contender.around():
+                cpu_start, start = time.process_time(), clock()
+                for _ in range(calls):
+                    contender.call(turn)
+                values[contender.name][turn] = (clock() - start) / calls
+                cpu[contender.name][turn] = (time.process_time() - cpu_start) / calls
         wall = time.perf_counter() - wall_before
         waited[turn] = (waiting_seconds() - waited_before) / wall
         progress(turn + 1, rounds)

@@ -5,8 +5,8 @@ dimensions; documents in turn so that they do not stay in the cache. Losses: the
 `benchmarks.pylate_step`, with PyLate's own classes in both contenders. Two threads, wall time.
 
 ``error`` is the largest difference of a score, or of the loss, relative. ``memory`` rows: how far the resident set of a
-process of its own grows during one call, the second. Patching and undoing it is part of every timed call; by itself it is
-the row ``patch and undo``.
+process of its own grows during one call, the second. PyLate is patched before a call and given back after it, which is not
+timed, as a program patches once; by itself it is the row ``patch and undo``.
 
 Needs an environment with PyLate 1.6, as `benchmarks.pylate_step`.
 """
@@ -15,8 +15,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from functools import lru_cache
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ LOSSES = {"Contrastive": (16, 64), "Distillation": (16, 64)}
 LIBRARIES = ("patched", "PyLate")
 
 
-def patched(library: str) -> object:
+def patched(library: str) -> AbstractContextManager[object]:
     if library == "PyLate":
         return nullcontext()
     from edgecolbert_kernels.integrations.pylate import using_pylate
@@ -55,13 +55,12 @@ def texts(dim: int) -> tuple[np.ndarray, list[list[np.ndarray]]]:
     return query, [[d.copy() for d in documents] for _ in range(COPIES)]
 
 
-def rerank(library: str, dim: int) -> Callable[[int], torch.Tensor]:
+def rerank(dim: int) -> Callable[[int], torch.Tensor]:
     from pylate import rank
 
     def call(turn: int) -> torch.Tensor:
         query, copies = texts(dim)
-        with patched(library):
-            rows = rank.rerank([[*range(DOCUMENTS)]], [query], [copies[turn % COPIES]])[0]
+        rows = rank.rerank([[*range(DOCUMENTS)]], [query], [copies[turn % COPIES]])[0]
         scores = torch.empty(DOCUMENTS)
         scores[torch.tensor([row["id"] for row in rows])] = torch.tensor([row["score"] for row in rows])
         return scores
@@ -69,7 +68,7 @@ def rerank(library: str, dim: int) -> Callable[[int], torch.Tensor]:
     return call
 
 
-def step(library: str, loss: str, size: int) -> Callable[[int], torch.Tensor]:
+def step(loss: str, size: int) -> Callable[[int], torch.Tensor]:
     from pylate import losses
 
     module = getattr(losses, loss)(model())
@@ -78,15 +77,14 @@ def step(library: str, loss: str, size: int) -> Callable[[int], torch.Tensor]:
         features, teacher = batch(loss, size)
         torch.manual_seed(turn)
         module.zero_grad()
-        with patched(library):
-            value = module([dict(each) for each in features], teacher)
-            value.backward()
+        value = module([dict(each) for each in features], teacher)
+        value.backward()
         return value.detach()
 
     return call
 
 
-def scores_only(library: str, loss: str, size: int) -> Callable[[int], torch.Tensor]:
+def scores_only(loss: str, size: int) -> Callable[[int], torch.Tensor]:
     """The loss from the embeddings on: what the patch can change."""
     from pylate import scores
 
@@ -98,15 +96,15 @@ def scores_only(library: str, loss: str, size: int) -> Callable[[int], torch.Ten
 
     def call(turn: int) -> torch.Tensor:
         q, d = Q.clone().requires_grad_(), D.clone().requires_grad_()
-        with patched(library):
-            if loss == "Distillation":
-                kept = mask.unflatten(0, (size, -1))
-                scored = scores.colbert_kd_scores(q, d.unflatten(0, (size, -1)), documents_mask=kept)
-                value = torch.nn.functional.kl_div(scored.log_softmax(1), teacher.log_softmax(1), log_target=True)
-            else:
-                scored = scores.ColBERTScores()(q, d[:, None], documents_mask=mask[:, None])
-                value = torch.nn.functional.cross_entropy(scored, torch.arange(size))
-            value.backward()
+        if loss == "Distillation":
+            kept = mask.unflatten(0, (size, -1))
+            scored = scores.colbert_kd_scores(q, d.unflatten(0, (size, -1)), documents_mask=kept)
+            log_probabilities = scored.log_softmax(1), teacher.log_softmax(1)
+            value = torch.nn.functional.kl_div(*log_probabilities, reduction="batchmean", log_target=True)
+        else:
+            scored = scores.ColBERTScores()(q, d[:, None], documents_mask=mask[:, None])
+            value = torch.nn.functional.cross_entropy(scored, torch.arange(size))
+        value.backward()
         return value.detach()
 
     return call
@@ -120,7 +118,7 @@ KINDS = {"rerank": rerank, "step": step, "scores": scores_only}
 
 
 def case(name: str, kind: str, *arguments: object, rounds: tuple[int, int]) -> suite.Case:
-    calls = {library: KINDS[kind](library, *arguments) for library in LIBRARIES}
+    call = KINDS[kind](*arguments)
 
     def memory(_samples: Samples) -> list[dict]:
         rows = []
@@ -132,12 +130,12 @@ def case(name: str, kind: str, *arguments: object, rounds: tuple[int, int]) -> s
     return suite.Case(
         name=name,
         parameters={"pylate": machine.version("pylate")},
-        contenders=[Contender(library, calls[library]) for library in LIBRARIES],
+        contenders=[Contender(library, call, around=partial(patched, library)) for library in LIBRARIES],
         references=("patched",),
         rounds=rounds,
         clock=time.perf_counter,
         threads=THREADS,
-        expected=lambda: calls["PyLate"](0),
+        expected=lambda: call(0),
         error=relative,
         tolerance=1e-4,
         derive=memory,
@@ -147,9 +145,10 @@ def case(name: str, kind: str, *arguments: object, rounds: tuple[int, int]) -> s
 def measure_memory(kind: str, library: str, *arguments: str) -> None:
     """Print the growth of the resident set, as JSON; for a process of its own."""
     machine.set_threads(THREADS)
-    call = KINDS[kind](library, *(int(each) if each.isdigit() else each for each in arguments))
-    call(0)
-    print(json.dumps(growth(lambda: call(0))))
+    call = KINDS[kind](*(int(each) if each.isdigit() else each for each in arguments))
+    with patched(library):
+        call(0)
+        print(json.dumps(growth(lambda: call(0))))
 
 
 def cases() -> Iterator[suite.Case]:

@@ -59,7 +59,7 @@ def check(case: Case, contenders: Sequence[Contender]) -> dict[str, float]:
     """The error of every contender; one above its tolerance ends the run."""
     expected = case.expected()
     errors = {
-        contender.name: case.error(contender.call(0), expected)
+        contender.name: case.error(contender.once(0), expected)
         for contender in contenders
         if not contender.returns_rate
     }

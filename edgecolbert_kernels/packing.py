@@ -17,6 +17,8 @@ Block = tuple[tuple[int, int], list[Any]]
 
 # Rows of a block: its projection stays in the cache, and the matrix product is large enough for BLAS.
 BLOCK_ROWS = 4096
+# To gather the kept rows of a padded block costs about as much as to project as many that are left out.
+DENSE = 0.5
 SMALLEST_NORM = 1e-12
 
 
@@ -32,7 +34,7 @@ def pack(
 ) -> Any:
     """Project hidden states, normalise, leave out masked tokens, and store the rest.
 
-    Works through blocks of kept tokens: nothing is computed for masked ones, and no padded result ever exists.
+    Works through blocks of rows: no padded result of the whole ever exists, and a mask that leaves out much spares that work.
 
     Args:
         hidden: `[N, L, h]`, or a list of `[L, h]`: numpy arrays or torch tensors in float16, bfloat16 (uint16 bits in
@@ -66,8 +68,10 @@ def pack(
         width = int(weight.shape[0])
     if bias is not None and (weight is None or tuple(bias.shape) != (width,)):
         raise checks.wrong_shape("bias", bias.shape, "[d], with a weight [d, h]")
-    if weight is None and not isinstance(hidden, (list, tuple)) and _has_kernel(normalize, dtype):
-        whole = None if mask is None or not kept else np.stack([np.asarray(keep) for keep in kept])
+    has_kernel = _has_kernel(normalize, dtype)
+    padded = has_kernel and not isinstance(hidden, (list, tuple)) and not isinstance(mask, (list, tuple))
+    whole = np.stack([keep for keep in kept if keep is not None]) if padded and mask is not None and kept else None
+    if padded and weight is None:
         tokens, offsets, scales = _kernel(dtypes.matrix("hidden", hidden)[0], whole, None, normalize, dtype)
         return PackedEmbeddings.from_arrays(tokens, offsets, scales)
     lengths = [
@@ -76,12 +80,18 @@ def pack(
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     tokens = np.empty((int(offsets[-1]), width), dtypes.STORAGE[dtype])
     scales = np.empty(len(documents), np.float32) if dtype == "int8" else None
+    padded = padded and offsets[-1] > DENSE * sum(map(len, documents))
+    blocks = _padded_blocks(hidden) if padded else _blocks(documents, kept, lengths)
     project = _tensor_projection if documents and hasattr(documents[0], "detach") else _array_projection
-    store = _store_by_kernel if _has_kernel(normalize, dtype) else _store_by_numpy
-    for (begin, end), rows in project(_blocks(documents, kept, lengths), weight, bias):
-        within = offsets[begin : end + 1] - offsets[begin]
-        part = slice(offsets[begin], offsets[end])
-        tokens[part], found = store(rows, within, normalize, dtype)
+    for (begin, end), rows in project(blocks, weight, bias):
+        within, out = offsets[begin : end + 1] - offsets[begin], tokens[offsets[begin] : offsets[end]]
+        if padded:
+            keep = None if whole is None else whole[begin:end]
+            found = _kernel(rows.reshape(end - begin, -1, width), keep, None, normalize, dtype, out)[2]
+        elif has_kernel:
+            found = _kernel(rows, None, within, normalize, dtype, out)[2]
+        else:
+            out[:], found = _store(rows, within, normalize, dtype)
         if scales is not None:
             scales[begin:end] = found
     return PackedEmbeddings.from_arrays(tokens, offsets, scales)
@@ -105,23 +115,20 @@ def _has_kernel(normalize: bool, dtype: str) -> bool:
     return choose("maxsim", "cpu", "float32") == "cpu"
 
 
-def _store_by_kernel(rows: Array, offsets: Array, normalize: bool, dtype: str) -> tuple[Array, Array | None]:
-    tokens, _, scales = _kernel(rows, None, offsets, normalize, dtype)
-    return tokens, scales
-
-
-def _kernel(X: Array, mask: Array | None, offsets: Array | None, normalize: bool, dtype: str) -> Any:
+def _kernel(
+    X: Array, mask: Array | None, offsets: Array | None, normalize: bool, dtype: str, out: Array | None = None
+) -> Any:
     from edgecolbert_kernels.backends.packed import pack_rows
 
     try:
-        return pack_rows(X, mask, offsets, normalize=normalize, dtype=dtypes.STORAGE[dtype])
+        return pack_rows(X, mask, offsets, normalize=normalize, dtype=dtypes.STORAGE[dtype], out=out)
     except ValueError as error:
         if "int8" not in str(error):
             raise
         raise checks.storage_range("hidden", dtype) from None
 
 
-def _store_by_numpy(rows: Array, offsets: Array, normalize: bool, dtype: str) -> tuple[Array, Array | None]:
+def _store(rows: Array, offsets: Array, normalize: bool, dtype: str) -> tuple[Array, Array | None]:
     if normalize:
         norms = np.sqrt(np.einsum("td,td->t", rows, rows))
         rows = rows / np.maximum(norms, np.float32(SMALLEST_NORM))[:, None]
@@ -156,15 +163,19 @@ def _masks(mask: Any, documents: Sequence[Any]) -> list[Array | None]:
         return [None] * len(documents)
     if isinstance(mask, (list, tuple)):
         checks.mask_list("mask", mask, "hidden", len(documents))
+        kept = [each if each is None else _bool(each) for each in mask]
     elif len(mask.shape) != 2 or len(mask) != len(documents):
         raise checks.wrong_shape("mask", mask.shape, f"[{len(documents)}, L], one value for each token of hidden")
-    kept: list[Array | None] = []
-    for n, (each, document) in enumerate(zip(mask, documents, strict=True)):
-        keep = None if each is None else np.asarray(each.cpu() if hasattr(each, "cpu") else each) != 0
+    else:
+        kept = list(_bool(mask))
+    for n, (keep, document) in enumerate(zip(kept, documents, strict=True)):
         if keep is not None:
             checks.mask(f"mask[{n}]", keep.shape, f"hidden[{n}]", document.shape)
-        kept.append(keep)
     return kept
+
+
+def _bool(mask: Any) -> Array:
+    return np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask) != 0
 
 
 def _blocks(documents: Sequence[Any], kept: Sequence[Array | None], lengths: Sequence[int]) -> Iterator[Block]:
@@ -182,14 +193,27 @@ def _blocks(documents: Sequence[Any], kept: Sequence[Array | None], lengths: Seq
         yield (begin, len(documents)), block
 
 
+def _padded_blocks(hidden: Any) -> Iterator[Block]:
+    """Ranges of documents with all their rows, which are not copied: about BLOCK_ROWS of them."""
+    num_documents, length, width = hidden.shape
+    step = -(-BLOCK_ROWS // length)
+    for begin in range(0, num_documents, step):
+        end = min(begin + step, num_documents)
+        yield (begin, end), [hidden[begin:end].reshape(-1, width)]
+
+
 def _array_projection(blocks: Iterator[Block], weight: Any, bias: Any) -> Iterator[tuple[tuple[int, int], Array]]:
     transposed = None if weight is None else _floats("weight", weight).T
     shift = None if bias is None else _floats("bias", bias)
     for documents, block in blocks:
-        rows = np.concatenate([_floats("hidden", part) for part in block])
-        if transposed is not None:
-            rows = rows @ transposed
-        yield documents, rows if shift is None else rows + shift
+        parts = [_floats("hidden", part) for part in block]
+        rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        with np.errstate(over="ignore", invalid="ignore"):  # as torch, and what lies behind a mask may be anything
+            if transposed is not None:
+                rows = rows @ transposed
+            if shift is not None:
+                rows = rows + shift
+        yield documents, rows
 
 
 def _tensor_projection(blocks: Iterator[Block], weight: Any, bias: Any) -> Iterator[tuple[tuple[int, int], Array]]:
@@ -198,7 +222,7 @@ def _tensor_projection(blocks: Iterator[Block], weight: Any, bias: Any) -> Itera
     with torch.no_grad():
         matrix, shift = (None if x is None else torch.as_tensor(x).float() for x in (weight, bias))
         for documents, block in blocks:
-            rows = torch.cat(block).detach().float()
+            rows = (block[0] if len(block) == 1 else torch.cat(block)).detach().float()
             if matrix is not None:
                 shift = None if shift is None else shift.to(rows.device)
                 rows = torch.nn.functional.linear(rows, matrix.to(rows.device), shift)

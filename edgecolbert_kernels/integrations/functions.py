@@ -143,7 +143,7 @@ def maxsim_st(
     if not len(Q) or not len(D):
         return torch.zeros(len(Q), len(D), device=home)
     if d_mask is None and not isinstance(D, list):
-        d_mask = D.any(-1)
+        d_mask = inputs.has_values(D)
     there = home if device is None else torch.device(device)
     moved = (inputs.move(X, there) for X in (Q, D, q_mask, d_mask))
     scores = _score(*moved).to(home)

@@ -2,8 +2,9 @@
 
 All of these score in two functions, a chunk of documents at a time; these two are patched. So everything around them stays:
 `a_mask`, `b_mask`, `chunk_elements`, `length_normalize` and `device`, devices, warnings, and -1e9 for a document without a
-token. XTR scores are no MaxSim and stay. `maxsim` itself is patched for one case, a list of documents as `encode_document`
-returns it: it is scored where it lies, without padding, chunks or a mask.
+token. XTR scores are no MaxSim and stay. `maxsim` itself is patched for two cases: a list of documents as `encode_document`
+returns it is scored where it lies, without padding, chunks or a mask, and of a padded batch the rows that count, those that
+are not all zero, are found faster.
 
 A call that no kernel takes (a GPU without one, float64), query masks that are weights other than 0 and 1, and wrong input
 go to the host's own code.
@@ -51,7 +52,7 @@ def using_sentence_transformers() -> AbstractContextManager[Report]:
 def _targets() -> Sequence[Target]:
     names = {"_maxsim_score_documents": maxsim, "_maxsim_score_pairs": maxsim_pairs}
     chunks = [Target(f"{MODULE}:{name}", _scorer(f"{MODULE}:{name}", function)) for name, function in names.items()]
-    return [*chunks, Target(LISTS, _score_lists)]
+    return [*chunks, Target(WHOLE, _score_whole)]
 
 
 def _scorer(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -71,23 +72,38 @@ def _scorer(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]
     return scorer
 
 
-LISTS = f"{MODULE}:maxsim"
+WHOLE = f"{MODULE}:maxsim"
 
 
-def _score_lists(
+def _score_whole(
     a: Any, b: Any, a_mask: Any, b_mask: Any, chunk_elements: int | None, length_normalize: bool, device: Any
 ) -> Tensor:
-    # Who asks for chunks of a size gets the host's; of an empty document the host warns.
-    whole = isinstance(b, list) and b_mask is device is chunk_elements is None and not torch.compiler.is_compiling()
-    if whole and len(a) and b and all(len(document) for document in b) and inputs.fused(a, b):
+    # Who asks for chunks of a size gets the host's.
+    if (
+        b_mask is device is chunk_elements is None
+        and not torch.compiler.is_compiling()
+        and len(a)
+        and inputs.fused(a, b)
+    ):
+        kept = _kept(b)
         try:
-            scores = functions.maxsim_st(a, b, a_mask, length_normalize=length_normalize)
+            if kept is not False:
+                scores = functions.maxsim_st(a, b, a_mask, kept, length_normalize=length_normalize)
+                hit(WHOLE)
+                return scores
         except (TypeError, ValueError):
             pass
-        else:
-            hit(LISTS)
-            return scores
-    return original(LISTS)(a, b, a_mask, b_mask, chunk_elements, length_normalize, device)
+    return original(WHOLE)(a, b, a_mask, b_mask, chunk_elements, length_normalize, device)
+
+
+def _kept(b: Any) -> Tensor | bool | None:
+    """The mask of documents that are scored whole; False: they are not, as of one without a token the host warns."""
+    if isinstance(b, list):
+        return None if b and all(len(document) for document in b) else False
+    if not isinstance(b, Tensor) or b.ndim != 3 or b.device.type != "cpu":
+        return False
+    kept = inputs.has_values(b)
+    return kept if kept.any(-1).all() else False
 
 
 def _without_tokens(scores: Tensor, empty: Tensor) -> Tensor:
