@@ -17,6 +17,11 @@ RESIDENT = 256
 LOOPED = 64
 # Dimensions of a token that a program of the backward owns, where several may share it.
 SPLIT = 64
+# Query tokens that leave room for 0, 1, 2 or 3 things beside the tiles: before Hopper, and from there on.
+COLUMNS = {
+    "score": ((128, 128, 64, 32), (128, 128, 128, 64)),
+    "score_argmax": ((128, 64, 32, 32), (128, 64, 64, 32)),
+}
 
 
 class Blocks(NamedTuple):
@@ -70,10 +75,21 @@ def key(kernel: str, capability: int, bits: int, dim: int, columns: int) -> str:
     return f"{kernel} sm_{capability} {bits}-bit d{-(-width // 16) * 16} columns{columns}"
 
 
-def blocks(kernel: str, capability: int, bits: int, dim: int, columns: int) -> Blocks:
-    """Of `kernel` ("score", "score_argmax", "documents" or "queries")."""
+def blocks(kernel: str, capability: int, bits: int, dim: int, columns: int, beside: int = 0) -> Blocks:
+    """Of `kernel` ("score", "score_argmax", "documents" or "queries").
+
+    `beside` counts what a variant holds in registers beside its tiles: masks, norms, boundaries. Their place is taken from the
+    tiles and, before Hopper, from the pipeline; or more threads share them.
+    """
     found = table().get(key(kernel, capability, bits, dim, columns))
-    return Blocks(*found) if found else rule(kernel, capability, bits, dim, columns)
+    chosen = Blocks(*found) if found else rule(kernel, capability, bits, dim, columns)
+    if kernel == "documents" and beside and dim > 64:
+        return chosen._replace(warps=max(8, chosen.warps))
+    if beside and capability < 90:
+        chosen = chosen._replace(stages=max(1, chosen.stages - 1))
+    if kernel in COLUMNS:
+        chosen = chosen._replace(columns=min(chosen.columns, COLUMNS[kernel][capability >= 90][beside]))
+    return chosen
 
 
 def rule(kernel: str, capability: int, bits: int, dim: int, columns: int) -> Blocks:

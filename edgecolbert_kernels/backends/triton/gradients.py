@@ -156,16 +156,18 @@ class _Call:
         bits = 32 if compute == tl.float32 else 16
         columns = min(128, _bucket(self.Q.shape[-2] if self.cu_q is None else 32))
         width = config.shared_pieces(self.dim, self.normalize)
-        blocks = config.blocks("documents", capability(self.device), bits, sum(width[:3]), columns)
+        blocks = config.blocks("documents", capability(self.device), bits, sum(width[:3]), columns, int(self.normalize))
         flags = self.d_mask is not None, self.cu_q is not None, self.cu_d is not None, self.normalize
         constants = self.which, self.dim, *width, min(blocks.rows, length), blocks.columns, compute, how, *flags
-        return Variant(documents, constants, blocks.warps, blocks.stages, (0, 1, 11, 12, 13, 14, 15, 16))
+        spills = bits == 32 or sum(width[:3]) > 64 or self.normalize or self.cu_q is not None
+        return Variant(documents, constants, blocks.warps, blocks.stages, (0, 1, 11, 12, 13, 14, 15, 16), spills)
 
     def _queries_variant(self, width: tuple[int, int, int, bool], tokens: int, add: bool) -> Variant:
         blocks = config.blocks("queries", capability(self.device), 16, sum(width[:3]), tokens)
         flags = self.cu_q is not None, self.cu_d is not None, self.normalize, add
         constants = self.which, self.dim, *width, tokens, blocks.rows * 16 // tokens, *flags
-        return Variant(queries, constants, blocks.warps, blocks.stages, (0, 1, 9, 10, 11, 12, 13, 14))
+        spills = self.D.dtype is torch.float32
+        return Variant(queries, constants, blocks.warps, blocks.stages, (0, 1, 9, 10, 11, 12, 13, 14), spills)
 
     def _flags(self) -> Tensor:
         flags = torch.empty(FLAGS.value, dtype=torch.int32, device=self.Q.device)

@@ -19,6 +19,8 @@ from edgecolbert_kernels import checks
 
 INTERPRETED = bool(knobs.runtime.interpret)
 KNOWN = ("3.5.", "3.6.")
+# Of a thread.
+MOST_REGISTERS = 255
 # A grid's first dimension.
 MOST_PROGRAMS = 2**31 - 1
 
@@ -29,13 +31,22 @@ class Variant:
     """A kernel with its constants; the dtypes behind its pointers are the same in every launch.
 
     `aligned` names the arguments, by number, on whose divisibility by 16 the compiler's loads depend: pointers and strides.
+    With `all_registers` the compiler takes as many as it needs, where by itself it would spill to let another program in.
     """
 
     def __init__(
-        self, function: Any, constants: tuple[Any, ...], num_warps: int, num_stages: int, aligned: tuple[int, ...]
+        self,
+        function: Any,
+        constants: tuple[Any, ...],
+        num_warps: int,
+        num_stages: int,
+        aligned: tuple[int, ...],
+        all_registers: bool = False,
     ):
         self.function, self.constants, self.aligned = function, constants, aligned
-        self.num_warps, self.num_stages = num_warps, num_stages
+        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+        if all_registers:
+            self.options["maxnreg"] = MOST_REGISTERS
         self.compiled: dict[Any, Any] = {}
 
     def launch(self, programs: int, rows: int, tensors: Sequence[Tensor | None], integers: tuple[int, ...]) -> None:
@@ -69,9 +80,8 @@ class Variant:
             key = (device, *((arguments[n] % 16 == 0, arguments[n] == 1) for n in self.aligned))
         kernel = self.compiled.get(key)
         if kernel is None:
-            options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
             some = [tensors[0] if tensor is None else tensor for tensor in tensors]
-            kernel = self.function[programs, rows](*some, *integers, *self.constants, **options)
+            kernel = self.function[programs, rows](*some, *integers, *self.constants, **self.options)
             if _direct:
                 self.compiled[key] = kernel
             return

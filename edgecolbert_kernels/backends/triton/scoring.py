@@ -172,7 +172,8 @@ def _plan(
         # Which query a column belongs to is then a register a column.
         columns = _columns(tokens, most, MOST_COLUMNS // 2)
     kernel = "score" if argmax is None else "score_argmax"
-    blocks = config.blocks(kernel, capability(Q.device.index), bits, dim, columns)
+    beside = (d_mask is not None) + normalize + (cu_q is not None)
+    blocks = config.blocks(kernel, capability(Q.device.index), bits, dim, columns, beside)
     group = max(1, min(blocks.columns // max(1, tokens), most))
     slots = 1 << (group - 1).bit_length()
     constants = (
@@ -184,7 +185,7 @@ def _plan(
     key = Q.dtype, D.dtype, None if argmax is None else argmax.dtype, Q.device.index, blocks, constants
     variant = _variants.get(key)
     if variant is None:
-        variant = _variants[key] = Variant(score, constants, blocks.warps, blocks.stages, _ALIGNED)
+        variant = _variants[key] = Variant(score, constants, blocks.warps, blocks.stages, _ALIGNED, beside > 0)
     if query_index is not None:
         programs = query_index.shape[0]
     else:
