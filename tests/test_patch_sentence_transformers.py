@@ -109,6 +109,26 @@ def test_one_query_and_nothing():
     torch.testing.assert_close(ek.maxsim_st(Q, empty), wanted, **CLOSE)
 
 
+def test_wrong_masks():
+    Q, D = inputs("tensor")
+    for bad in ({"a_mask": torch.ones(len(Q), 99)}, {"b_mask": torch.ones(len(D), 2)}):
+        (name,) = bad
+        with using_sentence_transformers(), pytest.raises(ValueError, match=name):
+            similarity.maxsim(Q, D, **bad)
+        with pytest.raises(ValueError, match=name):
+            ek.maxsim_st(Q, D, **bad)
+
+
+def test_a_document_of_zeros():
+    """It has no token."""
+    Q, D = inputs("tensor")
+    D[1] = 0
+    wanted, found, _ = both(lambda: similarity.maxsim(Q, D))
+    assert (wanted[:, 1] == -1e9).all()
+    torch.testing.assert_close(found, wanted, **CLOSE)
+    torch.testing.assert_close(ek.maxsim_st(Q, D), wanted, **CLOSE)
+
+
 def test_query_weights_stay_with_the_host():
     """A query mask of other values than 0 and 1 is a weight there."""
     Q, D = inputs("tensor")

@@ -5,7 +5,6 @@ import torch
 
 from edgecolbert_kernels.integrations.inputs import has_values
 
-
 SMALLEST = {torch.float32: 1e-45, torch.float16: 6e-8, torch.bfloat16: 9.2e-41, torch.float64: 5e-324}
 
 

@@ -116,9 +116,9 @@ def side(X: Any, mask: Any, name: str) -> tuple[Any, Any]:
     if isinstance(mask, (list, tuple)):
         mask = torch.nn.utils.rnn.pad_sequence([whole(each) for each in mask], batch_first=True)
     if mask is not None:
-        mask = whole(mask)
-        if mask.ndim > 2 or mask.shape[-1:] != X.shape[1:2] or len(mask) not in (1, len(X)) and mask.ndim == 2:
-            raise checks.wrong_shape(name, mask.shape, f"{list(X.shape[:2])}")
+        mask, (count, length) = whole(mask), X.shape[:2]
+        if tuple(mask.shape) not in ((count, length), (1, length), (length,)):
+            raise checks.wrong_shape(name, mask.shape, f"[{count}, {length}]")
         mask = binary(mask).expand(X.shape[:2])
     return X, mask
 
