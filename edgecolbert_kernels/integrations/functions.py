@@ -47,7 +47,7 @@ def colbert_scores(
         `[Nq, Nd]`, float32 (float64 for float64 tensors).
 
     Raises:
-        TypeError, ValueError: as `maxsim`; a mask has values other than 0 and 1.
+        TypeError, ValueError: as `maxsim`; a mask has another shape than these, or values other than 0 and 1.
     """
     Q, D = inputs.batch(queries_embeddings), inputs.batch(documents_embeddings)
     for X, name in ((Q, "queries_embeddings"), (D, "documents_embeddings")):
@@ -79,7 +79,7 @@ def colbert_kd_scores(
         `[Nq, K]`, float32 (float64 for float64 tensors).
 
     Raises:
-        TypeError, ValueError: as `maxsim`; a mask has values other than 0 and 1.
+        TypeError, ValueError: as `maxsim`; a mask has another shape than these, or values other than 0 and 1.
     """
     Q, D = inputs.whole(queries_embeddings), inputs.whole(documents_embeddings)
     if Q.ndim != 3 or D.ndim != 4:
@@ -135,7 +135,7 @@ def maxsim_st(
         `[Nq, Nd]` float32, where b is. A document without a token scores -1e9.
 
     Raises:
-        TypeError, ValueError: as `maxsim`; a mask has values other than 0 and 1.
+        TypeError, ValueError: as `maxsim`; a mask has another shape than these, or values other than 0 and 1.
     """
     Q, q_mask = inputs.side(a, a_mask, "a_mask")
     D, d_mask = inputs.side(b, b_mask, "b_mask")
