@@ -165,12 +165,13 @@ def run(name: str, cases: Iterable[Case], *, quick: bool) -> list[dict]:
     return made
 
 
-def main_of_rows(name: str, run: Callable[[bool], list[dict]]) -> None:
+def main_of_rows(name: str, run: Callable[[bool], list[dict]], *, pin: bool = True) -> None:
     """The command line of a suite that makes its rows itself, where one call takes too long to be interleaved."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
     parser.add_argument("--quick", action="store_true", help="smaller")
     quick = parser.parse_args().quick
-    machine.pin_to_one_core()
+    if pin:
+        machine.pin_to_one_core()
     print(f"{name}:", flush=True)
     save(name, [{"suite": name, **row, "quick": quick, **machine.facts()} for row in run(quick)])
 

@@ -125,21 +125,30 @@ struct NormsJob {
   char* buffer;  // dim floats
 };
 
+// What int8 must know of a document beforehand.
+struct Peaks {
+  bool finite;
+  float largest;  // |x|, normalised if the document is
+};
+
 // Kept tokens of one document, rounded to the packed storage: rows of `dim` elements back to back.
 struct StoreJob {
   Tokens source;
   const Tokens* next;  // the document that this thread stores afterwards; null: none
-  int64_t fetched;     // in: the first kept tokens of source that are on their way into the caches; out: those of next
   DType source_dtype;  // not i8
   DType dtype;
   int32_t dim;
   bool normalize;
-  bool stream;           // past the caches
-  char* out;             // [source.length, dim]
-  float* inverse_norms;  // [source.length rounded up to 16] of scratch, with normalize and i8
-  char* buffer;          // kStageBytes + 2 * (dim rounded up to the width) floats of scratch, aligned to 64 bytes
-  float scale;           // out, of i8
-  bool finite;           // out, of i8: otherwise nothing was stored
+  bool stream;   // past the caches, where rows lie such that registers are aligned
+  char* out;     // [source.length, dim]
+  char* buffer;  // dim elements of scratch
+  // The rest is for i8, which looks at the next document while it stores this one.
+  bool looked;                // in: source was `next` of the call before, on the same job; out: for the call after
+  Peaks peaks;                // in, if looked: of source; out: of next
+  float* inverse_norms;       // [source.length] of scratch, with normalize; if looked: what next_inverse_norms was
+  float* next_inverse_norms;  // [next->length] of scratch, with normalize
+  float scale;                // out
+  bool finite;                // out: otherwise nothing was stored
 };
 
 // The way back: out = float(row) * scale.
@@ -151,13 +160,10 @@ struct LoadJob {
   int64_t token_stride;  // bytes
   int64_t dim_stride;    // bytes
   float scale;
-  bool stream;   // past the caches
+  bool stream;   // past the caches, where rows lie such that registers are aligned
   float* out;    // [rows, dim]
-  char* buffer;  // kStageBytes + dim floats of scratch, aligned to 64 bytes
+  char* buffer;  // dim elements of scratch
 };
-
-// Written here first when the result is to go past the caches, which wants whole cache lines.
-constexpr int64_t kStageBytes = 8192;
 
 enum class Peak : int32_t { f32 = 0, i16 = 1, i8 = 2 };
 
@@ -179,6 +185,8 @@ struct Kernels {
   void (*store_tokens)(StoreJob*);
   void (*load_tokens)(const LoadJob*);
   uint64_t (*peak_operations)(Peak);  // runs a fixed stretch of multiply-adds and returns how many operations it was
+  // Writes lines of the cache past the caches, the sum of `ratio` (1, 2 or 4) lines each; both aligned to a line.
+  void (*move_lines)(const float* source, float* out, int64_t lines, int ratio);
 };
 
 constexpr float kNormEpsilon = 1e-12f;  // of torch.nn.functional.normalize

@@ -204,6 +204,19 @@ double measure_peak(const std::string& kind, double seconds) {
   return best;
 }
 
+void move_lines(uintptr_t source, uintptr_t out, int64_t lines, int ratio, int threads) {
+  if (source % 64 || out % 64) throw py::value_error("source and out must be aligned to 64 bytes");
+  if (ratio != 1 && ratio != 2 && ratio != 4) throw py::value_error("ratio must be 1, 2 or 4");
+  const Kernels& isa = kernels();
+  const py::gil_scoped_release release;
+  const int64_t pieces = int64_t(threads) * 16;
+  parallel_for(pieces, threads, [&](int64_t piece, int) {
+    const int64_t begin = lines * piece / pieces, end = lines * (piece + 1) / pieces;
+    const float* const from = reinterpret_cast<const float*>(source) + begin * ratio * 16;
+    isa.move_lines(from, reinterpret_cast<float*>(out) + begin * 16, end - begin, ratio);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -218,6 +231,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("measure_peak", &measure_peak, py::arg("kind"), py::arg("seconds") = 0.05,
         "G operations/s (2 a multiply-add) of one thread on registers alone: 'f32', 'i16' or 'i8' (0 where there are "
         "none).");
+  m.def(
+      "move_lines", &move_lines, py::arg("source"), py::arg("out"), py::arg("lines"), py::arg("ratio"),
+      py::arg("threads"),
+      "Reads `ratio` (1, 2, 4) cache lines for each of the `lines` that it writes past the caches: what memory gives.");
   m.def("forward", &py_forward, py::arg("queries"), py::arg("documents"), py::arg("layout"), py::arg("index"),
         py::arg("out"), py::arg("argmax"), py::arg("argmax_bytes"), py::arg("precision"), py::arg("zero_mode"),
         py::arg("normalize"), py::arg("threads"));

@@ -221,6 +221,12 @@ def test_large_results_and_threads(isa, dtype, dim):
             again = pack_rows(X, mask, offsets, normalize=normalize, dtype=dtype, threads=threads)
             np.testing.assert_array_equal(again[0], packed[0])
             np.testing.assert_array_equal(again[2], packed[2])
+        memory = np.empty(packed[0].nbytes + 128, np.uint8)
+        for shift in (size, 16, 32):  # bytes: aligned to an element, to a register of 16 or 32 bytes
+            shift += -memory.ctypes.data % 64
+            out = memory[shift : shift + packed[0].nbytes].view(dtype).reshape(packed[0].shape)
+            pack_rows(X, mask, offsets, normalize=normalize, dtype=dtype, out=out)
+            np.testing.assert_array_equal(out, packed[0])
     rows = unpack_rows(*packed, threads=1)
     values = widened(packed[0])
     if packed[2] is not None:
@@ -307,3 +313,28 @@ class TestWrongInput:
             unpack_rows(np.ones((3, 4), np.int8), np.array([0, 3]))
         with pytest.raises(ValueError, match="offsets"):
             unpack_rows(np.ones((3, 4), np.float16), np.array([0, 4]))
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 4])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_traffic_without_arithmetic(isa, ratio, threads):
+    lines = 1001
+    source, out = aligned(lines * ratio * 16), aligned((lines + 1) * 16)
+    source[:] = np.random.default_rng(0).integers(0, 1000, len(source))
+    out[:] = -1
+    _C.move_lines(source.ctypes.data, out.ctypes.data, lines, ratio, threads)
+    np.testing.assert_array_equal(out[: lines * 16].reshape(lines, 16), source.reshape(lines, ratio, 16).sum(1))
+    assert (out[lines * 16 :] == -1).all()
+
+
+def aligned(count: int) -> np.ndarray:
+    """float32 [count] that begins with a cache line."""
+    memory = np.empty(count + 16, np.float32)
+    start = -memory.ctypes.data % 64 // 4
+    return memory[start : start + count]
+
+
+@pytest.mark.parametrize("change", [{"source": 4}, {"out": 32}, {"ratio": 3}])
+def test_traffic_of_wrong_arguments(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        _C.move_lines(**{"source": 0, "out": 0, "lines": 0, "ratio": 1, "threads": 1} | change)

@@ -14,7 +14,7 @@ constexpr int64_t kSerialElements = 1 << 18;
 // A larger result would push everything else out of the caches, and not stay there itself.
 constexpr int64_t kStreamedBytes = 16 << 20;
 
-int64_t scratch_bytes(int32_t dim) { return kStageBytes + (int64_t(dim) * 4 + 191) / 64 * 64; }
+int64_t scratch_bytes(int32_t dim) { return (int64_t(dim) * 4 + 63) / 64 * 64; }
 
 int threads_of(int64_t documents, int64_t rows, int32_t dim, int wanted) {
   return threads_for(documents, rows * dim < kSerialElements ? 1 : wanted);
@@ -58,7 +58,7 @@ int64_t pack(const Kernels& kernels, const PackCall& call) {
   const int64_t scratch = scratch_bytes(source.dim), row_numbers = (longest + 63) / 64 * 64;
   Buffer<char> buffers(scratch * threads);
   Buffer<int32_t> kept(row_numbers * 2 * threads);
-  Buffer<float> norms(row_numbers * threads);
+  Buffer<float> norms(row_numbers * 2 * threads);
   std::atomic<int64_t> not_finite{source.count};
 
   auto tokens_of = [&](int64_t j, int thread) {
@@ -67,7 +67,7 @@ int64_t pack(const Kernels& kernels, const PackCall& call) {
     tokens.token_stride = source.token_stride;
     tokens.dim_stride = source.dim_stride;
     tokens.length = source.tokens(j);
-    // Two lists a thread: the one of this document, and the one of the next.
+    // Two lists a thread, of norms as well: the one of this document, and the one of the next.
     int32_t* const numbers = kept.data() + row_numbers * (2 * thread + j % 2);
     if (const uint8_t* const mask = source.mask_of(j)) {
       tokens.kept = list_kept(mask, tokens.length, numbers, &tokens.length);
@@ -81,7 +81,8 @@ int64_t pack(const Kernels& kernels, const PackCall& call) {
     job.normalize = call.normalize;
     job.stream = rows * row_bytes >= kStreamedBytes;
     job.out = call.out + (call.offsets[j] - call.offsets[0]) * row_bytes;
-    job.inverse_norms = norms.data() + row_numbers * thread;
+    job.inverse_norms = norms.data() + row_numbers * (2 * thread + j % 2);
+    job.next_inverse_norms = norms.data() + row_numbers * (2 * thread + (j + 1) % 2);
     job.buffer = buffers.data() + scratch * thread;
     kernels.store_tokens(&job);
     if (call.dtype != DType::i8) return;

@@ -1,4 +1,5 @@
-// The most multiply-adds that this instruction set can do: the tile's instructions on registers alone.
+// The most multiply-adds that this instruction set can do, the tile's instructions on registers alone; and the traffic
+// of packing without its arithmetic.
 #pragma once
 
 namespace {
@@ -37,6 +38,25 @@ inline uint64_t peak_operations(Peak peak) {
   if (peak == Peak::i8) return run_multiply_adds<DotI8>(steps);
 #endif
   return peak == Peak::f32 ? run_multiply_adds<DotF32>(steps) : 0;
+}
+
+template <int ratio>
+inline void move_lines_of(const float* source, float* out, int64_t lines) {
+  constexpr int floats = 64 / int(sizeof(float)), w = Simd::width;
+  for (int64_t line = 0; line < lines; ++line, source += ratio * floats, out += floats) {
+    for (int k = 0; k < floats; k += w) {
+      Simd::F sum = Simd::load(source + k);
+#pragma GCC unroll 4
+      for (int i = 1; i < ratio; ++i) sum = Simd::add(sum, Simd::load(source + i * floats + k));
+      Simd::stream(out + k, sum);
+    }
+  }
+  Simd::finish_streams();
+}
+
+inline void move_lines(const float* source, float* out, int64_t lines, int ratio) {
+  if (ratio == 1) return move_lines_of<1>(source, out, lines);
+  ratio == 2 ? move_lines_of<2>(source, out, lines) : move_lines_of<4>(source, out, lines);
 }
 
 }  // namespace

@@ -35,10 +35,14 @@ template <class Element>
   return squares;
 }
 
-template <class Element>
-inline float inverse_norm(const Element* row, int dim, float epsilon = kNormEpsilon) {
-  const float norm = __builtin_sqrtf(Simd::sum(square_lanes(row, dim)));
+[[gnu::always_inline]] inline float inverse_norm_of(Simd::F squares, float epsilon = kNormEpsilon) {
+  const float norm = __builtin_sqrtf(Simd::sum(squares));
   return 1.0f / (norm <= epsilon ? epsilon : norm);  // a NaN stays
+}
+
+template <class Element>
+[[gnu::always_inline]] inline float inverse_norm(const Element* row, int dim, float epsilon = kNormEpsilon) {
+  return inverse_norm_of(square_lanes(row, dim), epsilon);
 }
 
 template <class Element>

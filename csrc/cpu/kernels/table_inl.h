@@ -67,7 +67,7 @@ constexpr int kInt8DimsOfWord = DotI8::dims_of_word;
 constexpr Kernels kTable = {
     kName,         Simd::width,     kTileTokens, kPanelRegisters, kFixedPoint,     kInt8DimsOfWord,
     pack_register, admits_integers, score,       add_rows<true>,  add_rows<false>, finish_rows,
-    inverse_norms, store_tokens,    load_tokens, peak_operations,
+    inverse_norms, store_tokens,    load_tokens, peak_operations, move_lines,
 };
 
 }  // namespace

@@ -30,29 +30,14 @@ struct Simd {
   }
 
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
-  static void store(F16* p, F x) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  }
-  static void store(BF16* p, F x) {
-    const I raw = bits(x);
-    const I odd = _mm256_and_si256(_mm256_srli_epi32(raw, 16), _mm256_set1_epi32(1));
-    const I rounded = add(raw, add(odd, _mm256_set1_epi32(0x7fff)));
-    const I quiet = _mm256_or_si256(raw, _mm256_set1_epi32(0x400000));
-    const I nan = bits(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    const I high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                     _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
-  }
+  static void store(F16* p, F x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_f16(x)); }
+  static void store(BF16* p, F x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(x)); }
   static void store(I8* p, F x) {
     const I wide = _mm256_cvtps_epi32(x);
     const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(half, half));
   }
-  static void store_two(I8* p, F x, F y) {
-    const I both = _mm256_packs_epi32(_mm256_cvtps_epi32(x), _mm256_cvtps_epi32(y));
-    const __m128i fours = _mm_packs_epi16(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi32(fours, 0xd8));  // x0 y0 x1 y1
-  }
+  static void store_two(I8* p, F x, F y) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_i8(x, y)); }
   template <class Element>
   static void store_two(Element* p, F x, F y) {
     store(p, x);
@@ -65,12 +50,20 @@ struct Simd {
     memcpy(p, copy, sizeof(Element) * size_t(n));
   }
 
-  // 64 aligned bytes, past the caches; visible to other threads after finish_streams().
+  // Past the caches; visible to other threads after finish_streams(). p is aligned to stream_bytes, a multiple of which
+  // is all that is written.
   static constexpr bool streams = true;
-  static void stream_line(char* out, const char* line) {
-    const I* const from = reinterpret_cast<const I*>(line);
-    _mm256_stream_si256(reinterpret_cast<I*>(out), _mm256_load_si256(from));
-    _mm256_stream_si256(reinterpret_cast<I*>(out) + 1, _mm256_load_si256(from + 1));
+  template <class Element>
+  static constexpr int64_t stream_bytes = sizeof(Element) == 4 ? 32 : 16;
+  static void stream(float* p, F x) { _mm256_stream_ps(p, x); }
+  static void stream(F16* p, F x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_f16(x)); }
+  static void stream(BF16* p, F x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(x)); }
+  static void stream(I8* p, F x) { store(p, x); }  // half of what can be streamed
+  static void stream_two(I8* p, F x, F y) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_i8(x, y)); }
+  template <class Element>
+  static void stream_two(Element* p, F x, F y) {
+    stream(p, x);
+    stream(p + width, y);
   }
   static void finish_streams() { _mm_sfence(); }
 
@@ -85,26 +78,12 @@ struct Simd {
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F subtract(F a, F b) { return _mm256_sub_ps(a, b); }
   static F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
-  static F divide(F a, F b) { return _mm256_div_ps(a, b); }
-  static F square_root(F x) { return _mm256_sqrt_ps(x); }
   static F multiply_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F maximum(F a, F b) { return _mm256_max_ps(a, b); }
   static float sum(F x) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
-  }
-  // Lane i: the sum of register i, added up in the same order.
-  static F sums(const F (&x)[width]) {
-    F fours[4], twos[2];
-    for (int i = 0; i < 4; ++i) {
-      fours[i] = add(_mm256_permute2f128_ps(x[i], x[i + 4], 0x20), _mm256_permute2f128_ps(x[i], x[i + 4], 0x31));
-    }
-    for (int i = 0; i < 2; ++i) {
-      const __m256d a = _mm256_castps_pd(fours[2 * i]), b = _mm256_castps_pd(fours[2 * i + 1]);
-      twos[i] = add(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
-    }
-    return add(_mm256_shuffle_ps(twos[0], twos[1], 0x88), _mm256_shuffle_ps(twos[0], twos[1], 0xdd));
   }
 
   static I zero_integer() { return _mm256_setzero_si256(); }
@@ -141,6 +120,23 @@ struct Simd {
     const I greater = _mm256_cmpgt_epi32(value, best);
     best = _mm256_blendv_epi8(best, value, greater);
     index = _mm256_blendv_epi8(index, candidate, greater);
+  }
+
+ private:
+  static __m128i narrow_f16(F x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static __m128i narrow_bf16(F x) {
+    const I raw = bits(x);
+    const I odd = _mm256_and_si256(_mm256_srli_epi32(raw, 16), _mm256_set1_epi32(1));
+    const I rounded = add(raw, add(odd, _mm256_set1_epi32(0x7fff)));
+    const I quiet = _mm256_or_si256(raw, _mm256_set1_epi32(0x400000));
+    const I nan = bits(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const I high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  }
+  static __m128i narrow_i8(F x, F y) {
+    const I both = _mm256_packs_epi32(_mm256_cvtps_epi32(x), _mm256_cvtps_epi32(y));
+    const __m128i fours = _mm_packs_epi16(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+    return _mm_shuffle_epi32(fours, 0xd8);  // x0 y0 x1 y1
   }
 };
 

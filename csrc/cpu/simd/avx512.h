@@ -38,10 +38,19 @@ struct Simd {
   static void store_first(BF16* p, F x, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(x)); }
   static void store_first(I8* p, F x, int n) { _mm_mask_storeu_epi8(p, first(n), narrow_i8(x)); }
 
-  // 64 aligned bytes, past the caches; visible to other threads after finish_streams().
+  // Past the caches; visible to other threads after finish_streams(). p is aligned to stream_bytes, a multiple of which
+  // is all that is written.
   static constexpr bool streams = true;
-  static void stream_line(char* out, const char* line) {
-    _mm512_stream_si512(reinterpret_cast<I*>(out), _mm512_load_si512(line));
+  template <class Element>
+  static constexpr int64_t stream_bytes = width * int64_t(sizeof(Element));
+  static void stream(float* p, F x) { _mm512_stream_ps(p, x); }
+  static void stream(F16* p, F x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_f16(x)); }
+  static void stream(BF16* p, F x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(x)); }
+  static void stream(I8* p, F x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_i8(x)); }
+  template <class Element>
+  static void stream_two(Element* p, F x, F y) {
+    stream(p, x);
+    stream(p + width, y);
   }
   static void finish_streams() { _mm_sfence(); }
 
@@ -56,29 +65,9 @@ struct Simd {
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F subtract(F a, F b) { return _mm512_sub_ps(a, b); }
   static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
-  static F divide(F a, F b) { return _mm512_div_ps(a, b); }
-  static F square_root(F x) { return _mm512_sqrt_ps(x); }
   static F multiply_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F maximum(F a, F b) { return _mm512_max_ps(a, b); }
   static float sum(F x) { return _mm512_reduce_add_ps(x); }
-  // Lane i: the sum of register i.
-  static F sums(const F (&x)[width]) {
-    F eights[8], fours[4], twos[2];
-    for (int i = 0; i < 8; ++i) {
-      eights[i] = add(_mm512_shuffle_f32x4(x[i], x[i + 8], 0x44), _mm512_shuffle_f32x4(x[i], x[i + 8], 0xee));
-    }
-    for (int i = 0; i < 4; ++i) {
-      const F a = eights[i], b = eights[i + 4];
-      fours[i] = add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-    }
-    for (int i = 0; i < 2; ++i) {
-      const __m512d a = _mm512_castps_pd(fours[2 * i]), b = _mm512_castps_pd(fours[2 * i + 1]);
-      twos[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-    }
-    // Quarters of registers 0 to 3, 8 to 11, 4 to 7, 12 to 15.
-    const F all = add(_mm512_shuffle_ps(twos[0], twos[1], 0x88), _mm512_shuffle_ps(twos[0], twos[1], 0xdd));
-    return _mm512_shuffle_f32x4(all, all, 0xd8);
-  }
 
   static I zero_integer() { return _mm512_setzero_si512(); }
   static I broadcast(int32_t x) { return _mm512_set1_epi32(x); }

@@ -57,7 +57,16 @@ struct Simd {
   }
 
   static constexpr bool streams = false;
-  static void stream_line(char*, const char*) {}
+  template <class Element>
+  static constexpr int64_t stream_bytes = 1;
+  template <class Element>
+  static void stream(Element* p, F x) {
+    store(p, x);
+  }
+  template <class Element>
+  static void stream_two(Element* p, F x, F y) {
+    store_two(p, x, y);
+  }
   static void finish_streams() {}
 
   // Hides a value from the optimiser while it stays in its register.
@@ -71,13 +80,9 @@ struct Simd {
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F subtract(F a, F b) { return vsubq_f32(a, b); }
   static F multiply(F a, F b) { return vmulq_f32(a, b); }
-  static F divide(F a, F b) { return vdivq_f32(a, b); }
-  static F square_root(F x) { return vsqrtq_f32(x); }
   static F multiply_add(F a, F b, F c) { return vfmaq_f32(c, a, b); }
   static F maximum(F a, F b) { return vmaxq_f32(a, b); }
   static float sum(F x) { return vaddvq_f32(x); }
-  // Lane i: the sum of register i.
-  static F sums(const F (&x)[width]) { return vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3])); }
 
   static I zero_integer() { return vdupq_n_s32(0); }
   static I broadcast(int32_t x) { return vdupq_n_s32(x); }

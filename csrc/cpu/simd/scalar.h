@@ -35,7 +35,16 @@ struct Simd {
   }
 
   static constexpr bool streams = false;
-  static void stream_line(char*, const char*) {}
+  template <class Element>
+  static constexpr int64_t stream_bytes = 1;
+  template <class Element>
+  static void stream(Element* p, F x) {
+    store(p, x);
+  }
+  template <class Element>
+  static void stream_two(Element* p, F x, F y) {
+    store_two(p, x, y);
+  }
   static void finish_streams() {}
 
   // Hides a value from the optimiser while it stays where it is.
@@ -53,15 +62,9 @@ struct Simd {
   static F add(F a, F b) { return a + b; }
   static F subtract(F a, F b) { return a - b; }
   static F multiply(F a, F b) { return a * b; }
-  static F divide(F a, F b) { return a / b; }
-  static F square_root(F x) {
-    return F{__builtin_sqrtf(x[0]), __builtin_sqrtf(x[1]), __builtin_sqrtf(x[2]), __builtin_sqrtf(x[3])};
-  }
   static F multiply_add(F a, F b, F c) { return a * b + c; }
   static F maximum(F a, F b) { return from_bits(select(I(a > b), bits(a), bits(b))); }
   static float sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
-  // Lane i: the sum of register i.
-  static F sums(const F (&x)[width]) { return F{sum(x[0]), sum(x[1]), sum(x[2]), sum(x[3])}; }
 
   static I zero_integer() { return I{}; }
   static I broadcast(int32_t x) { return I{x, x, x, x}; }
