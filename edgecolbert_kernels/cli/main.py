@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int({"index": index, "search": search, "eval": evaluate, "info": info}[options.command](options) or 0)
     except KeyboardInterrupt:
-        print("\ninterrupted; what was committed is there, and the same command goes on from it", file=sys.stderr)
+        more = "; the same command goes on from what was committed" if options.command == "index" else ""
+        print(f"\ninterrupted{more}", file=sys.stderr)
         return 130
     except (OSError, ValueError, TypeError, LookupError, ImportError, RuntimeError) as error:
         print(f"edgecolbert: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
