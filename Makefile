@@ -10,14 +10,20 @@ TORCH ?= torch==2.13.0
 # Builds of torch for a CPU come without Triton; the GPU kernels are compiled and interpreted with this one then.
 TRITON ?= "triton==3.6.0; sys_platform == 'linux' and platform_machine == 'x86_64'"
 
+# Processes that share the tests.
+WORKERS ?= 2
+
 FUZZ_SECONDS ?= 600
 MKDOCS ?= build
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Bytecode is made of a file when it is first needed, not of every one.
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 CPP = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp')
 
 .DEFAULT_GOAL := help
+# pip fetches a target's requirements while the module is compiled.
+MAKEFLAGS += --jobs=2
 .PHONY: help demo test train bench bench-quick docs lint format module objects fuzz spills emulate sanitize matrix wheels \
     contribute clean
 
@@ -28,7 +34,7 @@ demo: $(BIN)/.demo module  ## train on the standard library's docstrings, then s
 	$(BIN)/python -m demo $(DEMO)
 
 test: $(BIN)/.test module  ## all tests (PYTEST="-k masks" to choose)
-	$(BIN)/python -m pytest tests $(PYTEST)
+	$(BIN)/python -m pytest tests -n $(WORKERS) $(PYTEST)
 
 train: $(BIN)/.train module  ## one stage of training (CONFIG=training/configs/NAME.toml, SET="key=value ...")
 	$(BIN)/python -m training.train $(CONFIG) $(SET)
@@ -95,14 +101,14 @@ $(BIN)/.base: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("needs Python 3.10 or later: make PYTHON=python3.12")'
 	@echo "== $(VENV): environment with torch, numpy and the build tools"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --upgrade pip
-	$(PIP) install $(TORCH)
-	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install $(TRITON)
-	$(PIP) install "setuptools>=77" cmake ninja pybind11
-	EDGECOLBERT_BUILD=0 $(PIP) install --no-build-isolation --editable .
+	$(PIP_INSTALL) --upgrade pip
+	$(PIP_INSTALL) $(TORCH)
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) $(TRITON)
+	$(PIP_INSTALL) "setuptools>=77" cmake ninja pybind11
+	EDGECOLBERT_BUILD=0 $(PIP_INSTALL) --no-build-isolation --editable .
 	@touch $@
 
 $(BIN)/.demo $(BIN)/.test $(BIN)/.train $(BIN)/.bench $(BIN)/.lint $(BIN)/.docs: $(BIN)/.%: $(BIN)/.base
 	@echo "== $(VENV): requirements of make $*"
-	EDGECOLBERT_BUILD=0 $(PIP) install --no-build-isolation --editable ".[$*]"
+	EDGECOLBERT_BUILD=0 $(PIP_INSTALL) --no-build-isolation --editable ".[$*]"
 	@touch $@
