@@ -1,9 +1,9 @@
 """The packed store: 10,000 documents of 300 tokens in 48 dimensions. Sizes, time to save, open, verify and load, and packing.
 
 `pack` projects nothing here: it drops masked tokens of fp32 [N, L, d], normalises and rounds, into memory that is there
-already, with one thread and with all. Beside it stands what memory gives: lines of the cache read and, for each of them (a copy),
-every two (float16) or four (int8), one written past the caches, with nothing computed. GB/s count the bytes that must be read
-and those written; "of memory" is the median of ratios of one round, in wall time. Dropped tokens are not counted, though the
+already, with one thread and with all. Beside it stands what memory gives: lines of the cache read and, for each (a copy), every
+two (float16) or four (int8), one written past the caches, with nothing computed. GB/s count the bytes that must be read and
+those written; "of memory" is the median of ratios of one round, in wall time. Dropped tokens are not counted, though the
 processor fetches most of them with their neighbours. Saving flushes to the disk, as does the plain write beside it; what is
 loaded is in the page cache, and so is the plain read.
 """
