@@ -38,7 +38,7 @@ STAGES = (
     ("1 contrastive", "names, docstrings"),
     ("2 fine-tuned", "hard negatives"),
     ("3 distilled", "from all six layers"),
-    ("4 ColBERT", "48 numbers a token, not 384"),
+    ("4 ColBERT", "48, not 384 numbers"),
 )
 TEACHER = ["train.steps=10"]  # twice the layers take twice the time
 TRIAL = ["train.batch=16", "train.mini_batch=16", "train.steps=6"]  # of --quick
