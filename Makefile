@@ -24,6 +24,8 @@ CPP = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp')
 .DEFAULT_GOAL := help
 # pip fetches a target's requirements while the module is compiled.
 MAKEFLAGS += --jobs=2
+# Ninja would take the slots of this make for its own, through descriptors that it does not inherit.
+unexport MAKEFLAGS
 .PHONY: help demo test train bench bench-quick docs lint format module objects fuzz spills emulate sanitize matrix wheels \
     contribute clean
 

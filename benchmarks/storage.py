@@ -25,7 +25,7 @@ from benchmarks.interleave import Contender, interleave
 from benchmarks.threads import thread_counts
 from edgecolbert_kernels import PackedEmbeddings, PackedWriter, pack
 from edgecolbert_kernels.backends import native
-from edgecolbert_kernels.backends.packed import pack_rows
+from edgecolbert_kernels.backends.packed import empty_lines, pack_rows
 
 FULL, QUICK = (10_000, 300, 48), (2_000, 300, 48)
 
@@ -38,13 +38,6 @@ def write(path: Path, array: np.ndarray) -> None:
         os.fsync(file.fileno())
 
 
-def lines(count: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """An array that begins with a line of the cache."""
-    memory = np.empty(count * np.dtype(dtype).itemsize + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : memory.nbytes - 64 + start].view(dtype).reshape(shape)
-
-
 def packing(hidden: np.ndarray, rounds: int, shared: dict, threads: int) -> list[dict]:
     """What `pack` does without a projection, by mask, storage and normalisation."""
     num_documents, length, dim = hidden.shape
@@ -55,13 +48,12 @@ def packing(hidden: np.ndarray, rounds: int, shared: dict, threads: int) -> list
         "padding": np.arange(length) < lengths[:, None],
         "holes": random.random((num_documents, length)) < 0.8,
     }
-    suite.machine.set_threads(threads)
     memory = {
         "float32": "memory, copied",
         "float16": "memory, 2 read : 1 written",
         "int8": "memory, 4 read : 1 written",
     }
-    target = lines(hidden.size, "float32", (-1,))
+    target = empty_lines(hidden.shape, np.float32)
     calls: dict[str, tuple[Callable, int, str]] = {}
     for (dtype, name), ratio in zip(memory.items(), (1, 2, 4), strict=True):
         count = hidden.nbytes // 64 // ratio
@@ -71,8 +63,8 @@ def packing(hidden: np.ndarray, rounds: int, shared: dict, threads: int) -> list
         tokens = hidden.shape[0] * length if mask is None else int(mask.sum())
         for dtype in ("float16", "int8"):
             for normalize in (True, False):
-                out = lines(tokens * dim, dtype, (tokens, dim))
-                call = partial(pack_rows, hidden, mask, normalize=normalize, dtype=dtype, out=out)
+                out = empty_lines((tokens, dim), dtype)
+                call = partial(pack_rows, hidden, mask, normalize=normalize, dtype=dtype, out=out, threads=threads)
                 name = f"{dtype}, {mask_name}" + (", normalised" if normalize else "")
                 calls[name] = call, tokens * dim * (4 + out.itemsize), dtype
     contenders = [Contender(name, lambda turn, call=call: call()) for name, (call, _, _) in calls.items()]
@@ -94,7 +86,7 @@ def run(quick: bool) -> list[dict]:
     suite.machine.set_threads(1)
     rounds = 3 if quick else 7
     random = np.random.default_rng(0)
-    hidden = lines(num_documents * length * dim, "float32", (num_documents, length, dim))
+    hidden = empty_lines((num_documents, length, dim), np.float32)
     random.standard_normal(out=hidden, dtype=np.float32)
     shared = {"num_documents": num_documents, "length": length, "dim": dim, "threads": 1}
     rows: list[dict] = []
@@ -122,7 +114,6 @@ def run(quick: bool) -> list[dict]:
 
     for threads in thread_counts():
         rows += packing(hidden, rounds, shared, threads)
-    suite.machine.set_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder, plain = Path(name) / "packed", Path(name) / "plain"
         for dtype in ("float16", "int8"):

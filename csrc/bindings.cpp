@@ -231,10 +231,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("measure_peak", &measure_peak, py::arg("kind"), py::arg("seconds") = 0.05,
         "G operations/s (2 a multiply-add) of one thread on registers alone: 'f32', 'i16' or 'i8' (0 where there are "
         "none).");
-  m.def(
-      "move_lines", &move_lines, py::arg("source"), py::arg("out"), py::arg("lines"), py::arg("ratio"),
-      py::arg("threads"),
-      "Reads `ratio` (1, 2, 4) cache lines for each of the `lines` that it writes past the caches: what memory gives.");
+  m.def("move_lines", &move_lines, py::arg("source"), py::arg("out"), py::arg("lines"), py::arg("ratio"),
+        py::arg("threads"),
+        "Writes `lines` cache lines past the caches, each the float32 sum of `ratio` (1, 2, 4) lines of `source`: what "
+        "memory "
+        "gives. Addresses that are no multiple of 64, or another ratio: ValueError.");
   m.def("forward", &py_forward, py::arg("queries"), py::arg("documents"), py::arg("layout"), py::arg("index"),
         py::arg("out"), py::arg("argmax"), py::arg("argmax_bytes"), py::arg("precision"), py::arg("zero_mode"),
         py::arg("normalize"), py::arg("threads"));

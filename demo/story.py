@@ -94,7 +94,7 @@ def tell(task: Task, folder: Path, console: Console, *, quick: bool = False, par
         measured("whole", "all six layers", "dense", lambda: reader(folder / "whole")),
     ]
     # The teacher is the whole encoder after stage 2 alone: a student learns little from one that knows less than itself.
-    made = _digest(made, RECIPES[1].read_text(encoding="utf-8"))
+    made = _digest(made, RECIPES[1].read_text(encoding="utf-8"), TEACHER)
     own = [f"model.base={folder / 'whole'}", f"output={folder / 'teacher'}", *TEACHER]
     chapters.append(trained(RECIPES[1], "all six, tuned", "the teacher", own))
     taught = folder / "taught"
@@ -114,7 +114,7 @@ def prepare(task: Task, folder: Path, quick: bool) -> tuple[str, str]:
     Returns a digest of it all, and a sentence about it.
     """
     data, whole = folder / "data", folder / "whole"
-    made = _digest(FORMAT, LAYERS, TAUGHT, NEGATIVES, DENSE, task, quick)
+    made = _digest(FORMAT, held_out.PARTS, LAYERS, READ, TAUGHT, NEGATIVES, DENSE, task, quick)
     for place, layers, length in ((folder / "start", LAYERS, READ), (whole, range(6), TAUGHT)):
         if _stale(place, made):
             cut(place, layers, length)

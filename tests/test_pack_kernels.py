@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cases import DIMENSIONS, LENGTHS
 from conftest import ISAS
 from edgecolbert_kernels.backends import native
-from edgecolbert_kernels.backends.packed import pack_rows, score_packed, unpack_rows
+from edgecolbert_kernels.backends.packed import empty_lines, pack_rows, score_packed, unpack_rows
 
 _C = native.module()
 pytestmark = pytest.mark.skipif(_C is None, reason="the compiled module is not built")
@@ -319,19 +319,12 @@ class TestWrongInput:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_traffic_without_arithmetic(isa, ratio, threads):
     lines = 1001
-    source, out = aligned(lines * ratio * 16), aligned((lines + 1) * 16)
+    source, out = empty_lines((lines * ratio * 16,), np.float32), empty_lines(((lines + 1) * 16,), np.float32)
     source[:] = np.random.default_rng(0).integers(0, 1000, len(source))
     out[:] = -1
     _C.move_lines(source.ctypes.data, out.ctypes.data, lines, ratio, threads)
     np.testing.assert_array_equal(out[: lines * 16].reshape(lines, 16), source.reshape(lines, ratio, 16).sum(1))
     assert (out[lines * 16 :] == -1).all()
-
-
-def aligned(count: int) -> np.ndarray:
-    """float32 [count] that begins with a cache line."""
-    memory = np.empty(count + 16, np.float32)
-    start = -memory.ctypes.data % 64 // 4
-    return memory[start : start + count]
 
 
 @pytest.mark.parametrize("change", [{"source": 4}, {"out": 32}, {"ratio": 3}])

@@ -7,6 +7,7 @@ document n being the rows from `offsets[n]` to `offsets[n + 1]`; and, where toke
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -169,7 +170,7 @@ def pack_rows(
     np.cumsum(lengths, out=packed_offsets[1:])
     storage = _storage(dtype)
     shape = (int(packed_offsets[-1]), X.shape[-1])
-    tokens = _empty(shape, storage) if out is None else out
+    tokens = empty_lines(shape, storage) if out is None else out
     if tokens.shape != shape or tokens.dtype != storage or not (tokens.flags.c_contiguous and tokens.flags.writeable):
         raise ValueError(
             f"out is {tokens.dtype} {list(tokens.shape)}; want writeable C-contiguous {storage} {list(shape)}"
@@ -194,7 +195,7 @@ def unpack_rows(tokens: Array, offsets: Array, scales: Array | None = None, *, t
     _need_module()
     tokens, offsets, scales = _collection(tokens, offsets, scales)
     _check_offsets("offsets", offsets, "tokens", len(tokens))
-    out = _empty((int(offsets[-1] - offsets[0]), tokens.shape[1]), np.dtype(np.float32))
+    out = empty_lines((int(offsets[-1] - offsets[0]), tokens.shape[1]), np.float32)
     operand = _operand(tokens, offsets, len(offsets) - 1, scales)
     native.module().unpack(operand, _address(out), native.threads() if threads is None else threads)
     return out
@@ -222,12 +223,12 @@ def _queries(queries: Array, query_offsets: Array) -> tuple[Array, native.Operan
     return queries, _operand(queries, query_offsets, len(query_offsets) - 1, None), query_offsets
 
 
-def _empty(shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
-    """Memory at the start of a cache line, as whole registers are written past the caches."""
-    line = 64
-    memory = np.empty(shape[0] * shape[1] * dtype.itemsize + line, np.uint8)
+def empty_lines(shape: tuple[int, ...], dtype: Any) -> Array:
+    """An array that begins with a cache line (64 bytes): the kernels write whole registers past the caches."""
+    line, size = 64, math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + line, np.uint8)
     start = -_address(memory) % line
-    return memory[start : memory.nbytes - line + start].view(dtype).reshape(shape)
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _need_module() -> None:

@@ -4,43 +4,32 @@
 // written: into the caches when the result is small, past them when it is large, so that no line of it is read before
 // it is overwritten. Rows one after the other, each with its own root and division, let the processor read and write
 // all the time; norms computed for several rows at once, or lines collected before they are written, were slower. int8
-// looks at a whole document before it rounds the first value: its second pass finds the rows in the second-level cache.
+// must see a document's last value before it rounds the first: it looks at a document while it rounds the one before,
+// whose rows are still in the second-level cache.
 #pragma once
 
 namespace {
 
-struct IntoCaches {
-  template <class To>
-  static void store(To* out, Simd::F x) {
-    Simd::store(out, x);
-  }
-  template <class To>
-  static void store_two(To* out, Simd::F x, Simd::F y) {
-    Simd::store_two(out, x, y);
-  }
-};
+// Past the caches: the address and the bytes of a row are multiples of Simd::stream_bytes.
+template <bool past, class To>
+[[gnu::always_inline]] inline void write(To* out, Simd::F x) {
+  past ? Simd::stream(out, x) : Simd::store(out, x);
+}
 
-// The address and the bytes of a row are multiples of Simd::stream_bytes.
-struct PastCaches {
-  template <class To>
-  static void store(To* out, Simd::F x) {
-    Simd::stream(out, x);
-  }
-  template <class To>
-  static void store_two(To* out, Simd::F x, Simd::F y) {
-    Simd::stream_two(out, x, y);
-  }
-};
+template <bool past, class To>
+[[gnu::always_inline]] inline void write_two(To* out, Simd::F x, Simd::F y) {
+  past ? Simd::stream_two(out, x, y) : Simd::store_two(out, x, y);
+}
 
-template <class Write, class From, class To, class Transform>
+template <bool past, class From, class To, class Transform>
 [[gnu::always_inline]] inline void convert_row(const From* row, int dim, To* out, Transform transform) {
   constexpr int w = Simd::width;
   int k = 0;
   for (; k + 2 * w <= dim; k += 2 * w) {
-    Write::store_two(out + k, transform(Simd::load(row + k)), transform(Simd::load(row + k + w)));
+    write_two<past>(out + k, transform(Simd::load(row + k)), transform(Simd::load(row + k + w)));
   }
   if (k + w <= dim) {
-    Write::store(out + k, transform(Simd::load(row + k)));
+    write<past>(out + k, transform(Simd::load(row + k)));
     k += w;
   }
   if (k < dim) Simd::store_first(out + k, transform(Simd::load_first(row + k, dim - k)), dim - k);
@@ -127,7 +116,7 @@ class Look {
 constexpr float kSmallestPackedPeak = 2e-36f;  // 127 / x and x / 127 are normal numbers; below it a document is zero
 
 // Rounds a document while it looks at the next one, so that memory is read all the time.
-template <class Write, class From, class Dim>
+template <bool past, class From, class Dim>
 inline void store_int8(StoreJob& job, Dim dim) {
   const int64_t length = job.source.length, next_length = job.next ? job.next->length : 0;
   if (!job.looked) {
@@ -148,10 +137,10 @@ inline void store_int8(StoreJob& job, Dim dim) {
     if (i < next_length) look.at(i);
     if (job.normalize) {
       const Simd::F inverse_norm = Simd::broadcast(job.inverse_norms[i]);
-      convert_row<Write>(rows[i], dim, out,
-                         [&](Simd::F x) { return Simd::multiply(Simd::multiply(x, inverse_norm), inverse_scale); });
+      convert_row<past>(rows[i], dim, out,
+                        [&](Simd::F x) { return Simd::multiply(Simd::multiply(x, inverse_norm), inverse_scale); });
     } else {
-      convert_row<Write>(rows[i], dim, out, [&](Simd::F x) { return Simd::multiply(x, inverse_scale); });
+      convert_row<past>(rows[i], dim, out, [&](Simd::F x) { return Simd::multiply(x, inverse_scale); });
     }
   }
   for (int64_t i = length; i < next_length; ++i) look.at(i);
@@ -159,7 +148,7 @@ inline void store_int8(StoreJob& job, Dim dim) {
   job.looked = job.next != nullptr;
 }
 
-template <class Write, class From, class To, class Dim>
+template <bool past, class From, class To, class Dim>
 inline void store_float(const StoreJob& job, Dim dim) {
   const Rows<From, Dim> rows(job.source, job.next, dim, job.buffer);
   To* out = reinterpret_cast<To*>(job.out);
@@ -168,9 +157,9 @@ inline void store_float(const StoreJob& job, Dim dim) {
     const From* const row = rows[i];
     if (job.normalize) {
       const Simd::F scale = Simd::broadcast(inverse_norm(row, dim));
-      convert_row<Write>(row, dim, out, [&](Simd::F x) { return Simd::multiply(x, scale); });
+      convert_row<past>(row, dim, out, [&](Simd::F x) { return Simd::multiply(x, scale); });
     } else {
-      convert_row<Write>(row, dim, out, [](Simd::F x) { return x; });
+      convert_row<past>(row, dim, out, [](Simd::F x) { return x; });
     }
   }
 }
@@ -191,14 +180,14 @@ inline void copy_rows(const StoreJob& job) {
   }
 }
 
-template <class Write, class From, class To, class Dim>
+template <bool past, class From, class To, class Dim>
 inline void store_rows(StoreJob& job, Dim dim) {
   if constexpr (kSame<To, I8>) {
-    store_int8<Write, From>(job, dim);
+    store_int8<past, From>(job, dim);
   } else if (kSame<From, To> && !job.normalize) {
     copy_rows<From>(job);
   } else {
-    store_float<Write, From, To>(job, dim);
+    store_float<past, From, To>(job, dim);
   }
 }
 
@@ -208,15 +197,15 @@ struct Constant {
 };
 
 // Memory is so fast that the instructions around a row count: the usual ones have loops without a counter.
-template <class Write, class From, class To>
+template <bool past, class From, class To>
 inline void store_usual_rows(StoreJob& job) {
   if constexpr (kSame<From, float> && (kSame<To, F16> || kSame<To, I8>)) {
-    if (job.dim == 48) return store_rows<Write, From, To>(job, Constant<48>());
-    if (job.dim == 64) return store_rows<Write, From, To>(job, Constant<64>());
-    if (job.dim == 96) return store_rows<Write, From, To>(job, Constant<96>());
-    if (job.dim == 128) return store_rows<Write, From, To>(job, Constant<128>());
+    if (job.dim == 48) return store_rows<past, From, To>(job, Constant<48>());
+    if (job.dim == 64) return store_rows<past, From, To>(job, Constant<64>());
+    if (job.dim == 96) return store_rows<past, From, To>(job, Constant<96>());
+    if (job.dim == 128) return store_rows<past, From, To>(job, Constant<128>());
   }
-  store_rows<Write, From, To>(job, job.dim);
+  store_rows<past, From, To>(job, job.dim);
 }
 
 template <class To>
@@ -228,12 +217,12 @@ inline bool can_stream(const void* out, int64_t dim) {
 
 template <class From, class To>
 void store_tokens(StoreJob& job) {
-  if (!job.stream || !can_stream<To>(job.out, job.dim)) return store_usual_rows<IntoCaches, From, To>(job);
-  store_usual_rows<PastCaches, From, To>(job);
+  if (!job.stream || !can_stream<To>(job.out, job.dim)) return store_usual_rows<false, From, To>(job);
+  store_usual_rows<true, From, To>(job);
   if (!job.next) Simd::finish_streams();
 }
 
-template <class Write, class Element>
+template <bool past, class Element>
 inline void load_rows(const LoadJob& job) {
   // Rows side by side are one long row.
   const bool dense = job.dim_stride == int64_t(sizeof(Element)) && job.token_stride == job.dim * job.dim_stride;
@@ -245,17 +234,17 @@ inline void load_rows(const LoadJob& job) {
     const Element* const x = dense ? reinterpret_cast<const Element*>(data)
                                    : contiguous_row<Element>(data, job.dim_stride, job.dim, job.buffer);
     if (kSame<Element, I8>) {
-      convert_row<Write>(x, n, job.out + done, [&](Simd::F value) { return Simd::multiply(value, scale); });
+      convert_row<past>(x, n, job.out + done, [&](Simd::F value) { return Simd::multiply(value, scale); });
     } else {
-      convert_row<Write>(x, n, job.out + done, [](Simd::F value) { return value; });
+      convert_row<past>(x, n, job.out + done, [](Simd::F value) { return value; });
     }
   }
 }
 
 template <class Element>
 void load_tokens(const LoadJob& job) {
-  if (!job.stream || !can_stream<float>(job.out, job.dim)) return load_rows<IntoCaches, Element>(job);
-  load_rows<PastCaches, Element>(job);
+  if (!job.stream || !can_stream<float>(job.out, job.dim)) return load_rows<false, Element>(job);
+  load_rows<true, Element>(job);
   Simd::finish_streams();
 }
 
