@@ -49,6 +49,8 @@ TITLES = {
     "quality": "nDCG@10 by storage and precision",
     "gpu": "The kernels of the GPU",
     "table13": "Encode a collection and score it with 650 queries",
+    "paper_shapes": "One step of each stage at the paper's shapes, and a document of 32k tokens",
+    "pylate_quality": "nDCG@10 of PyLate, as it is and patched",
 }
 
 
@@ -142,21 +144,46 @@ def machines_table(machines: Mapping[Machine, Rows]) -> str:
     return "\n".join(lines)
 
 
+def joined(rows: Rows) -> tuple[list[dict], list[str]]:
+    """Rows with what was derived of a contender, "NAME, memory" in another unit, as a value of its own; those values' names."""
+    made = [dict(row) for row in rows]
+    found = {(row["case"], row.get("threads"), row["contender"]): row for row in made}
+    quantities: dict[str, list[dict]] = {}
+    for row in made:
+        contender, _, quantity = row["contender"].rpartition(", ")
+        of = found.get((row["case"], row.get("threads"), contender))
+        if of and of["unit"] != row["unit"]:
+            of[quantity] = f"{number(row['p50'])} {row['unit']}"
+            quantities.setdefault(quantity, []).append(row)
+    # A quantity of one contender alone stays a row.
+    quantities = {quantity: derived for quantity, derived in quantities.items() if len(derived) > 1}
+    gone = [id(row) for derived in quantities.values() for row in derived]
+    return [row for row in made if id(row) not in gone], list(quantities)
+
+
 def result_table(rows: Rows) -> str:
-    """Every row of a suite."""
-    lines = [
-        "| case | contender | p50 (p20 to p80) | of its peak | time over that of | error | waited |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """Every contender of a suite; a column that would be empty is left out."""
+    several = len({row.get("threads") for row in rows}) > 1
+    rows, quantities = joined(rows)
+    lines = []
     for row in rows:
-        ratio = ", ".join(f"{name} {value['p50']:.3g}x" for name, value in row.get("ratio", {}).items())
-        peak = f"{row['percent_of_peak']['p50']:.0f} %" if "percent_of_peak" in row else ""
         scaled = f", extrapolated x {row['extrapolated']:g}" if row.get("extrapolated", 1) > 1 else ""
-        lines.append(
-            f"| {row['case']} | {row['contender']} | {spread(row)} {row['unit']}{scaled} | {peak} | {ratio} "
-            f"| {row.get('error', '')} | {row.get('waited', '')} |"
-        )
-    return "\n".join(lines)
+        share = row.get("percent_of_peak", {}).get("p50") or 100 * row.get("of_memory", {}).get("p50", 0)
+        lines.append({
+            "case": row["case"],
+            "threads": row["threads"] if several else "",
+            "contender": row["contender"],
+            "p50 (p20 to p80)": f"{spread(row)} {row['unit']}{scaled}",
+            "GB/s": number(row["gigabytes_a_second"]) if row.get("gigabytes_a_second") else "",
+            "of its peak": f"{share:.0f} %" if share else "",
+            "time over that of": ", ".join(f"{name} {value['p50']:.3g}x" for name, value in row.get("ratio", {}).items()),
+            **{quantity: row.get(quantity, "") for quantity in quantities},
+            "error": row.get("error", ""),
+            "waited": row.get("waited", ""),
+        })  # fmt: skip
+    names = [name for name in lines[0] if any(line[name] != "" for line in lines)]
+    head = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    return "\n".join(head + ["| " + " | ".join(str(line[name]) for name in names) + " |" for line in lines])
 
 
 def quality_table(rows: Rows) -> str:

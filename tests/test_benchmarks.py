@@ -222,6 +222,16 @@ def test_rows_of_a_gpu():
     assert "| 90 | 80 % |" in report.suite_table("gpu", [made])
 
 
+def test_what_is_derived_of_contenders_stands_in_their_rows():
+    memory = [{**row(f"{name}, memory", value), "unit": "MiB"} for name, value in (("fused", 12), ("eager", 80))]
+    made = [row("fused", 2), row("eager", 9), *memory, row("fused, masked", 3)]
+    head, _, *lines = (line[2:-2].split(" | ") for line in report.result_table(made).splitlines())
+    cells = [dict(zip(head, line, strict=True)) for line in lines]
+    assert [each["contender"] for each in cells] == ["fused", "eager", "fused, masked"]
+    assert [each["memory"] for each in cells] == ["12 MiB", "80 MiB", ""]
+    assert "of its peak" not in head
+
+
 def test_rows_that_are_no_times():
     rows = [{"suite": "quality", "case": "a", "cpu": "c", "date": "2026-01-01", "ndcg": 0.5, "more": [1]}]
     assert report.suite_table("other", rows) == "| case | ndcg |\n|---|---|\n| a | 0.5 |"

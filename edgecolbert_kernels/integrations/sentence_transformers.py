@@ -79,20 +79,15 @@ def _score_whole(
     a: Any, b: Any, a_mask: Any, b_mask: Any, chunk_elements: int | None, length_normalize: bool, device: Any
 ) -> Tensor:
     # Who asks for chunks of a size gets the host's.
-    if (
-        b_mask is device is chunk_elements is None
-        and not torch.compiler.is_compiling()
-        and len(a)
-        and inputs.fused(a, b)
-    ):
-        kept = _kept(b)
+    plain = b_mask is chunk_elements is device is None and not torch.compiler.is_compiling()
+    if plain and len(a) and inputs.fused(a, b) and (kept := _kept(b)) is not False:
         try:
-            if kept is not False:
-                scores = functions.maxsim_st(a, b, a_mask, kept, length_normalize=length_normalize)
-                hit(WHOLE)
-                return scores
+            scores = functions.maxsim_st(a, b, a_mask, kept, length_normalize=length_normalize)
         except (TypeError, ValueError):
             pass
+        else:
+            hit(WHOLE)
+            return scores
     return original(WHOLE)(a, b, a_mask, b_mask, chunk_elements, length_normalize, device)
 
 
