@@ -13,7 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import machine
+
 QUANTILES = {"p20": 20, "p50": 50, "p80": 80}
+# A round counts when the core started at least this share of the instructions a cycle that it did in the best round.
+QUIET = 0.85
+FEWEST_QUIET = 5
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Samples:
     values: Mapping[str, np.ndarray]
     cpu: Mapping[str, np.ndarray]  # seconds a call, summed over threads
     waited: np.ndarray  # share of each round that our threads were ready but had no core
+    dispatched: np.ndarray  # instructions a cycle around each round; 0 where unknown
 
     def ratio(self, slow: str, fast: str) -> np.ndarray:
         return self.values[slow] / self.values[fast]
@@ -74,6 +80,18 @@ def waiting_seconds() -> float:
     return total / 1e9
 
 
+def dispatch_rate() -> float:
+    """Instructions that this core starts a cycle now, 0 where unknown."""
+    module = machine.compiled_module()
+    return module.dispatch_rate() if module else 0.0
+
+
+def quiet_rounds(dispatched: np.ndarray) -> np.ndarray:
+    """Numbers of the rounds that had the core to themselves; all of them where those are too few to tell."""
+    quiet = np.flatnonzero(dispatched >= QUIET * dispatched.max())
+    return quiet if len(quiet) >= FEWEST_QUIET else np.arange(len(dispatched))
+
+
 def interleave(
     contenders: Sequence[Contender],
     rounds: int,
@@ -85,18 +103,23 @@ def interleave(
 ) -> Samples:
     """Time every contender once a round, for ``rounds`` rounds after one that is not counted.
 
+    A virtual machine shares its cores with others, a hyperthread each. While the other one is busy, a core starts about
+    half as many instructions a cycle; loads and conversions suffer, and multiply-adds on registers, so the peak, do not.
+    Every round is enclosed by a measurement of that rate, and rounds in which it was low do not count.
+
     Args:
         calls: calls behind one sample, for work shorter than the clock's resolution.
         clock: ``time.process_time`` (CPU time of all threads: other processes do not count) or
             ``time.perf_counter`` (needed where several threads share the work).
-        keep: share of the rounds kept, those in which this process waited least for a core.
+        keep: share of the quiet rounds kept, those in which this process waited least for a core.
             Below 1 only for wall-clock times, which other processes lengthen.
     """
     for contender in contenders:
         contender.once(0)
     values = {contender.name: np.empty(rounds) for contender in contenders}
     cpu = {contender.name: np.empty(rounds) for contender in contenders}
-    waited = np.empty(rounds)
+    waited, dispatched = np.empty(rounds), np.empty(rounds)
+    rate = dispatch_rate()
     for turn in range(rounds):
         waited_before, wall_before = waiting_seconds(), time.perf_counter()
         # Another order every round, so that no contender always finds the caches as the same one leaves them.
@@ -113,6 +136,11 @@ def interleave(
                 cpu[contender.name][turn] = (time.process_time() - cpu_start) / calls
         wall = time.perf_counter() - wall_before
         waited[turn] = (waiting_seconds() - waited_before) / wall
+        before, rate = rate, dispatch_rate()
+        dispatched[turn] = min(before, rate)
         progress(turn + 1, rounds)
-    kept = np.sort(np.argsort(waited, kind="stable")[: max(1, round(keep * rounds))])
-    return Samples(*({name: of[kept] for name, of in each.items()} for each in (values, cpu)), waited[kept])
+    quiet = quiet_rounds(dispatched)
+    kept = quiet[np.argsort(waited[quiet], kind="stable")[: max(1, round(keep * len(quiet)))]]
+    kept.sort()
+    chosen = ({name: of[kept] for name, of in each.items()} for each in (values, cpu))
+    return Samples(*chosen, waited[kept], dispatched[kept])

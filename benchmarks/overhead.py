@@ -14,10 +14,11 @@ from benchmarks import contenders, machine, suite
 from benchmarks.inputs import Shape
 from benchmarks.interleave import Contender, Samples, quantiles
 from edgecolbert_kernels import maxsim
+from edgecolbert_kernels.backends import native
 from tests.cases import embeddings
 
 SHAPE = Shape(1, 32, 10, 300, 48)
-FLOAT16, EVERY_PAIR, EXACT = 1, 0, 0  # the module's codes
+FLOAT16 = 1  # the module's code
 
 
 @lru_cache(maxsize=1)
@@ -26,12 +27,8 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
     return queries, embeddings(SHAPE.num_documents, SHAPE.length, SHAPE.dim, seed=1, dtype=torch.float16)
 
 
-def operand(tensor: torch.Tensor) -> tuple[int, ...]:
-    """A padded [N, L, d] tensor as ``_C.forward`` takes it."""
-    count, length, dim = tensor.shape
-    outer_stride = offsets = mask = 0
-    strides = (tensor.stride(2), tensor.stride(1), tensor.stride(0), outer_stride)
-    return (tensor.data_ptr(), FLOAT16, dim, *strides, count, count, length, offsets, mask)
+def operand(tensor: torch.Tensor) -> native.Operand:
+    return native.padded(tensor.data_ptr(), FLOAT16, tensor.shape, tensor.stride(), 0)
 
 
 @lru_cache(maxsize=1)
@@ -39,17 +36,17 @@ def prepared() -> tuple[Callable[[], None], torch.Tensor]:
     """The kernel's call, and the scores that it writes."""
     queries, documents = inputs()
     scores = torch.empty(len(queries), len(documents))
-    index, argmax, argmax_bytes, zero_mode, normalize, threads = (0, 0, 0), 0, 2, False, False, 1
+    argmax, argmax_bytes, zero_mode, normalize, threads = 0, 2, False, False, 1
     call = partial(
         machine.compiled_module().forward,
         operand(queries),
         operand(documents),
-        EVERY_PAIR,
-        index,
+        native.EVERY,
+        native.NO_INDEX,
         scores.data_ptr(),
         argmax,
         argmax_bytes,
-        EXACT,
+        native.PRECISIONS["exact"],
         zero_mode,
         normalize,
         threads,

@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import machine, plots, suite
+from benchmarks.interleave import QUIET
 from benchmarks.targets import ANY_CPU, FURTHER, H100, TARGETS, Target
 
 Rows = Sequence[Mapping]
 Machine = tuple[str, str | None]
 PAGE = machine.ROOT / "docs" / "benchmarks.md"
 IMAGES = machine.ROOT / "docs" / "images" / "bench"
-BUSY = 0.05  # share of time spent waiting for a core, above which a number is marked
+WAITED = 0.05  # share of time spent waiting for a core, above which a number is marked
 
 # Names for what hypervisors call just "AMD EPYC".
 CPUS = {
@@ -89,6 +90,12 @@ def spread(found: Mapping, unit: str = "") -> str:
     return text + (f" ({number(found['p20'])} to {number(found['p80'])})" if "p20" in found else "")
 
 
+def busy(row: Mapping, rows: Rows) -> bool:
+    """Whether others had a part of the core: it was waited for, or it started fewer instructions a cycle than it can."""
+    most = max((each.get("dispatched", 0) for each in rows), default=0)
+    return row.get("waited", 0) > WAITED or row.get("dispatched", most) < QUIET * most
+
+
 def cell(target: Target, rows: Rows) -> str:
     """What one machine's rows say of a target."""
     found = target.found(rows)
@@ -96,7 +103,7 @@ def cell(target: Target, rows: Rows) -> str:
         return "not measured"
     row, value = found
     verdict = "yes" if target.reached(value["p50"]) else "**no**"
-    return f"{verdict}: {spread(value, target.unit)}" + (", busy" if row.get("waited", 0) > BUSY else "")
+    return f"{verdict}: {spread(value, target.unit)}" + (", busy" if busy(row, rows) else "")
 
 
 def belongs(target: Target, which: Machine) -> bool:
@@ -180,6 +187,7 @@ def result_table(rows: Rows) -> str:
             **{quantity: row.get(quantity, "") for quantity in quantities},
             "error": row.get("error", ""),
             "waited": row.get("waited", ""),
+            "dispatched": row.get("dispatched", ""),
         })  # fmt: skip
     names = [name for name in lines[0] if any(line[name] != "" for line in lines)]
     head = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
@@ -276,7 +284,8 @@ INTRODUCTION = """\
 Contenders take turns in one process, each is checked against float64 before it is timed, and the peaks are measured in the
 same rounds; a ratio is the median over rounds of two times of one round. The numbers are p50 (p20 to p80). The machines were
 shared virtual ones: trust ratios and shares of a peak before times. "busy" marks rows in which this process waited for a core
-for more than 5 % of the time, the last column of the tables. [How they are taken](../benchmarks/README.md) in full."""
+for more than 5 % of the time ("waited" in the tables), or in which the core started at least 15 % fewer instructions a cycle
+than in the machine's best row ("dispatched"), as another thread was on it. [In full](../benchmarks/README.md)."""
 
 
 def page(rows: Rows) -> str:
@@ -299,8 +308,8 @@ def terminal(rows: Rows, targets: Sequence[Target]) -> str:
             continue
         row, value = found
         verdict = "yes" if target.reached(value["p50"]) else "NO"
-        busy = "  busy machine" if row.get("waited", 0) > BUSY else ""
-        lines.append(f"{target.text:<64}{target.wanted:>12}  {spread(value, target.unit):<28}{verdict}{busy}")
+        mark = "  busy machine" if busy(row, rows) else ""
+        lines.append(f"{target.text:<64}{target.wanted:>12}  {spread(value, target.unit):<28}{verdict}{mark}")
     return "\n".join(lines)
 
 

@@ -2,8 +2,8 @@
 
 A row is one contender of one case: the case's parameters, times (p20/p50/p80), ``ratio`` (its time over that of each
 reference contender), ``percent_of_peak``, ``error`` and the machine's facts. ``waited`` is the share of time in which
-threads of this process were ready to run and had no core. A run replaces the rows of its suite and machine and leaves
-those of other machines.
+threads of this process were ready to run and had no core, ``dispatched`` the instructions that a core started a cycle
+around the rounds that count. A run replaces the rows of its suite and machine and leaves those of other machines.
 """
 
 import argparse
@@ -87,6 +87,7 @@ def rows(case: Case, contenders: Sequence[Contender], *, quick: bool, label: str
         "threads": case.threads,
         "rounds": len(samples.waited),
         "waited": round(float(np.median(samples.waited)), 3),
+        "dispatched": round(float(np.median(samples.dispatched)), 2),
     }
     made = []
     for contender in contenders:

@@ -6,6 +6,7 @@
 #include <chrono>
 
 #include "cpu/dispatch.h"
+#include "cpu/dispatch_rate.h"
 #include "cpu/driver.h"
 #include "cpu/parallel.h"
 
@@ -231,6 +232,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("measure_peak", &measure_peak, py::arg("kind"), py::arg("seconds") = 0.05,
         "G operations/s (2 a multiply-add) of one thread on registers alone: 'f32', 'i16' or 'i8' (0 where there are "
         "none).");
+  m.def(
+      "dispatch_rate", &dispatch_rate, py::call_guard<py::gil_scoped_release>(),
+      "No-operations that this core starts a cycle, over 0.2 ms: fewer than at other times while another thread shares "
+      "the core. 0 where it cannot be measured.");
   m.def("move_lines", &move_lines, py::arg("source"), py::arg("out"), py::arg("lines"), py::arg("ratio"),
         py::arg("threads"),
         "Writes `lines` cache lines past the caches, each the float32 sum of `ratio` (1, 2, 4) lines of `source`: what "

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import compare, inputs, interleave, machine, report, suite, targets
+from benchmarks import compare, inputs, interleave, machine, overhead, report, suite, targets
 from benchmarks.interleave import Contender
+from edgecolbert_kernels import maxsim
 
 
 def row(contender: str, p50: float, spread: float = 0.02, **more) -> dict:
@@ -140,6 +141,32 @@ def test_every_contender_has_a_turn_in_every_round():
     samples = interleave.interleave(made, 3)
     assert sorted(seen[2:]) == [(turn, name) for turn in range(3) for name in "ab"]
     assert {len(values) for values in samples.values.values()} == {3}
+
+
+def test_rounds_beside_a_neighbour_do_not_count(monkeypatch):
+    """Two rounds of eight are enclosed by a low rate, and no more than five make a choice at all."""
+    rates = [6, 6, 6, 6, 3, 6, 6, 6, 6]
+    monkeypatch.setattr(interleave, "dispatch_rate", iter(rates).__next__)
+    samples = interleave.interleave([Contender("a", lambda turn: turn)], 8)
+    assert samples.dispatched.tolist() == [6] * 6
+    assert len(samples.values["a"]) == len(samples.waited) == 6
+    assert interleave.quiet_rounds(np.array([6, 6, 3, 3])).tolist() == [0, 1, 2, 3]
+
+
+def test_a_row_beside_a_neighbour_is_marked():
+    ratio = {"ratio": {"exact": quantiles(3)}, "case": "x"}
+    alone, shared = (
+        {**row("torch eager", 9, **ratio), "waited": 0, "dispatched": dispatched} for dispatched in (5.8, 3.6)
+    )
+    assert not report.cell(target(), [alone, shared]).endswith("busy")
+    assert report.cell(target(), [shared, alone]).endswith("busy")
+
+
+def test_the_call_that_overhead_is_measured_against_scores():
+    if machine.compiled_module() is None:
+        pytest.skip("the compiled module is not built")
+    queries, documents = overhead.inputs()
+    torch.testing.assert_close(overhead.raw(0), maxsim(queries, documents), rtol=0, atol=0)
 
 
 def target(**options) -> targets.Target:

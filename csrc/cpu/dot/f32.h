@@ -8,6 +8,7 @@ struct DotF32 {
   using Lane = float;
   static constexpr int dims_of_word = 1;
   static constexpr bool rounds_floats = true;
+  static constexpr int steps_of_round = kStepsOfRound;
 
   static const uint32_t* words(const QueryGroup& group) { return group.words_f32; }
 

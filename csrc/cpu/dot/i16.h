@@ -13,6 +13,7 @@ struct DotI16 {
   using Lane = int32_t;
   static constexpr int dims_of_word = 2;
   static constexpr bool rounds_floats = true;
+  static constexpr int steps_of_round = 1;
 
   static const uint32_t* words(const QueryGroup& group) { return group.words_i16; }
 

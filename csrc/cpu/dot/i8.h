@@ -18,6 +18,7 @@ struct DotI8 {
   using Lane = int32_t;
   static constexpr int dims_of_word = Int8::dims_of_word;
   static constexpr bool rounds_floats = false;
+  static constexpr int steps_of_round = 1;
   static constexpr int32_t kDocumentBias = Int8::document_bias;
   static constexpr uint32_t kElementBits = dims_of_word == 4 ? 0xff : 0xffff;
 
@@ -28,11 +29,6 @@ struct DotI8 {
   static void store(Lane* p, V x) { Simd::store(p, x); }
   static V broadcast(const uint32_t* p) { return Simd::broadcast(*reinterpret_cast<const int32_t*>(p)); }
   static void multiply_add(V& sum, V query, V document) { Int8::multiply_add(sum, query, document); }
-  // The operand that an instruction can broadcast from memory is the signed one: the query.
-  static constexpr bool broadcasts_operands = false;
-  static void multiply_add_word(V& sum, V query, const uint32_t* document) {
-    multiply_add(sum, query, broadcast(document));
-  }
   static V maximum(V a, V b) { return Simd::maximum(a, b); }
   static V lowest() { return Simd::broadcast(INT32_MIN); }
 };

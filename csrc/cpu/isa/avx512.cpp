@@ -7,6 +7,7 @@ using namespace edgecolbert;
 constexpr char kName[] = "avx512";
 constexpr int kTileTokens = 12;
 constexpr int kPanelRegisters = 2;  // 24 accumulators, 2 query registers, 1 broadcast of 32 registers
+constexpr int kStepsOfRound = 1;
 }  // namespace
 
 #include "../kernels/rows_inl.h"

@@ -7,6 +7,7 @@ using namespace edgecolbert;
 constexpr char kName[] = "neon_dotprod";
 constexpr int kTileTokens = 6;
 constexpr int kPanelRegisters = 4;  // 24 accumulators, 4 query registers, 1 broadcast of 32 registers
+constexpr int kStepsOfRound = 1;
 }  // namespace
 
 #include "../kernels/rows_inl.h"

@@ -7,6 +7,7 @@ using namespace edgecolbert;
 constexpr char kName[] = "scalar";
 constexpr int kTileTokens = 6;
 constexpr int kPanelRegisters = 2;  // 12 accumulators, 2 query registers, 1 broadcast of the 16 registers of SSE2
+constexpr int kStepsOfRound = 1;
 }  // namespace
 
 #include "../kernels/rows_inl.h"

@@ -11,24 +11,38 @@ namespace {
 
 enum class Pick { maximum, argmax, argmax_or_nan };
 
-template <class Dot, int T, int R>
-[[gnu::always_inline]] inline void multiply_add_step(typename Dot::V (&sum)[T][R], const uint32_t* (&rows)[T / 3],
-                                                     int64_t row_stride, const uint32_t*& query) {
-  typename Dot::V q[R];
+// `steps` k-steps: rows and query move on by them.
+template <class Dot, int steps, int T, int R>
+[[gnu::always_inline]] inline void multiply_add_steps(typename Dot::V (&sum)[T][R], const uint32_t* (&rows)[T / 3],
+                                                      int64_t row_stride, const uint32_t*& query) {
+#pragma GCC unroll 4
+  for (int step = 0; step < steps; ++step) {
+    typename Dot::V q[R];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) q[r] = Dot::load(query + r * Simd::width);
-  query += R * Simd::width;
+    for (int r = 0; r < R; ++r) q[r] = Dot::load(query + (step * R + r) * Simd::width);
 #pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) {
-    const typename Dot::V d = Dot::broadcast(rows[t / 3] + (t % 3) * row_stride);
+    for (int t = 0; t < T; ++t) {
+      const typename Dot::V d = Dot::broadcast(rows[t / 3] + (t % 3) * row_stride + step);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) Dot::multiply_add(sum[t][r], q[r], d);
+      for (int r = 0; r < R; ++r) Dot::multiply_add(sum[t][r], q[r], d);
+    }
   }
+  query += steps * R * Simd::width;
 #pragma GCC unroll 16
   for (int i = 0; i < T / 3; ++i) {
-    ++rows[i];
+    rows[i] += steps;
     __asm__("" : "+r"(rows[i]));  // else the compiler keeps T pointers and spills them
   }
+}
+
+template <class Dot, int T, int R>
+[[gnu::always_inline]] inline void multiply_add(typename Dot::V (&sum)[T][R], const uint32_t* (&rows)[T / 3],
+                                                int64_t row_stride, const uint32_t*& query, const uint32_t* query_end) {
+  constexpr int steps = Dot::steps_of_round;
+  if constexpr (steps > 1) {
+    while (query_end - query >= steps * R * Simd::width) multiply_add_steps<Dot, steps>(sum, rows, row_stride, query);
+  }
+  while (query != query_end) multiply_add_steps<Dot, 1>(sum, rows, row_stride, query);
 }
 
 // best[lane] = max(best[lane], <query lane, document token>), and where asked the token of the maximum. `feed`: none or
@@ -49,14 +63,14 @@ template <class Dot, int T, int R, Pick pick, class... Feeder>
   for (int i = 0; i < T / 3; ++i) rows[i] = document + 3 * i * row_stride;
   const uint32_t* const query_end = query + words * (R * Simd::width);
   if constexpr (sizeof...(feed) == 0) {
-    while (query != query_end) multiply_add_step<Dot, T, R>(sum, rows, row_stride, query);
+    multiply_add<Dot>(sum, rows, row_stride, query, query_end);
   } else {
     constexpr int tokens_of_step = (Feeder::kTokensOfStep + ...),
                   steps_of_tile = (T + tokens_of_step - 1) / tokens_of_step;
     const int64_t steps = (words + steps_of_tile - 1) / steps_of_tile * (R * Simd::width);
     while (query != query_end) {
       const uint32_t* const pause = query_end - query > steps ? query + steps : query_end;
-      while (query != pause) multiply_add_step<Dot, T, R>(sum, rows, row_stride, query);
+      multiply_add<Dot>(sum, rows, row_stride, query, pause);
       (feed.step(), ...);
     }
   }
