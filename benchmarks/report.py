@@ -210,9 +210,10 @@ def table13(rows: Rows) -> str:
     ]
     for row in rows:
         scaled = f"extrapolated x {row['extrapolated']:.3g}" if row.get("extrapolated", 1) > 1 else ""
+        memory = number(row["memory_mib"]) if row["memory_mib"] else ""
         lines.append(
             f"| {row['size']} | {row['dim']} | {row['contender']} | {row['documents']:,} | {number(row['encode_s'])} "
-            f"| {number(row['score_s'])} | {100 * row['score_share']:.1f} % | {number(row['memory_mib'])} "
+            f"| {number(row['score_s'])} | {100 * row['score_share']:.1f} % | {memory} "
             f"| {number(row['peak_mib'])} | {scaled} |"
         )
     return "\n".join(lines)
