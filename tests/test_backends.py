@@ -13,6 +13,7 @@ import torch
 import edgecolbert_kernels as ek
 import oracle
 from cases import embeddings, grid
+from marks import compiled
 
 Q, D = grid(2, 5, 16, seed=1), grid(3, 7, 16, seed=2)
 WANTED = torch.einsum("qid,kjd->qkij", Q, D).amax(3).sum(2)
@@ -22,7 +23,6 @@ try:
 except ImportError:
     _C = None
 
-compiled = pytest.mark.skipif(_C is None, reason="the compiled module is not built")
 VARIABLE = "EDGECOLBERT_BACKEND"
 
 

@@ -14,6 +14,7 @@ import torch
 from benchmarks import compare, inputs, interleave, machine, overhead, report, suite, targets
 from benchmarks.interleave import Contender
 from edgecolbert_kernels import maxsim
+from marks import compiled
 
 
 def row(contender: str, p50: float, spread: float = 0.02, **more) -> dict:
@@ -144,7 +145,7 @@ def test_every_contender_has_a_turn_in_every_round():
 
 
 def test_rounds_beside_a_neighbour_do_not_count(monkeypatch):
-    """Two rounds of eight are enclosed by a low rate, and no more than five make a choice at all."""
+    """Two rounds of eight touch a low rate and go; where fewer than five would stay, all do."""
     rates = [6, 6, 6, 6, 3, 6, 6, 6, 6]
     monkeypatch.setattr(interleave, "dispatch_rate", iter(rates).__next__)
     samples = interleave.interleave([Contender("a", lambda turn: turn)], 8)
@@ -162,9 +163,8 @@ def test_a_row_beside_a_neighbour_is_marked():
     assert report.cell(target(), [shared, alone]).endswith("busy")
 
 
+@compiled
 def test_the_call_that_overhead_is_measured_against_scores():
-    if machine.compiled_module() is None:
-        pytest.skip("the compiled module is not built")
     queries, documents = overhead.inputs()
     torch.testing.assert_close(overhead.raw(0), maxsim(queries, documents), rtol=0, atol=0)
 

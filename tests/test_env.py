@@ -7,14 +7,12 @@ import os
 import subprocess
 import sys
 
-import pytest
 import torch
 
 import edgecolbert_kernels as ek
 from edgecolbert_kernels import env
 from edgecolbert_kernels.backends import native
-
-compiled = pytest.mark.skipif(native.module() is None, reason="the compiled module is not built")
+from marks import compiled
 
 
 def run(*arguments, **environment):

@@ -11,9 +11,10 @@ from cases import DIMENSIONS, LENGTHS
 from conftest import ISAS
 from edgecolbert_kernels.backends import native
 from edgecolbert_kernels.backends.packed import score_packed, score_packed_pairs
+from marks import compiled
 
 _C = native.module()
-pytestmark = pytest.mark.skipif(_C is None, reason="the compiled module is not built")
+pytestmark = compiled
 
 QUERY_LENGTHS = (0, 1, 2, 31, 33, 0, 12)
 ROUNDOFF = 2.0**-24

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import edgecolbert_kernels as ek
-from edgecolbert_kernels.backends import native
+from marks import compiled
 
-pytestmark = pytest.mark.skipif(native.module() is None, reason="the compiled module is not built")
+pytestmark = compiled
 
 SCORE = """
 import importlib.util, sys

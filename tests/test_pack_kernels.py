@@ -14,9 +14,10 @@ from cases import DIMENSIONS, LENGTHS
 from conftest import ISAS
 from edgecolbert_kernels.backends import native
 from edgecolbert_kernels.backends.packed import empty_lines, pack_rows, score_packed, unpack_rows
+from marks import compiled
 
 _C = native.module()
-pytestmark = pytest.mark.skipif(_C is None, reason="the compiled module is not built")
+pytestmark = compiled
 
 FLOATS = (np.float32, np.float16, np.uint16)  # uint16: the bits of bfloat16
 STORAGES = (*FLOATS, np.int8)

@@ -10,9 +10,9 @@ import torch
 
 import edgecolbert_kernels as ek
 from cases import embeddings, holes, ragged
-from edgecolbert_kernels.backends import native
+from marks import compiled
 
-pytestmark = pytest.mark.skipif(native.module() is None, reason="the compiled module is not built")
+pytestmark = compiled
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 

@@ -14,11 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import tiny_colbert
-from edgecolbert_kernels.backends import native
+from marks import compiled
 from ranks import Ranks
 
 pytest.importorskip("pylate")
-pytestmark = pytest.mark.skipif(native.module() is None, reason="the compiled module is not built")
+pytestmark = compiled
 
 from pylate import losses
 

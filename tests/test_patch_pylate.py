@@ -16,10 +16,10 @@ import torch
 import edgecolbert_kernels as ek
 import tiny_colbert
 from cases import embeddings, holes, ragged
-from edgecolbert_kernels.backends import native
+from marks import compiled
 
 pytest.importorskip("pylate")
-pytestmark = pytest.mark.skipif(native.module() is None, reason="the compiled module is not built")
+pytestmark = compiled
 
 from pylate import evaluation, losses, rank, scores
 from pylate.models import ColBERT

@@ -10,12 +10,12 @@ import torch
 
 import edgecolbert_kernels as ek
 from cases import embeddings, holes, ragged
-from edgecolbert_kernels.backends import native
+from marks import compiled
 
 similarity = pytest.importorskip("sentence_transformers.util.similarity")
 if not hasattr(similarity, "maxsim"):
     pytest.skip("sentence-transformers before 6", allow_module_level=True)
-pytestmark = pytest.mark.skipif(native.module() is None, reason="the compiled module is not built")
+pytestmark = compiled
 
 from sentence_transformers.multi_vector_encoder import losses, scoring
 

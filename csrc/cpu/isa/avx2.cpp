@@ -7,7 +7,7 @@ using namespace edgecolbert;
 constexpr char kName[] = "avx2";
 constexpr int kTileTokens = 6;
 constexpr int kPanelRegisters = 2;  // 12 accumulators, 2 query registers, 1 broadcast of 16 registers
-// Fewer instructions on pointers: a busy hyperthread beside this one leaves half of what a cycle can start.
+// In fp32. Fewer instructions on pointers: a busy hyperthread beside this one leaves half of what a cycle can start.
 constexpr int kStepsOfRound = 2;
 }  // namespace
 
