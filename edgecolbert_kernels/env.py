@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 from edgecolbert_kernels._version import __version__
-from edgecolbert_kernels.backends import BACKENDS, VARIABLE, BackendUnsupported, choose, native, supports
+from edgecolbert_kernels.backends import BACKENDS, ON_GPU, VARIABLE, BackendUnsupported, choose, native, supports
 
 ISA_VARIABLE = "EDGECOLBERT_ISA"
 
@@ -56,7 +56,7 @@ def _module() -> dict[str, Any]:
 
 def _device(backend: str) -> str:
     """Where the tensors are that a backend is for."""
-    return "cuda" if backend in ("triton", "cuda") else "cpu"
+    return "cuda" if backend in ON_GPU else "cpu"
 
 
 def _backend(device: str | None = None) -> dict[str, str]:

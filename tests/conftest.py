@@ -21,6 +21,7 @@ import torch
 
 import edgecolbert_kernels as ek
 import edgecolbert_kernels.ops
+from edgecolbert_kernels.backends import cuda as cuda_backend
 from edgecolbert_kernels.backends import triton as triton_backend
 
 try:
@@ -31,7 +32,9 @@ except ImportError:
 ISAS = tuple(_C.available_isas()) if _C else ()
 INTERPRETED = triton_backend.supports("maxsim", "cpu", "float32") is None
 GPU = triton_backend.supports("maxsim", "cuda", "float32") is None
-ENGINES = (*ISAS, "torch", *(["triton"] if GPU or INTERPRETED else []))
+CUDA = cuda_backend.supports("maxsim", "cuda", "float32") is None
+ENGINES = (*ISAS, "torch", *(["triton"] if GPU or INTERPRETED else []), *(["cuda"] if CUDA else []))
+ON_GPU = {"triton": triton_backend, "cuda": cuda_backend}
 PRECISIONS = ("exact", "fast")
 
 
@@ -66,18 +69,19 @@ SUMS = 13  # arguments of a backward before `sum_queries`, at least
 
 def use(name, monkeypatch):
     """The context of an engine, which is not an instruction set."""
-    if name == "triton" and not INTERPRETED:
+    if name in ON_GPU and not INTERPRETED:
+        module = ON_GPU[name]
         for attribute in ("forward", "backward", "backward_recompute"):
-            monkeypatch.setattr(triton_backend, attribute, on_gpu(getattr(triton_backend, attribute)))
-        supports = triton_backend.supports
-        monkeypatch.setattr(triton_backend, "supports", lambda op, device, dtype: supports(op, "cuda", dtype))
+            monkeypatch.setattr(module, attribute, on_gpu(getattr(module, attribute)))
+        supports = module.supports
+        monkeypatch.setattr(module, "supports", lambda op, device, dtype: supports(op, "cuda", dtype))
     return ek.backend(name)
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request, monkeypatch):
     """Each instruction set of the compiled module in turn, then PyTorch, then the GPU kernels."""
-    if request.param in ("torch", "triton"):
+    if request.param in ("torch", *ON_GPU):
         with use(request.param, monkeypatch):
             yield request.param
         return
@@ -90,7 +94,7 @@ def engine(request, monkeypatch):
 @pytest.fixture(params=[*ISAS[:1], *ENGINES[len(ISAS) :]])
 def backend(request, monkeypatch):
     """The compiled module on its best instruction set, then the others: for what no instruction set can change."""
-    with use(request.param if request.param in ("torch", "triton") else "cpu", monkeypatch):
+    with use(request.param if request.param in ("torch", *ON_GPU) else "cpu", monkeypatch):
         yield request.param
 
 

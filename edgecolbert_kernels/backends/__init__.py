@@ -1,6 +1,7 @@
 """Which implementation runs a call.
 
-`cpu` is the compiled module, `triton` the GPU kernels, `torch` plain PyTorch on any device. The choice is made at every
+`cpu` is the compiled module, `triton` the GPU kernels, `cuda` those with some of them in CUDA C++, `torch` plain PyTorch on
+any device. The choice is made at every
 call: the innermost `backend()` context, else the variable EDGECOLBERT_BACKEND, else the fastest that can run. Each backend is
 a module with `supports`, `forward` and `backward`; it is imported when it is first chosen.
 """
@@ -19,6 +20,8 @@ from types import ModuleType
 from edgecolbert_kernels.backends import native
 
 BACKENDS = ("auto", "cpu", "torch", "triton", "cuda")
+# Of a GPU, the fastest first.
+ON_GPU = ("cuda", "triton")
 VARIABLE = "EDGECOLBERT_BACKEND"
 
 # What `os.environ` wraps: its own `get` raises and catches where a variable is not set, a microsecond in every call.
@@ -54,10 +57,11 @@ def choose(op: str, device: str, dtype: str) -> str:
         if reason:
             raise BackendUnsupported(f"backend {name!r} cannot run {op}: {reason}")
         return name
-    fastest = "cpu" if device == "cpu" else "triton"
-    reason = supports(fastest, op, device, dtype)
-    if reason is None:
-        return fastest
+    reason: str | None = None
+    for fastest in ("cpu",) if device == "cpu" else ON_GPU:
+        reason = supports(fastest, op, device, dtype)
+        if reason is None:
+            return fastest
     no_torch = supports("torch", op, device, dtype)
     if no_torch:
         raise BackendUnsupported(f"no backend can run {op}: {reason}; {no_torch}")
@@ -78,10 +82,8 @@ def supports(name: str, op: str, device: str, dtype: str) -> str | None:
     missing = _missing_torch()
     if missing or name == "torch":
         return missing
-    if name == "triton":
-        reason: str | None = _load("triton").supports(op, device, dtype)
-        return reason
-    return "this version has no CUDA C++ kernels for GPUs"
+    reason: str | None = _load(name).supports(op, device, dtype)
+    return reason
 
 
 @cache

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from edgecolbert_kernels import checks
-from edgecolbert_kernels.backends import choose, pack_torch
+from edgecolbert_kernels.backends import ON_GPU, choose, pack_torch
 from edgecolbert_kernels.device.dtypes import SCALED, STORAGE
 from edgecolbert_kernels.ops import arguments
 
@@ -91,7 +91,7 @@ def cuts(starts: np.ndarray, tokens: int, documents: int | None = None) -> Itera
 
 def backend(device: torch.device, dim: int, dtype: str) -> Any:
     """The module that packs and unpacks rows of a storage there."""
-    if dtype != "float8_e4m3fn" and choose("maxsim", device.type, "float32") == "triton":
+    if dtype != "float8_e4m3fn" and choose("maxsim", device.type, "float32") in ON_GPU:
         from edgecolbert_kernels.backends.triton import pack as kernels
 
         if kernels.takes(dim):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edgecolbert_kernels import checks
-from edgecolbert_kernels.backends import choose, select
+from edgecolbert_kernels.backends import ON_GPU, choose, select
 from edgecolbert_kernels.device import stream
 from edgecolbert_kernels.device.embeddings import DeviceEmbeddings, Packed, unpack
 from edgecolbert_kernels.ops import tensors
@@ -115,7 +115,7 @@ def reads_scaled(Q: Tensor, options: Options) -> bool:
     """Whether kernels read scaled documents as they are: without a gradient, in float32, none normalised."""
     if options[0] or Q.dtype is torch.float64 or not plain(Q) or (torch.is_grad_enabled() and Q.requires_grad):
         return False
-    return choose("maxsim", Q.device.type, "float32") == "triton"
+    return choose("maxsim", Q.device.type, "float32") in ON_GPU
 
 
 def on_device(array: np.ndarray, device: torch.device) -> Tensor:

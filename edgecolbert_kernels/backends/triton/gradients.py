@@ -118,7 +118,7 @@ class _Call:
             variant = _variants[key] = self._documents_variant(_bucket(length))
         width, tile = variant.constants[2:6], variant.constants[6]
         tiles = max(1, -(-length // tile))
-        order, first = self._owners(self.document_index, self.num_documents)
+        order, first = owners(self.document_index, self.num_documents)
         tensors = self._tensors(
             self.d_mask, self.cu_q, self.cu_d, order, first, self.query_index, self._flags() if out.numel() else None
         )
@@ -136,7 +136,7 @@ class _Call:
         if variant is None:
             variant = _variants[key] = self._queries_variant(width, tokens, sums is not None)
         blocks = max(1, -(-length // tokens))
-        order, first = self._owners(self.query_index, self.num_queries)
+        order, first = owners(self.query_index, self.num_queries)
         tensors = self._tensors(self.cu_q, self.cu_d, order, first, self.document_index)
         sizes = *self.strides, *self.sizes, blocks
         variant.launch(self.num_queries * blocks, _groups(self.dim, width), [*tensors, out], sizes)
@@ -181,12 +181,13 @@ class _Call:
         variant.launch(FLAGS.value, 1, [self.Q, self.grad, flags], sizes)
         return flags
 
-    def _owners(self, index: Tensor | None, count: int) -> tuple[Tensor | None, Tensor | None]:
-        """Chosen pairs in the order of their owners, and where each owner's begin."""
-        if index is None:
-            return None, None
-        found, order = index.sort(stable=True)
-        return order, torch.searchsorted(found, torch.arange(count + 1, device=index.device))
+
+def owners(index: Tensor | None, count: int) -> tuple[Tensor | None, Tensor | None]:
+    """Chosen pairs in the order of their owners, and where each owner's begin."""
+    if index is None:
+        return None, None
+    found, order = index.sort(stable=True)
+    return order, torch.searchsorted(found, torch.arange(count + 1, device=index.device))
 
 
 def _empty(X: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:

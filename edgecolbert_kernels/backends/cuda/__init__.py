@@ -1,0 +1,36 @@
+"""Backend `cuda`: CUDA C++ kernels where they are faster than the Triton ones, compiled at first use; the Triton ones elsewhere.
+
+Importing this package imports neither torch nor triton; the first call does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any
+
+from edgecolbert_kernels.backends import triton
+
+_PARTS = {"forward": "scoring", "backward": "gradients", "backward_recompute": "gradients"}
+# Kernels that read inside their buffers whatever boundaries, indices and argmax say.
+GUARDED = True
+
+
+def supports(op: str, device: str, dtype: str) -> str | None:
+    if device != "cuda":
+        return f"the inputs are on {device} and its kernels run on a CUDA GPU"
+    return triton.supports(op, device, dtype) or _missing_compiler()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PARTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_PARTS[name]}"), name)
+    return found
+
+
+@cache
+def _missing_compiler() -> str | None:
+    from edgecolbert_kernels.backends.cuda import compiler
+
+    return compiler.missing()

@@ -1,0 +1,93 @@
+"""Kernels on the device: loading machine code and starting it, through the CUDA driver."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgecolbert_kernels.backends.cuda import compiler
+
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+class Kernel:
+    """A kernel with its constants, on the devices where it was started.
+
+    Its parameters are addresses and 64-bit integers.
+    """
+
+    def __init__(self, source: str, name: str, constants: Mapping[str, int], threads: int):
+        self.source, self.name, self.constants, self.threads = source, name, dict(constants), threads
+        self._loaded: dict[int, Any] = {}
+        self._modules: list[ctypes.c_void_p] = []
+
+    def launch(
+        self, grid: tuple[int, int], shared: int, tensors: Sequence[Tensor | None], integers: tuple[int, ...]
+    ) -> None:
+        """On the device and stream of the first tensor, which is never None; `shared` is bytes of memory a block."""
+        first = tensors[0]
+        assert first is not None
+        device = first.get_device()
+        if device != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                self._launch(device, grid, shared, tensors, integers)
+        else:
+            self._launch(device, grid, shared, tensors, integers)
+
+    def _launch(
+        self,
+        device: int,
+        grid: tuple[int, int],
+        shared: int,
+        tensors: Sequence[Tensor | None],
+        integers: tuple[int, ...],
+    ) -> None:
+        function = self._loaded.get(device)
+        if function is None:
+            function = self._loaded[device] = self._load(device)
+        arguments = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        arguments += integers
+        count = len(arguments)
+        values = (ctypes.c_int64 * count)(*arguments)
+        start = ctypes.addressof(values)
+        places = (ctypes.c_void_p * count)(*range(start, start + 8 * count, 8))
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        _check(
+            _driver().cuLaunchKernel(function, *grid, 1, self.threads, 1, 1, shared, ctypes.c_void_p(stream), places, None)
+        )
+
+    def _load(self, device: int) -> ctypes.c_void_p:
+        major, minor = torch.cuda.get_device_capability(device)
+        code = compiler.compiled(self.source, self.constants, 10 * major + minor)
+        torch.cuda.current_stream(device)  # the device's context is made, and current
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        _check(_driver().cuModuleLoadData(ctypes.byref(module), code))
+        _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, self.name.encode()))
+        most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, _shared_left(function, most)))
+        self._modules.append(module)
+        return function
+
+
+def _shared_left(function: ctypes.c_void_p, most: int) -> int:
+    """What a block may have beside what is declared in the kernel."""
+    declared = ctypes.c_int()
+    _check(_driver().cuFuncGetAttribute(ctypes.byref(declared), 1, function))
+    return most - declared.value
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(status: int) -> None:
+    if status:
+        name = ctypes.c_char_p()
+        _driver().cuGetErrorName(status, ctypes.byref(name))
+        raise RuntimeError(f"the CUDA driver answered {(name.value or str(status).encode()).decode()}")

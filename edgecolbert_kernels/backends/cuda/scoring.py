@@ -1,0 +1,153 @@
+"""Scores of documents that have one query each: from tensors to launches of `rerank.cu`. All other calls are the Triton backend's."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from edgecolbert_kernels.backends import layout, native
+from edgecolbert_kernels.backends.cuda.driver import Kernel
+from edgecolbert_kernels.backends.triton import scoring as triton
+from edgecolbert_kernels.backends.triton.scoring import rows, strides
+
+# Registers: products of 16 dimensions with 8 tokens that a lane holds of the query.
+MOST_PRODUCTS = 32
+MOST_STEPS = 8
+# A launch wants so many warps a multiprocessor; fewer documents have more warps each.
+WARPS_EACH = 16
+MOST_BLOCKS = 2**31 - 1
+
+
+class _Plan(NamedTuple):
+    kernel: Kernel
+    blocks: int
+    sizes: tuple[int, ...]
+
+
+_plans: dict[object, _Plan | None] = {}
+MOST_PLANS = 4096
+
+
+def forward(
+    Q: Tensor,
+    D: Tensor,
+    q_mask: Tensor | None,
+    d_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_d: Tensor | None,
+    query_index: Tensor | None,
+    document_index: Tensor | None,
+    normalize: bool,
+    mask_mode: str,
+    precision: str,
+    with_argmax: bool,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """As `triton.forward`."""
+    if not (with_argmax or normalize):
+        scores = _rerank(Q, D, q_mask, d_mask, cu_q, cu_d, query_index, document_index, mask_mode, scales)
+        if scores is not None:
+            return scores, None
+    batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
+    return triton.forward(Q, D, *batch, normalize, mask_mode, precision, with_argmax, scales)
+
+
+def _rerank(
+    Q: Tensor,
+    D: Tensor,
+    q_mask: Tensor | None,
+    d_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_d: Tensor | None,
+    query_index: Tensor | None,
+    document_index: Tensor | None,
+    mask_mode: str,
+    scales: Tensor | None,
+) -> Tensor | None:
+    """None where the kernel does not fit."""
+    lengths = [None if each is None else each.shape[0] for each in (cu_q, cu_d, query_index)]
+    options = q_mask is None, d_mask is None, scales is None, mask_mode
+    key = Q.shape, D.shape, Q.stride(), D.stride(), Q.dtype, D.dtype, D.get_device(), *lengths, *options
+    try:
+        plan = _plans[key]
+    except KeyError:
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _plan(Q, D, q_mask, d_mask, cu_q, cu_d, query_index, mask_mode, scales)
+    if plan is None or Q.data_ptr() % 8 or D.data_ptr() % 16:
+        return None
+    scores = torch.empty(
+        layout.scores_shape(Q, D, cu_q, cu_d, query_index), dtype=torch.float32, device=Q.device
+    )
+    if plan.blocks:
+        tensors = Q, D, q_mask, d_mask, cu_q, cu_d, query_index, document_index, scales, scores
+        plan.kernel.launch((plan.blocks, 1), 0, tensors, plan.sizes)
+    return scores
+
+
+def _plan(
+    Q: Tensor,
+    D: Tensor,
+    q_mask: Tensor | None,
+    d_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_d: Tensor | None,
+    query_index: Tensor | None,
+    mask_mode: str,
+    scales: Tensor | None,
+) -> _Plan | None:
+    which = layout.which(D, query_index)
+    num_queries = (Q.shape[0] if Q.ndim == 3 else 1) if cu_q is None else cu_q.shape[0] - 1
+    num_documents = D.shape[-3] if cu_d is None else cu_d.shape[0] - 1
+    steps, tokens = Q.shape[-1] // 16, max(1, -(-Q.shape[-2] // 8))
+    q, d = strides(Q), strides(D)
+    small = D.dtype is torch.int8
+    fits = (
+        (D.dtype is Q.dtype and Q.dtype in (torch.float16, torch.bfloat16)) or (small and Q.dtype is torch.float16),
+        (which != native.EVERY and cu_q is None) or num_queries == 1,
+        Q.shape[-1] % 16 == 0 and steps <= MOST_STEPS and steps * tokens <= MOST_PRODUCTS,
+        Q.stride(-1) == 1 and D.stride(-1) == 1,
+        not any(each % 4 for each in q) and not any(each % 8 for each in d),
+    )
+    if not all(fits):
+        return None
+    if query_index is not None:
+        pairs = query_index.shape[0]
+    else:
+        pairs = num_documents * (num_queries if which == native.OWN else 1)
+    length = D.shape[-2] if cu_d is None else -(-D.shape[-2] // max(1, num_documents))
+    warps = 1
+    while warps < 8 and pairs * warps < WARPS_EACH * _processors(D.get_device()) and 32 * warps < length:
+        warps *= 2
+    beside = max(1, 4 // warps)
+    constants = {
+        "STEPS": steps,
+        "TOKENS": tokens,
+        "STAGES": 3 if steps <= 4 else 2,
+        "WARPS": warps,
+        "BLOCK_DOCUMENTS": beside,
+        "LAYOUT": which,
+        "BF16": Q.dtype is torch.bfloat16,
+        "INT8": small,
+        "Q_PACKED": cu_q is not None,
+        "D_PACKED": cu_d is not None,
+        "D_MASK": d_mask is not None,
+        "ZERO": d_mask is not None and mask_mode == "zero",
+        "Q_MASK": q_mask is not None,
+        "SCALED": scales is not None,
+    }
+    sizes = q[0], q[2], *d, num_queries, num_documents, Q.shape[-2], D.shape[-2], pairs
+    return _Plan(_kernel(tuple(constants.items()), 32 * warps * beside), -(-pairs // beside), sizes)
+
+
+@cache
+def _kernel(constants: tuple[tuple[str, int], ...], threads: int) -> Kernel:
+    return Kernel("rerank.cu", "rerank", dict(constants), threads)
+
+
+@cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
