@@ -83,7 +83,7 @@ def measure(case: Case, clock: Clock, peaks: dict[str, float], seconds: float) -
         if contender.name.startswith("fused") and not errors[contender.name] <= case.tolerance:
             raise AssertionError(f"{case.name}, {contender.name}: error {errors[contender.name]:.2g}")
         able.append(contender)
-    times = clock.interleave(able, case.rounds, seconds)
+    times = clock.interleave(able, case.rounds, seconds, case.fewest)
     for contender in able:
         rows.append(row(case, contender, times, errors[contender.name], peaks))
         if case.memory:

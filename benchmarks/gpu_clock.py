@@ -2,7 +2,7 @@
 
 While the device empties its cache and sleeps the host already starts the call, so that a device time holds no launch, a
 slow one neither. `wall` is the other number: from an idle device, the call until its result is there, the middle of three in
-a row. On a CPU, for dry runs, both are the host's clock.
+a row, of a long one alone. On a CPU, for dry runs, both are the host's clock.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ FLUSHED_CACHES = 4  # bytes written to empty the cache, in its sizes
 FEWEST_ROUNDS = 5
 SLEEP = 500_000  # cycles of the device, longer than the host takes for any call
 WALL_CALLS = 3
+LONG = 20.0  # milliseconds
 
 
 @dataclass
@@ -50,16 +51,18 @@ class Clock:
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
-    def interleave(self, contenders: Sequence[Contender], rounds: int, seconds: float) -> dict[str, Times]:
+    def interleave(
+        self, contenders: Sequence[Contender], rounds: int, seconds: float, fewest: int = FEWEST_ROUNDS
+    ) -> dict[str, Times]:
         """Every contender once a round, in another order each, for at most so many rounds and about so many seconds."""
         for contender in contenders:
-            for turn in range(2):
+            for turn in range(min(2, fewest)):
                 contender.call(turn)
         self.synchronize()
         found: dict[str, tuple[list[float], list[float]]] = {contender.name: ([], []) for contender in contenders}
         start = time.perf_counter()
         for turn in range(rounds):
-            if turn >= FEWEST_ROUNDS and time.perf_counter() - start > seconds:
+            if turn >= fewest and time.perf_counter() - start > seconds:
                 break
             for place in np.random.default_rng(turn).permutation(len(contenders)):
                 contender = contenders[place]
@@ -88,6 +91,8 @@ class Clock:
             contender.call(turn + n)
             self.synchronize()
             found.append(1e3 * (time.perf_counter() - start))
+            if found[-1] > LONG:
+                break
         return float(np.median(found))
 
     def peak_memory(self, call: Callable[[], object]) -> int | None:

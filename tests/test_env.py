@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import edgecolbert_kernels as ek
+from conftest import GPU
 from edgecolbert_kernels import env
 from edgecolbert_kernels.backends import native
 from marks import compiled
@@ -75,6 +77,7 @@ def test_refused_instruction_set():
     assert "scalar" in done.stdout
 
 
+@pytest.mark.skipif(GPU, reason="a GPU is there")
 def test_refused_backend():
     done = run(EDGECOLBERT_BACKEND="cuda")
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""Backend `cuda`: CUDA C++ kernels where they are faster than the Triton ones, compiled at first use; the Triton ones elsewhere.
+"""Backend `cuda`: CUDA C++ kernels, compiled at first use, where they are faster than the Triton ones; those elsewhere.
 
 Importing this package imports neither torch nor triton; the first call does.
 """

@@ -10,9 +10,10 @@ import glob
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 SOURCES = Path(__file__).parent
 NEWEST_FIRST = ("13", "12")
@@ -24,7 +25,11 @@ class CompileError(RuntimeError):
 
 def missing() -> str | None:
     """Why nothing can be compiled, or None."""
-    return None if _library() is not None else "NVRTC, which compiles its kernels, is not found (PyTorch for CUDA brings it)"
+    return (
+        None
+        if _library() is not None
+        else "NVRTC, which compiles its kernels, is not found (PyTorch for CUDA brings it)"
+    )
 
 
 def compiled(source: str, constants: Mapping[str, int], capability: int) -> bytes:
@@ -57,7 +62,7 @@ def _compile(text: bytes, name: str, options: list[str]) -> bytes:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _read(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, size_of: ctypes._NamedFuncPointer, get: ctypes._NamedFuncPointer) -> bytes:
+def _read(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, size_of: Callable[..., Any], get: Callable[..., Any]) -> bytes:
     size = ctypes.c_size_t()
     _check(nvrtc, size_of(program, ctypes.byref(size)))
     buffer = ctypes.create_string_buffer(size.value)
@@ -91,10 +96,15 @@ def _library() -> ctypes.CDLL | None:
 
 def _wheels() -> list[str]:
     try:
-        import nvidia
+        import nvidia  # type: ignore[import-not-found]
     except ImportError:
         return []
-    return [folder for root in nvidia.__path__ for part in ("cu*", "cuda_nvrtc") for folder in glob.glob(f"{root}/{part}/lib")]
+    return [
+        folder
+        for root in nvidia.__path__
+        for part in ("cu*", "cuda_nvrtc")
+        for folder in glob.glob(f"{root}/{part}/lib")
+    ]
 
 
 @cache

@@ -89,17 +89,18 @@ struct Raw {
 #endif
 };
 
-__device__ __forceinline__ Raw read(const query_t* row, int k, int last) {
+// `left` dimensions are there, where they are not two.
+__device__ __forceinline__ Raw read(const query_t* row, [[maybe_unused]] int left) {
   Raw raw;
 #if PAIRED
 #if Q_TYPE == F32
-  float2 two = __ldg(reinterpret_cast<const float2*>(row + k));
+  float2 two = __ldg(reinterpret_cast<const float2*>(row));
   raw.x = two.x, raw.y = two.y;
 #else
-  raw.both = __ldg(reinterpret_cast<const u32*>(row + k));
+  raw.both = __ldg(reinterpret_cast<const u32*>(row));
 #endif
 #else
-  query_t x = k < last ? row[k] : query_t(0), y = k + 1 < last ? row[k + 1] : query_t(0);
+  query_t x = left > 0 ? row[0] : query_t(0), y = left > 1 ? row[1] : query_t(0);
 #if Q_TYPE == F32
   raw.x = x, raw.y = y;
 #else
@@ -127,6 +128,90 @@ __device__ __forceinline__ float warp_sum(float x) {
   for (int far = 16; far; far >>= 1) x += __shfl_xor_sync(ALL, x, far);
   return x;
 }
+
+__device__ __forceinline__ float2 added(float2 sum, float by, Pair x) {
+  return {fmaf(by, x.x, sum.x), fmaf(by, x.y, sum.y)};
+}
+
+// Some tokens of a query, a lane each.
+struct Item {
+  bool exists;
+  int winner;
+  float factor;
+  Raw rows[AHEAD];
+};
+
+// A warp's share of a document's queries, AHEAD tokens at a time, without those whose gradient is 0.
+struct Items {
+  i64 document, num_queries, num_documents, number, end;
+  int lane;
+  // Of a block of queries, a lane each.
+  i64 pair = 0, query = 0;
+  float g = 0.0f;
+  u32 active = 0;
+  // Of the present query.
+  float weight = 0.0f;
+  i64 of_query = 0, entry = 0, first_row = 0, tokens = 0, c = 0;
+
+  __device__ __forceinline__ Items(i64 begin, i64 end, i64 document, i64 num_queries, i64 num_documents, int lane,
+                                   int warp)
+      : document(document),
+        num_queries(num_queries),
+        num_documents(num_documents),
+        number(begin + warp + lane * WARPS),
+        end(end),
+        lane(lane) {}
+
+  __device__ __forceinline__ bool next(const float* grad, const i64* order, const i64* query_index, const i64* q_bounds,
+                                       i64 q_length) {
+    c += AHEAD;
+    while (c >= tokens) {
+      while (!active) {
+        if (__shfl_sync(ALL, number, 0) >= end) return false;
+        g = 0.0f;
+        if (number < end) {
+#if LAYOUT == EVERY
+          query = number;
+          pair = number * num_documents + document;
+#elif LAYOUT == OWN
+          query = document / num_documents;
+          pair = document;
+#else
+          pair = order[number];
+          query = query_index[pair];
+#endif
+          if (query >= 0 && query < num_queries) g = grad[pair];
+        }
+        active = __ballot_sync(ALL, g != 0.0f);
+        number += 32 * WARPS;
+      }
+      const int from = __ffs(active) - 1;
+      active &= active - 1;
+      weight = __shfl_sync(ALL, g, from);
+      of_query = __shfl_sync(ALL, query, from);
+#if Q_PACKED
+      first_row = boundary(q_bounds, of_query, q_length);
+      tokens = boundary(q_bounds, of_query + 1, q_length) - first_row;
+      entry = first_row * num_documents + document * tokens;
+#else
+      first_row = of_query * q_length;
+      tokens = q_length;
+      entry = __shfl_sync(ALL, pair, from) * q_length;
+#endif
+      c = 0;
+    }
+    return true;
+  }
+
+  // Where the query's rows start.
+  __device__ __forceinline__ i64 place(i64 q_stride_n, i64 q_stride_t) const {
+#if Q_PACKED
+    return first_row * q_stride_t;
+#else
+    return of_query * q_stride_n;
+#endif
+  }
+};
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     document_gradients(const query_t* __restrict__ q, const document_t* __restrict__ d, const float* __restrict__ grad,
@@ -161,112 +246,93 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   const i64 begin = first[document], end = first[document + 1];
 #endif
 
-  float* mine = sums + warp * (tile * SLICE) + 2 * lane;
+  const int copy = (tile + 1) * SLICE;  // of the sums, a warp's, with a row for what is not of this tile
+  float* mine = sums + warp * copy + 2 * lane;
+#if Q_STRIDE
+  constexpr int row_stride = Q_STRIDE;
+#else
+  const i64 row_stride = q_stride_t;
+#endif
   // A document of packed ones may be longer than its tiles, which then go round.
   for (i64 start = (blockIdx.x % tiles) * tile; start < length; start += tiles * tile) {
     const int rows = length - start < tile ? static_cast<int>(length - start) : tile;
-    for (int n = threadIdx.x; n < WARPS * tile * SLICE; n += 32 * WARPS) sums[n] = 0.0f;
+    for (int n = threadIdx.x; n < WARPS * copy; n += 32 * WARPS) sums[n] = 0.0f;
     __syncthreads();
 
-    for (i64 block = begin + warp; block < end; block += 32 * WARPS) {
-      const i64 number = block + lane * WARPS;
-      i64 pair = 0, query = 0;
-      float g = 0.0f;
-      if (number < end) {
-#if LAYOUT == EVERY
-        query = number;
-        pair = number * num_documents + document;
-#elif LAYOUT == OWN
-        query = document / num_documents;
-        pair = document;
-#else
-        pair = order[number];
-        query = query_index[pair];
+    Items items(begin, end, document, num_queries, num_documents, lane, warp);
+    Item even, odd;
+    auto fetch = [&](Item& item) {
+      item.exists = items.next(grad, order, query_index, q_bounds, q_length);
+      if (!item.exists) return;
+      const bool there = items.c + lane < items.tokens;
+      // The token of this tile that a lane's query token chose; the row behind the last for none.
+      const int winner = there ? argmax[items.entry + items.c + lane] : -1;
+      const bool inside = winner >= start && winner < start + rows;
+      item.winner = inside ? winner - static_cast<int>(start) : tile;
+      item.factor = items.weight;
+#if NORMALIZE
+      if (there) item.factor *= q_inverse[items.first_row + items.c + lane];
 #endif
-        if (query >= 0 && query < num_queries) g = grad[pair];
+      const query_t* row = q + items.place(q_stride_n, q_stride_t) + items.c * row_stride + (lane < LANES ? k : k0);
+      const int count = items.tokens - items.c < AHEAD ? static_cast<int>(items.tokens - items.c) : AHEAD;
+      if (count == AHEAD) {
+#pragma unroll
+        for (int n = 0; n < AHEAD; ++n) item.rows[n] = read(row + n * row_stride, DIM - k);
+      } else {
+#pragma unroll
+        for (int n = 0; n < AHEAD; ++n) item.rows[n] = read(row + (n < count ? n : 0) * row_stride, DIM - k);
       }
-      for (u32 active = __ballot_sync(ALL, g != 0.0f); active; active &= active - 1) {
-        const int from = __ffs(active) - 1;
-        const float weight = __shfl_sync(ALL, g, from);
-        const i64 of_query = __shfl_sync(ALL, query, from);
-#if Q_PACKED
-        const i64 q_start = boundary(q_bounds, of_query, q_length);
-        i64 tokens = boundary(q_bounds, of_query + 1, q_length) - q_start;
-        tokens = tokens < 0 ? 0 : tokens;
-        const i64 entry = q_start * num_documents + document * tokens;
-        [[maybe_unused]] const i64 number_of_row = q_start;
-        const query_t* row = q + q_start * q_stride_t;
-#else
-        const i64 tokens = q_length;
-        [[maybe_unused]] const i64 number_of_row = of_query * q_length;
-        const i64 entry = __shfl_sync(ALL, pair, from) * q_length;
-        const query_t* row = q + of_query * q_stride_n;
-#endif
-        for (i64 c = 0; c < tokens; c += AHEAD) {
-          const bool exists = c + lane < tokens;
-          // The token of this tile that a lane's query token chose; `tile` for none.
-          int winner = exists ? argmax[entry + c + lane] : -1;
-          winner = winner >= start && winner < start + rows ? winner - static_cast<int>(start) : tile;
-          const u32 todo = __ballot_sync(ALL, winner < tile);
-          if (!todo) continue;
-          float factor = weight;
+    };
+    auto add = [&](const Item& item) {
+      const u32 inside = __ballot_sync(ALL, item.winner < tile);
+      // Lanes whose row is also that of an earlier one of their batch.
+      bool again = false;
+#pragma unroll
+      for (int back = 1; back < BATCH; ++back)
+        again |= (__shfl_up_sync(ALL, item.winner, back) == item.winner) & ((lane & (BATCH - 1)) >= back);
+      const u32 twice = __ballot_sync(ALL, again && item.winner < tile);
+      const int offset = item.winner * SLICE;
+#pragma unroll
+      for (int n = 0; n < AHEAD; n += BATCH) {
+        constexpr u32 FIRST = (1u << BATCH) - 1;
+        if (!(inside >> n & FIRST)) continue;
+        float* at[BATCH];
+        float by[BATCH];
+#pragma unroll
+        for (int m = 0; m < BATCH; ++m) {
+          at[m] = mine + __shfl_sync(ALL, offset, n + m);
 #if NORMALIZE
-          if (exists) factor *= q_inverse[number_of_row + c + lane];
-#endif
-          const int last_row = tokens - c < AHEAD ? static_cast<int>(tokens - c) - 1 : AHEAD - 1;
-          Raw ahead[AHEAD];
-          if (lane < LANES) {
-#pragma unroll
-            for (int n = 0; n < AHEAD; ++n)
-              ahead[n] = read(row + (c + (n < last_row ? n : last_row)) * q_stride_t, k, DIM);
-          }
-          // Lanes whose row is also that of an earlier one of their batch.
-          const u32 earlier =
-              __match_any_sync(ALL, winner) & ((1u << lane) - 1) & (((1u << BATCH) - 1) << (lane & -BATCH));
-          const u32 twice = __ballot_sync(ALL, winner < tile && earlier);
-#pragma unroll
-          for (int n = 0; n < AHEAD; n += BATCH) {
-            const u32 batch = ((1u << BATCH) - 1) << n;
-            if (!(todo & batch)) continue;
-            int at[BATCH];
-            float by[BATCH];
-#pragma unroll
-            for (int m = 0; m < BATCH; ++m) {
-              at[m] = __shfl_sync(ALL, winner, n + m) * SLICE;
-#if NORMALIZE
-              by[m] = __shfl_sync(ALL, factor, n + m);
+          by[m] = __shfl_sync(ALL, item.factor, n + m);
 #else
-              by[m] = factor;
+          by[m] = item.factor;
 #endif
-            }
-            if (lane >= LANES) continue;
-            if ((todo & batch) == batch && !(twice & batch)) {
-              Pair sum[BATCH];
+        }
+        if (lane >= LANES) continue;
+        if (!(twice >> n & FIRST)) {
+          // What goes into the row behind the last, nobody reads; so it may be lost.
+          float2 sum[BATCH];
 #pragma unroll
-              for (int m = 0; m < BATCH; ++m) {
-                const float2 two = *reinterpret_cast<const float2*>(mine + at[m]);
-                sum[m] = {two.x, two.y};
-              }
+          for (int m = 0; m < BATCH; ++m) sum[m] = *reinterpret_cast<const float2*>(at[m]);
 #pragma unroll
-              for (int m = 0; m < BATCH; ++m) {
-                const Pair x = widened(ahead[n + m]);
-                const float2 two = {fmaf(by[m], x.x, sum[m].x), fmaf(by[m], x.y, sum[m].y)};
-                *reinterpret_cast<float2*>(mine + at[m]) = two;
-              }
-            } else {
+          for (int m = 0; m < BATCH; ++m)
+            *reinterpret_cast<float2*>(at[m]) = added(sum[m], by[m], widened(item.rows[n + m]));
+        } else {
 #pragma unroll
-              for (int m = 0; m < BATCH; ++m) {
-                if (!(todo >> (n + m) & 1)) continue;
-                float2* place = reinterpret_cast<float2*>(mine + at[m]);
-                const Pair x = widened(ahead[n + m]);
-                float2 two = *place;
-                two.x = fmaf(by[m], x.x, two.x), two.y = fmaf(by[m], x.y, two.y);
-                *place = two;
-              }
-            }
+          for (int m = 0; m < BATCH; ++m) {
+            float2* place = reinterpret_cast<float2*>(at[m]);
+            *place = added(*place, by[m], widened(item.rows[n + m]));
           }
         }
       }
+    };
+    // The rows and winners of the next item are on their way while one is added.
+    fetch(even);
+    while (even.exists) {
+      fetch(odd);
+      add(even);
+      if (!odd.exists) break;
+      fetch(even);
+      add(odd);
     }
     __syncthreads();
 
@@ -280,7 +346,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         const int at = 2 * lane + m;
         a[m] = x[m] = 0.0f;
         if (at < DIM) {
-          for (int w = 0; w < WARPS; ++w) a[m] += sums[(w * tile + t) * SLICE + at];
+          for (int w = 0; w < WARPS; ++w) a[m] += sums[w * copy + t * SLICE + at];
           x[m] = to_float<D_TYPE>(d[d_base + (start + t) * d_stride_t + at]);
         }
         squares = fmaf(x[m], x[m], squares);
@@ -303,7 +369,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       const int t = n / SLICE, at = k0 + n % SLICE;
       float sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) sum += sums[w * (tile * SLICE) + n];
+      for (int w = 0; w < WARPS; ++w) sum += sums[w * copy + n];
       if (at < DIM) out[(out_base + start + t) * DIM + at] = rounded(sum);
     }
 #endif

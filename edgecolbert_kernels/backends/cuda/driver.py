@@ -58,7 +58,9 @@ class Kernel:
         places = (ctypes.c_void_p * count)(*range(start, start + 8 * count, 8))
         stream = torch._C._cuda_getCurrentRawStream(device)
         _check(
-            _driver().cuLaunchKernel(function, *grid, 1, self.threads, 1, 1, shared, ctypes.c_void_p(stream), places, None)
+            _driver().cuLaunchKernel(
+                function, *grid, 1, self.threads, 1, 1, shared, ctypes.c_void_p(stream), places, None
+            )
         )
 
     def _load(self, device: int) -> ctypes.c_void_p:
@@ -68,7 +70,7 @@ class Kernel:
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         _check(_driver().cuModuleLoadData(ctypes.byref(module), code))
         _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, self.name.encode()))
-        most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
         _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, _shared_left(function, most)))
         self._modules.append(module)
         return function

@@ -113,6 +113,7 @@ def _documents(
         "Q_PACKED": cu_q is not None,
         "D_PACKED": cu_d is not None,
         "NORMALIZE": normalize,
+        "Q_STRIDE": q[2] if q[2] == D.shape[-1] else 0,
         "PAIRED": not (D.shape[-1] % 2 or q[0] % 2 or q[2] % 2 or Q.data_ptr() % (2 * Q.itemsize)),
     }
     order, first = triton.owners(document_index, num_documents)
@@ -134,10 +135,13 @@ def _blocks(length: int, row: int, pairs: int, most: int, every: int) -> tuple[i
     tiles = max(1, -(-length // largest))
     tile = max(16, -(-length // (16 * tiles)) * 16)
     limit = max(1, min(MOST_WARPS, -(-pairs // 4)))
-    options = [(blocks * min(limit, min(most, every // blocks - 1024) // (row * tile)), -blocks) for blocks in range(1, 9)]
+    options = [
+        (blocks * min(limit, min(most, every // blocks - 1024) // (row * (tile + 1))), -blocks)
+        for blocks in range(1, 9)
+    ]
     resident, blocks = max(options)
     warps = max(1, resident // -blocks)
-    return tile, warps, warps * tile * row
+    return tile, warps, warps * (tile + 1) * row
 
 
 @cache

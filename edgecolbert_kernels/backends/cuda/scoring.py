@@ -11,13 +11,15 @@ from torch import Tensor
 from edgecolbert_kernels.backends import layout, native
 from edgecolbert_kernels.backends.cuda.driver import Kernel
 from edgecolbert_kernels.backends.triton import scoring as triton
-from edgecolbert_kernels.backends.triton.scoring import rows, strides
+from edgecolbert_kernels.backends.triton.scoring import strides
 
 # Registers: products of 16 dimensions with 8 tokens that a lane holds of the query.
 MOST_PRODUCTS = 32
 MOST_STEPS = 8
-# A launch wants so many warps a multiprocessor; fewer documents have more warps each.
-WARPS_EACH = 16
+# Warps that share a document: one for so many tokens, or more, so that a multiprocessor has enough.
+WARP_TOKENS = 160
+WARPS_EACH = 8
+MOST_WARPS = 8
 MOST_BLOCKS = 2**31 - 1
 
 
@@ -79,9 +81,7 @@ def _rerank(
         plan = _plans[key] = _plan(Q, D, q_mask, d_mask, cu_q, cu_d, query_index, mask_mode, scales)
     if plan is None or Q.data_ptr() % 8 or D.data_ptr() % 16:
         return None
-    scores = torch.empty(
-        layout.scores_shape(Q, D, cu_q, cu_d, query_index), dtype=torch.float32, device=Q.device
-    )
+    scores = torch.empty(layout.scores_shape(Q, D, cu_q, cu_d, query_index), dtype=torch.float32, device=Q.device)
     if plan.blocks:
         tensors = Q, D, q_mask, d_mask, cu_q, cu_d, query_index, document_index, scales, scores
         plan.kernel.launch((plan.blocks, 1), 0, tensors, plan.sizes)
@@ -119,14 +119,14 @@ def _plan(
     else:
         pairs = num_documents * (num_queries if which == native.OWN else 1)
     length = D.shape[-2] if cu_d is None else -(-D.shape[-2] // max(1, num_documents))
-    warps = 1
-    while warps < 8 and pairs * warps < WARPS_EACH * _processors(D.get_device()) and 32 * warps < length:
+    warps, fewest = 1, WARPS_EACH * _processors(D.get_device())
+    while warps < MOST_WARPS and (WARP_TOKENS * warps < length or pairs * warps < fewest) and 32 * warps < length:
         warps *= 2
     beside = max(1, 4 // warps)
     constants = {
         "STEPS": steps,
         "TOKENS": tokens,
-        "STAGES": 3 if steps <= 4 else 2,
+        "STAGES": 4 if steps <= 3 else 3,
         "WARPS": warps,
         "BLOCK_DOCUMENTS": beside,
         "LAYOUT": which,
