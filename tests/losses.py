@@ -16,11 +16,8 @@ def leaf(tensor, dtype=None):
 
 def value_and_gradients(loss, Q, D, *rest, dtype=None, temperature=1.0, grad=None, **options):
     """The loss, and its gradients to Q, D and the temperature, all of them leaves, in `dtype` or their own."""
-    Q, D, temperature = (
-        leaf(Q, dtype),
-        leaf(D, dtype),
-        leaf(torch.as_tensor(temperature, dtype=torch.float64).to(Q.device), dtype),
-    )
+    temperature = torch.as_tensor(temperature, dtype=torch.float64).to(Q.device)
+    Q, D, temperature = leaf(Q, dtype), leaf(D, dtype), leaf(temperature, dtype)
     value = loss(Q, D, *rest, temperature=temperature, **options)
     if not value.requires_grad:
         return value, *map(torch.zeros_like, (Q, D, temperature))

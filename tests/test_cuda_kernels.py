@@ -21,35 +21,13 @@ on_gpu = pytest.mark.skipif(not CUDA, reason="there is no GPU that the kernels r
 with_compiler = pytest.mark.skipif(compiler.missing() is not None, reason="NVRTC is not found")
 
 RERANK = {
-    "STEPS": 3,
-    "TOKENS": 4,
-    "STAGES": 4,
-    "WARPS": 1,
-    "BLOCK_DOCUMENTS": 4,
-    "LAYOUT": 0,
-    "BF16": 0,
-    "INT8": 0,
-    "Q_PACKED": 0,
-    "D_PACKED": 0,
-    "D_MASK": 0,
-    "ZERO": 0,
-    "Q_MASK": 0,
-    "SCALED": 0,
-}
+    "STEPS": 3, "TOKENS": 4, "STAGES": 4, "WARPS": 1, "BLOCK_DOCUMENTS": 4, "LAYOUT": 0, "BF16": 0, "INT8": 0, "Q_PACKED": 0,
+    "D_PACKED": 0, "D_MASK": 0, "ZERO": 0, "Q_MASK": 0, "SCALED": 0,
+}  # fmt: skip
 GRADIENTS = {
-    "DIM": 48,
-    "SLICE": 48,
-    "WARPS": 6,
-    "LAYOUT": 0,
-    "Q_TYPE": 0,
-    "D_TYPE": 0,
-    "WIDE_ARGMAX": 0,
-    "Q_PACKED": 0,
-    "D_PACKED": 0,
-    "NORMALIZE": 0,
-    "Q_STRIDE": 48,
-    "PAIRED": 1,
-}
+    "DIM": 48, "SLICE": 48, "WARPS": 6, "LAYOUT": 0, "Q_TYPE": 0, "D_TYPE": 0, "WIDE_ARGMAX": 0, "Q_PACKED": 0, "D_PACKED": 0,
+    "NORMALIZE": 0, "Q_STRIDE": 48, "PAIRED": 1,
+}  # fmt: skip
 VARIANTS = [
     ("rerank.cu", RERANK),
     ("rerank.cu", {**RERANK, "STEPS": 8, "STAGES": 3, "WARPS": 8, "BLOCK_DOCUMENTS": 1, "LAYOUT": 1, "BF16": 1}),

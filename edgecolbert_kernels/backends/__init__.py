@@ -82,8 +82,8 @@ def supports(name: str, op: str, device: str, dtype: str) -> str | None:
     missing = _missing_torch()
     if missing or name == "torch":
         return missing
-    reason: str | None = _load(name).supports(op, device, dtype)
-    return reason
+    found: str | None = _load(name).supports(op, device, dtype)
+    return found
 
 
 @cache

@@ -17,6 +17,8 @@ SLICE = 64  # dimensions of a token that a block takes, two a lane
 MOST_WARPS = 8
 # Of shared memory for a warp's sums: less makes more warps, more makes fewer looks at every winner.
 TILE_BYTES = 59392
+# Of a multiprocessor's shared memory, what each block takes beside its own.
+RESERVED = 1024
 
 
 def backward(
@@ -135,12 +137,10 @@ def _blocks(length: int, row: int, pairs: int, most: int, every: int) -> tuple[i
     tiles = max(1, -(-length // largest))
     tile = max(16, -(-length // (16 * tiles)) * 16)
     limit = max(1, min(MOST_WARPS, -(-pairs // 4)))
-    options = [
-        (blocks * min(limit, min(most, every // blocks - 1024) // (row * (tile + 1))), -blocks)
-        for blocks in range(1, 9)
+    fitting = [
+        (b, min(limit, min(most, every // b - RESERVED) // (row * (tile + 1)))) for b in range(1, MOST_WARPS + 1)
     ]
-    resident, blocks = max(options)
-    warps = max(1, resident // -blocks)
+    warps = max(1, max(fitting, key=lambda found: (found[0] * found[1], -found[0]))[1])
     return tile, warps, warps * (tile + 1) * row
 
 
@@ -148,7 +148,7 @@ def _blocks(length: int, row: int, pairs: int, most: int, every: int) -> tuple[i
 def _memory(device: int) -> tuple[int, int]:
     """Bytes of shared memory that a block may have, and that a multiprocessor has."""
     found = torch.cuda.get_device_properties(device)
-    return found.shared_memory_per_block_optin, found.shared_memory_per_multiprocessor
+    return found.shared_memory_per_block_optin, found.shared_memory_per_multiprocessor  # type: ignore[attr-defined]
 
 
 def _inverse_norms(Q: Tensor) -> Tensor:

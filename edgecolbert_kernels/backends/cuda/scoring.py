@@ -1,4 +1,4 @@
-"""Scores of documents that have one query each: from tensors to launches of `rerank.cu`. All other calls are the Triton backend's."""
+"""Scores of documents with one query each: from tensors to launches of `rerank.cu`. Other calls are the Triton backend's."""
 
 from __future__ import annotations
 
@@ -114,10 +114,7 @@ def _plan(
     )
     if not all(fits):
         return None
-    if query_index is not None:
-        pairs = query_index.shape[0]
-    else:
-        pairs = num_documents * (num_queries if which == native.OWN else 1)
+    pairs = num_documents * (num_queries if which == native.OWN else 1) if query_index is None else query_index.shape[0]
     length = D.shape[-2] if cu_d is None else -(-D.shape[-2] // max(1, num_documents))
     warps, fewest = 1, WARPS_EACH * _processors(D.get_device())
     while warps < MOST_WARPS and (WARP_TOKENS * warps < length or pairs * warps < fewest) and 32 * warps < length:
