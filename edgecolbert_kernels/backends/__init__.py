@@ -57,7 +57,7 @@ def choose(op: str, device: str, dtype: str) -> str:
         if reason:
             raise BackendUnsupported(f"backend {name!r} cannot run {op}: {reason}")
         return name
-    reason: str | None = None
+    reason = None
     for fastest in ("cpu",) if device == "cpu" else ON_GPU:
         reason = supports(fastest, op, device, dtype)
         if reason is None:

@@ -133,14 +133,14 @@ def _kernel(constants: tuple[tuple[str, int], ...]) -> Kernel:
 
 def _blocks(length: int, row: int, pairs: int, most: int, every: int) -> tuple[int, int, int]:
     """Tokens of a tile, warps of a block and bytes of its shared memory, so that most warps are resident."""
-    largest = TILE_BYTES // row // 16 * 16
+    largest = TILE_BYTES // row // 4 * 4
     tiles = max(1, -(-length // largest))
-    tile = max(16, -(-length // (16 * tiles)) * 16)
+    tile = max(4, -(-length // (4 * tiles)) * 4)
     limit = max(1, min(MOST_WARPS, -(-pairs // 4)))
     fitting = [
         (b, min(limit, min(most, every // b - RESERVED) // (row * (tile + 1)))) for b in range(1, MOST_WARPS + 1)
     ]
-    warps = max(1, max(fitting, key=lambda found: (found[0] * found[1], -found[0]))[1])
+    warps = max(1, max(fitting, key=lambda found: (found[0] * found[1], found[0]))[1])
     return tile, warps, warps * (tile + 1) * row
 
 
