@@ -9,6 +9,7 @@
 #include "cpu/dispatch_rate.h"
 #include "cpu/driver.h"
 #include "cpu/parallel.h"
+#include "cuda_launch.h"
 
 namespace py = pybind11;
 using namespace edgecolbert;
@@ -218,10 +219,18 @@ void move_lines(uintptr_t source, uintptr_t out, int64_t lines, int ratio, int t
   });
 }
 
+// Not by pybind11, whose calls cost as much as a launch may.
+PyMethodDef direct[] = {
+    {"cuda_launch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&cuda_launch)), METH_FASTCALL,
+     "Starts a kernel: address of cuLaunchKernel, function, grid (x, y, z), threads, shared bytes, "
+     "stream, and its arguments, a tuple of int of 8 bytes each."},
+    {nullptr, nullptr, 0, nullptr}};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of edgecolbert_kernels. Use the package's functions: these trust their arguments.";
+  if (PyModule_AddFunctions(m.ptr(), direct)) throw py::error_already_set();
   m.def("built_isas", &built_isas, "Instruction sets compiled in, best first.");
   m.def("available_isas", &available_isas, "Of these, what this CPU runs, best first.");
   m.def(

@@ -1,4 +1,4 @@
-"""CPU kernels. Addresses and integers in, nothing out: the callers check shapes, dtypes and lifetimes.
+"""CPU kernels, and the launch of GPU kernels. Addresses and integers in, nothing out: the callers check shapes, dtypes and lifetimes.
 
 A sequence description is one of
     (data, dtype, dim, dim_stride, token_stride, inner_stride, outer_stride, inner_count, count, length, offsets, mask, scales)
@@ -55,3 +55,19 @@ def pack(
 
 def unpack(source: tuple[int, ...], out: int, threads: int) -> None:
     """The rows of packed documents in float32, `out` being row `offsets[0]`."""
+
+def cuda_launch(
+    address: int,
+    function: int,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared: int,
+    stream: int,
+    arguments: tuple[int, ...],
+    /,
+) -> None:
+    """Start a kernel, `address` being that of the driver's `cuLaunchKernel`, `function` a CUfunction, `shared` in bytes.
+
+    The kernel takes each of its arguments, at most 64, in 8 bytes. A grid with a 0 starts nothing. RuntimeError with the
+    CUDA error's number where the driver refuses.
+    """

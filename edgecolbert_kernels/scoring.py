@@ -122,10 +122,11 @@ def maxsim(
         return _score_lists(xp, Q, D, q_mask, d_mask, options, out_dtype)
     Q, q_mask = _array(xp, "Q", Q, q_mask, (2, 3), QUERIES)
     D, d_mask = _array(xp, "D", D, d_mask, (3, 4), DOCUMENTS)
-    checks.same_dim(Q.shape, D.shape)
-    if D.ndim == 4:
-        checks.same_batch(Q.shape, D.shape)
-    return xp.score(Q, D, q_mask, d_mask, None, None, None, None, *options, out_dtype)
+    queries, documents = Q.shape, D.shape
+    checks.same_dim(queries, documents)
+    if len(documents) == 4:
+        checks.same_batch(queries, documents)
+    return xp.score(Q, D, q_mask, d_mask, None, None, None, None, normalize, mask_mode, precision, out_dtype)
 
 
 def maxsim_pairs(
@@ -282,7 +283,8 @@ def _score_stored(Q: Any, D: Stored, q_mask: Any, d_mask: Any, options: Options,
         raise checks.stored_mask()
     xp = _side(Q)
     if D.device is not None or checks.on_accelerator(Q):
-        Q, q_mask, cu_q = _packed(xp, *_read(xp, "Q", Q, q_mask, (2, 3), QUERIES), D.nothing())
+        Q, q_mask = _read(xp, "Q", Q, q_mask, (2, 3), QUERIES)
+        Q, q_mask, cu_q = _packed(xp, Q, q_mask, D.nothing()) if type(Q) is list else (Q, q_mask, None)
         checks.same_dim(Q.shape, (len(D), D.dim))
         return D.device_scores(Q, q_mask, cu_q, options, out_dtype)
     Q, q_mask = _read(xp, "Q", Q, q_mask, (2, 3), QUERIES)
@@ -318,7 +320,8 @@ def _score_stored_pairs(
         raise checks.stored_mask()
     xp, arrays = _side(Q), _arrays
     if D.device is not None or checks.on_accelerator(Q):
-        Q, q_mask = _padded(xp, *_read(xp, "Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]"), D.nothing())
+        Q, q_mask = _read(xp, "Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
+        Q, q_mask = _padded(xp, Q, q_mask, D.nothing()) if type(Q) is list else (Q, q_mask)
         checks.same_dim(Q.shape, (len(D), D.dim))
         return D.device_pair_scores(Q, query_index, document_index, q_mask, options, out_dtype)
     Q, q_mask = _read(xp, "Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
@@ -390,6 +393,9 @@ _tensors: Any = None
 
 def _side(*inputs: Any) -> Any:
     """Who handles these inputs: numpy if all are arrays, else torch, which whoever has tensors has loaded."""
+    # The usual case, before all others.
+    if _tensors is not None and isinstance(inputs[0], _tensors.Tensor):
+        return _tensors
     arrays = _arrays or _load_arrays()
     for batch in inputs:
         for matrix in batch if isinstance(batch, (list, tuple)) else (batch,):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,11 +32,14 @@ class Documents(Stored):
         return index
 
     def device_scores(self, *arguments: Any) -> Any:
-        from edgecolbert_kernels.device import scores
-
-        return scores.score(self, *arguments)
+        return _scores().score(self, *arguments)
 
     def device_pair_scores(self, *arguments: Any) -> Any:
-        from edgecolbert_kernels.device import scores
+        return _scores().score_pairs(self, *arguments)
 
-        return scores.score_pairs(self, *arguments)
+
+@cache
+def _scores() -> ModuleType:
+    from edgecolbert_kernels.device import scores
+
+    return scores

@@ -34,6 +34,8 @@ def score(
     documents: Any, Q: Tensor, q_mask: Tensor | None, cu_q: Tensor | None, options: Options, out_dtype: Any
 ) -> Tensor:
     """Every query with every document of a DeviceEmbeddings or a PackedEmbeddings: `[Nq, Nd]`, or `[Nd]` for one query."""
+    if _read_whole(documents, Q, options):
+        return _score_stored(documents.arrays, Q, q_mask, cu_q, options, out_dtype)
     found = [score_block(block, Q, q_mask, cu_q, options, out_dtype) for _, block in blocks(documents, Q, options)]
     if not found:
         found = [score_block(_nothing(documents, Q.device), Q, q_mask, cu_q, options, out_dtype)]
@@ -50,13 +52,11 @@ def score_pairs(
     out_dtype: Any,
 ) -> Tensor:
     """Chosen pairs `[P]`. Of documents of the host only those are streamed that some pair names."""
-    resident = isinstance(documents, DeviceEmbeddings)
-    if resident and (documents.scales is None or reads_scaled(Q, options)):
-        checks.same_device("Q", Q.device, documents.device, "D")
+    if _read_whole(documents, Q, options):
         query = tensors.integers("query_index", query_index, Q)
         document = tensors.integers("document_index", document_index, Q)
         checks.same_shape("query_index", query.shape, "document_index", document.shape)
-        return score_block(documents.arrays, Q, q_mask, None, options, out_dtype, (query, document))
+        return _score_stored(documents.arrays, Q, q_mask, None, options, out_dtype, (query, document))
 
     of_query, of_document = (
         tensors.integers(name, each, Q).cpu().numpy()
@@ -99,16 +99,38 @@ def score_block(
     index: Index | None = None,
 ) -> Tensor:
     """Every query with every document of a block, or chosen pairs."""
+    if block.scales is None or reads_scaled(Q, options):
+        return _score_stored(block, Q, q_mask, cu_q, options, out_dtype, index)
+    query, document = index or (None, None)
+    return tensors.score(Q, unpack(block), q_mask, None, cu_q, block.offsets, query, document, *options, out_dtype)
+
+
+def _score_stored(
+    block: Packed,
+    Q: Tensor,
+    q_mask: Tensor | None,
+    cu_q: Tensor | None,
+    options: Options,
+    out_dtype: Any,
+    index: Index | None = None,
+) -> Tensor:
+    """The same, of documents that kernels read as they are stored."""
     query, document = index or (None, None)
     batch = q_mask, None, cu_q, block.offsets, query, document
-    tokens, scales = block.tokens, block.scales
-    if scales is None:
-        return tensors.score(Q, tokens, *batch, *options, out_dtype)
-    if not reads_scaled(Q, options):
-        return tensors.score(Q, unpack(block), *batch, *options, out_dtype)
+    if block.scales is None:
+        return tensors.score(Q, block.tokens, *batch, *options, out_dtype)
     forward = select("maxsim", Q.device.type, "float32").forward
-    scores = forward(Q, tokens, *batch, *options, False, scales=scales)[0]
+    scores = forward(Q, block.tokens, *batch, *options, False, scales=block.scales)[0]
     return scores if out_dtype is None else scores.to(out_dtype)
+
+
+def _read_whole(documents: Any, Q: Tensor, options: Options) -> bool:
+    """Whether all documents are on the device of Q, and read as they are stored. ValueError if they are on another."""
+    if not isinstance(documents, DeviceEmbeddings):
+        return False
+    tokens, _, scales = documents.arrays
+    checks.same_device("Q", Q.device, tokens.device, "D")
+    return scales is None or reads_scaled(Q, options)
 
 
 def reads_scaled(Q: Tensor, options: Options) -> bool:

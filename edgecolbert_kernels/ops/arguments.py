@@ -11,8 +11,6 @@ from edgecolbert_kernels import checks
 from edgecolbert_kernels.backends import layout
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# The optional inputs by the names that a caller knows, in their order.
-BATCH = ("q_mask", "d_mask", "cu_seqlens_q", "cu_seqlens_d", "query_index", "document_index")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -73,13 +71,6 @@ def guarded(backend: ModuleType, Q: Tensor) -> bool:
     return Q.device.type != "cpu" and getattr(backend, "GUARDED", False)
 
 
-def check_devices(Q: Tensor, D: Tensor, *batch: Tensor | None) -> None:
-    device = Q.device
-    for name, tensor in zip(("D", *BATCH), (D, *batch), strict=True):
-        if tensor is not None and tensor.device != device:
-            checks.same_device(name, tensor.device, device)
-
-
 def readable(
     backend: ModuleType,
     Q: Tensor,
@@ -93,8 +84,7 @@ def readable(
 ) -> Inputs:
     """As backends read them: masks a contiguous byte a token, integers contiguous int64 with values in range."""
     cu_q, cu_d, query_index, document_index = (
-        None if each is None else each.to(torch.int64).contiguous()
-        for each in (cu_q, cu_d, query_index, document_index)
+        None if each is None else wide(each) for each in (cu_q, cu_d, query_index, document_index)
     )
     check_values(backend, Q, D, cu_q, cu_d, query_index, document_index)
     q_mask, d_mask = (None if mask is None else kept(mask) for mask in (q_mask, d_mask))
@@ -128,9 +118,18 @@ def readable_gradient(
     return grad.to(getattr(torch, arithmetic(Q, D))), argmax.contiguous()
 
 
+def wide(integers: Tensor) -> Tensor:
+    """As contiguous int64."""
+    # Asked first, as a conversion that does nothing costs more.
+    if integers.dtype is torch.int64 and integers.is_contiguous():
+        return integers
+    return integers.to(torch.int64).contiguous()
+
+
 def kept(mask: Tensor) -> Tensor:
     """The mask as a contiguous byte a token."""
-    return (mask if mask.dtype == torch.bool else mask != 0).contiguous()
+    kept = mask if mask.dtype is torch.bool else mask != 0
+    return kept if kept.is_contiguous() else kept.contiguous()
 
 
 def arithmetic(Q: Tensor, D: Tensor) -> str:

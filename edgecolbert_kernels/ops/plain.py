@@ -25,21 +25,31 @@ _CALL_KEYS = (
     _Keys(_Key.BackendSelect).raw_repr(),
 )
 _TYPES = (Tensor, torch.nn.Parameter)
+# By their own names: each step from module to module counts, in a function that every call starts with.
+_is_compiling, _keys_of = torch.compiler.is_compiling, torch._C._dispatch_keys
+_keys_of_calls, _function_modes = torch._C._dispatch_tls_local_include_set, torch._C._len_torch_function_stack
 
 
 def plain(*inputs: Tensor | None) -> bool:
-    """Whether an eager call with these inputs may hand their addresses to a kernel."""
+    """Whether an eager call with these inputs may hand their addresses to a kernel: they are on one device besides."""
     if (
-        torch.compiler.is_compiling()
-        or torch._C._dispatch_tls_local_include_set().raw_repr() not in _CALL_KEYS
-        or torch._C._len_torch_function_stack()
+        _is_compiling()
+        or _keys_of_calls().raw_repr() not in _CALL_KEYS
+        or _function_modes()
         or forward_ad._current_level >= 0
     ):
         return False
+    device = None
     for tensor in inputs:
-        if tensor is not None and (
-            type(tensor) not in _TYPES or torch._C._dispatch_keys(tensor).raw_repr() not in _TENSOR_KEYS
-        ):
+        if tensor is None:
+            continue
+        if type(tensor) not in _TYPES or _keys_of(tensor).raw_repr() not in _TENSOR_KEYS:
+            return False
+        # -1 for the CPU; a torch.device takes longer to make and to compare.
+        number = tensor.get_device()
+        if device is None:
+            device = number
+        elif device != number:
             return False
     return True
 

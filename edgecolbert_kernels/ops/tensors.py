@@ -49,10 +49,12 @@ def mask(name: str, seen: Any, of: str, X: Tensor) -> Tensor:
 def integers(name: str, seen: Any, like: Tensor) -> Tensor:
     if not isinstance(seen, Tensor):
         seen = from_numpy(arrays.integers(name, seen)).to(like.device)
-    if seen.dtype not in arguments.INTEGERS:
-        raise checks.wrong_dtype(name, seen.dtype, checks.INTEGERS)
-    checks.rank(name, seen.shape, (1,), "one dimension")
-    return seen.to(torch.int64).contiguous()
+    dtype = seen.dtype
+    if dtype not in arguments.INTEGERS:
+        raise checks.wrong_dtype(name, dtype, checks.INTEGERS)
+    if seen.ndim != 1:
+        raise checks.wrong_shape(name, seen.shape, "one dimension")
+    return arguments.wide(seen)
 
 
 class _Lifted:
@@ -143,11 +145,10 @@ def score(
 ) -> Tensor:
     dtype = torch.float32 if out_dtype is None else _float(out_dtype)
     batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
-    needs_grad = torch.is_grad_enabled() and (Q.requires_grad or D.requires_grad)
+    needs_grad = (Q.requires_grad or D.requires_grad) and torch.is_grad_enabled()
     options = normalize, mask_mode, precision
     if plain(Q, D, *batch):
-        arguments.check_devices(Q, D, *batch)
-        backend = select("maxsim", Q.device.type, arguments.arithmetic(Q, D))
+        backend = select("maxsim", "cuda" if Q.is_cuda else "cpu", arguments.arithmetic(Q, D))
         if cu_q is not None or cu_d is not None or query_index is not None:
             arguments.check_values(backend, Q, D, cu_q, cu_d, query_index, document_index)
         if needs_grad:

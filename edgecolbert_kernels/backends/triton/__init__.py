@@ -23,7 +23,7 @@ def supports(op: str, device: str, dtype: str) -> str | None:
     if dtype != "float32":
         return f"its GPU kernels accumulate in float32, not in {dtype}"
     if device == "cuda":
-        return _missing_triton() or _unfit_devices()
+        return _unfit()
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") and _missing_triton() is None and _interpreted():
         return None
     return f"the inputs are on {device} and its kernels run on a CUDA GPU"
@@ -34,6 +34,11 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_PARTS[name]}"), name)
     return found
+
+
+@cache
+def _unfit() -> str | None:
+    return _missing_triton() or _unfit_devices()
 
 
 @cache

@@ -10,16 +10,18 @@ from torch import Tensor
 
 from edgecolbert_kernels.backends import layout, native
 from edgecolbert_kernels.backends.triton import config
-from edgecolbert_kernels.backends.triton.launch import INTERPRETED, MOST_PROGRAMS, Variant
+from edgecolbert_kernels.backends.triton.launch import INTERPRETED, MOST_PROGRAMS, Launch, Variant
 from edgecolbert_kernels.backends.triton.score_kernel import score
 
 # The query tokens that a program holds beside each other.
 MOST_COLUMNS = 128
 
+# Arguments of `score` that are addresses, which come first.
+POINTERS = 12
 _ALIGNED = (0, 1, 12, 13, 14, 15, 16)  # q_ptr, d_ptr and the strides of `score`
-# Calls whose plans are kept; a plan is some hundred bytes.
-MOST_PLANS = 4096
-_plans: dict[Any, _Plan] = {}
+# That are kept; a call is some hundred bytes.
+MOST_CALLS = 4096
+_calls: dict[Any, _Call] = {}
 _variants: dict[Any, Variant] = {}
 
 
@@ -39,11 +41,9 @@ def forward(
     scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `cpu.forward`. D may also be int8, or float8_e4m3fn, with float32 `scales` [documents] that multiply its scores."""
-    shape = layout.scores_shape(Q, D, cu_q, cu_d, query_index)
-    scores = torch.empty(shape, dtype=torch.float32, device=Q.device)
-    argmax = empty_argmax(Q, D, shape, cu_q, cu_d) if with_argmax else None
     batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
-    _launch(Q, D, *batch, normalize, mask_mode, precision, scales, None, scores, argmax)
+    scores, argmax = _launch(Q, D, *batch, normalize, mask_mode, precision, scales, None, with_argmax)
+    assert scores is not None
     return scores, argmax
 
 
@@ -62,10 +62,9 @@ def winners(
     precision: str,
 ) -> Tensor:
     """The argmax where `grad` is not 0; anything may stand elsewhere."""
-    shape = layout.scores_shape(Q, D, cu_q, cu_d, query_index)
-    argmax = empty_argmax(Q, D, shape, cu_q, cu_d)
     batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
-    _launch(Q, D, *batch, normalize, mask_mode, precision, None, grad.contiguous(), None, argmax)
+    argmax = _launch(Q, D, *batch, normalize, mask_mode, precision, None, grad.contiguous(), True)[1]
+    assert argmax is not None
     return argmax
 
 
@@ -101,6 +100,13 @@ class _Plan(NamedTuple):
     sizes: tuple[int, int, int, int]
 
 
+class _Call(NamedTuple):
+    """What a call of the same shapes, strides and options needs no second time."""
+
+    shape: layout.Shape
+    launches: tuple[Launch, ...]
+
+
 def _launch(
     Q: Tensor,
     D: Tensor,
@@ -115,30 +121,65 @@ def _launch(
     precision: str,
     scales: Tensor | None,
     grad: Tensor | None,
-    scores: Tensor | None,
-    argmax: Tensor | None,
-) -> None:
-    Q, D = rows(Q), rows(D)
-    optional = q_mask, d_mask, cu_q, cu_d, query_index, document_index, scales, grad, scores, argmax
-    tf32 = torch.float32 in (Q.dtype, D.dtype) and tf32_allowed()
-    # Everything that a plan depends on; lengths, as the number of sequences or pairs is one.
-    call = (
-        *(Q.dtype, Q.shape, D.dtype, D.shape, Q.get_device(), normalize, mask_mode, precision, tf32),
-        *[None if each is None else len(each) for each in (cu_q, cu_d, query_index)],
-        *(q_mask is None, d_mask is None, scales is None, grad is None, argmax is None),
+    with_argmax: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Scores, unless there is a gradient, and an argmax."""
+    # Every attribute of a tensor costs a tenth of a microsecond, so none is read twice.
+    q_strides, d_strides = Q.stride(), D.stride()
+    if q_strides[-1] != 1 or d_strides[-1] != 1:
+        Q, D = rows(Q), rows(D)
+        q_strides, d_strides = Q.stride(), D.stride()
+    q_dtype, d_dtype, device = Q.dtype, D.dtype, Q.device
+    tf32 = (q_dtype is torch.float32 or d_dtype is torch.float32) and tf32_allowed()
+    key = (
+        (q_dtype, Q.shape, q_strides),
+        (d_dtype, D.shape, d_strides),
+        (device, normalize, mask_mode, precision, tf32, with_argmax),
+        (q_mask is None, d_mask is None, scales is None, grad is None),
+        None if cu_q is None else cu_q.shape[0],
+        None if cu_d is None else cu_d.shape[0],
+        None if query_index is None else query_index.shape[0],
     )
-    plan = _plans.get(call)
-    if plan is None:
-        if len(_plans) >= MOST_PLANS:
-            _plans.clear()
-        plan = _plans[call] = _plan(Q, D, *optional, normalize, mask_mode, precision, tf32)
-    if D.dtype is torch.float8_e4m3fn:
+    call = _calls.get(key)
+    shape = layout.scores_shape(Q, D, cu_q, cu_d, query_index) if call is None else call.shape
+    # Sizes one by one take PyTorch less time than a tuple.
+    scores = torch.empty(*shape, dtype=torch.float32, device=device) if grad is None else None
+    argmax = empty_argmax(Q, D, shape, cu_q, cu_d) if with_argmax else None
+    optional = q_mask, d_mask, cu_q, cu_d, query_index, document_index, scales, grad, scores, argmax
+    if call is None:
+        if len(_calls) >= MOST_CALLS:
+            _calls.clear()
+        plan = _plan(Q, D, *optional, normalize, mask_mode, precision, tf32)
+        call = _calls[key] = _Call(shape, _launches(plan, Q, D))
+    if d_dtype is torch.float8_e4m3fn:
         D = D.view(torch.uint8)
+    addresses = (
+        Q.data_ptr(),
+        D.data_ptr(),
+        0 if q_mask is None else q_mask.data_ptr(),
+        0 if d_mask is None else d_mask.data_ptr(),
+        0 if cu_q is None else cu_q.data_ptr(),
+        0 if cu_d is None else cu_d.data_ptr(),
+        0 if query_index is None else query_index.data_ptr(),
+        0 if document_index is None else document_index.data_ptr(),
+        0 if scales is None else scales.data_ptr(),
+        0 if grad is None else grad.data_ptr(),
+        0 if scores is None else scores.data_ptr(),
+        0 if argmax is None else argmax.data_ptr(),
+    )
+    for launch in call.launches:
+        launch.start(addresses, (Q, D, *optional))
+    return scores, argmax
+
+
+def _launches(plan: _Plan, Q: Tensor, D: Tensor) -> tuple[Launch, ...]:
     q_strides, d_strides = strides(Q), strides(D)
     integers = q_strides[0], q_strides[2], *d_strides, *plan.sizes
+    found = []
     for first in range(0, plan.programs, MOST_PROGRAMS):
         programs = min(plan.programs - first, MOST_PROGRAMS)
-        plan.variant.launch(programs, 1, (Q, D, *optional), (*integers, first))
+        found.append(Launch(plan.variant, Q.get_device(), programs, POINTERS, (*integers, first)))
+    return tuple(found)
 
 
 def _plan(
@@ -218,7 +259,7 @@ def tf32_allowed() -> bool:
 
 def forget() -> None:
     """Choose blocks anew."""
-    _plans.clear()
+    _calls.clear()
     _variants.clear()
 
 
