@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from edgecolbert_kernels.backends import cuda_driver
 from edgecolbert_kernels.backends.cuda import compiler
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -23,7 +23,7 @@ class Kernel:
 
     def __init__(self, source: str, name: str, constants: Mapping[str, int], threads: int):
         self.source, self.name, self.constants, self.threads = source, name, dict(constants), threads
-        self._loaded: dict[int, Any] = {}
+        self._loaded: dict[int, int] = {}
         self._modules: list[ctypes.c_void_p] = []
 
     def launch(
@@ -32,48 +32,45 @@ class Kernel:
         """On the device and stream of the first tensor, which is never None; `shared` is bytes of memory a block."""
         first = tensors[0]
         assert first is not None
-        device = first.get_device()
-        if device != torch._C._cuda_getDevice():
-            with torch.cuda.device(device):
-                self._launch(device, grid, shared, tensors, integers)
-        else:
-            self._launch(device, grid, shared, tensors, integers)
+        addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+        self.start(first.get_device(), (*grid, 1), shared, (*addresses, *integers))
 
-    def _launch(
-        self,
-        device: int,
-        grid: tuple[int, int],
-        shared: int,
-        tensors: Sequence[Tensor | None],
-        integers: tuple[int, ...],
-    ) -> None:
+    def start(self, device: int, grid: tuple[int, int, int], shared: int, arguments: tuple[int, ...]) -> None:
+        """On the current stream of a device."""
+        if device == torch._C._cuda_getDevice():
+            self._start(device, grid, shared, arguments)
+            return
+        with torch.cuda.device(device):
+            self._start(device, grid, shared, arguments)
+
+    def _start(self, device: int, grid: tuple[int, int, int], shared: int, arguments: tuple[int, ...]) -> None:
         function = self._loaded.get(device)
         if function is None:
             function = self._loaded[device] = self._load(device)
-        arguments = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        arguments += integers
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        launch = cuda_driver.launch()
+        if launch is not None:
+            launch(function, grid, self.threads, shared, stream, arguments)
+            return
         count = len(arguments)
         values = (ctypes.c_int64 * count)(*arguments)
-        start = ctypes.addressof(values)
-        places = (ctypes.c_void_p * count)(*range(start, start + 8 * count, 8))
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        _check(
-            _driver().cuLaunchKernel(
-                function, *grid, 1, self.threads, 1, 1, shared, ctypes.c_void_p(stream), places, None
-            )
-        )
+        first = ctypes.addressof(values)
+        places = (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
+        block = self.threads, 1, 1, shared, ctypes.c_void_p(stream)
+        _check(_driver().cuLaunchKernel(ctypes.c_void_p(function), *grid, *block, places, None))
 
-    def _load(self, device: int) -> ctypes.c_void_p:
+    def _load(self, device: int) -> int:
         major, minor = torch.cuda.get_device_capability(device)
         code = compiler.compiled(self.source, self.constants, 10 * major + minor)
-        torch.cuda.current_stream(device)  # the device's context is made, and current
+        torch.cuda.synchronize(device)  # makes the device's context, where this is its first use in a thread
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         _check(_driver().cuModuleLoadData(ctypes.byref(module), code))
         _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, self.name.encode()))
         most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
         _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, _shared_left(function, most)))
         self._modules.append(module)
-        return function
+        assert function.value is not None
+        return function.value
 
 
 def _shared_left(function: ctypes.c_void_p, most: int) -> int:

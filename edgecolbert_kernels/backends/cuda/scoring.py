@@ -11,6 +11,7 @@ from torch import Tensor
 from edgecolbert_kernels.backends import layout, native
 from edgecolbert_kernels.backends.cuda.driver import Kernel
 from edgecolbert_kernels.backends.triton import scoring as triton
+from edgecolbert_kernels.backends.triton.launch import LARGE, check_storage
 from edgecolbert_kernels.backends.triton.scoring import strides
 
 # Registers: products of 16 dimensions with 8 tokens that a lane holds of the query.
@@ -20,12 +21,14 @@ MOST_STEPS = 8
 WARP_TOKENS = 160
 WARPS_EACH = 8
 MOST_WARPS = 8
-MOST_BLOCKS = 2**31 - 1
 
 
 class _Plan(NamedTuple):
+    """What calls of the same shapes, strides and options have in common."""
+
     kernel: Kernel
-    blocks: int
+    shape: layout.Shape
+    grid: tuple[int, int, int]
     sizes: tuple[int, ...]
 
 
@@ -70,21 +73,43 @@ def _rerank(
     scales: Tensor | None,
 ) -> Tensor | None:
     """None where the kernel does not fit."""
-    lengths = [None if each is None else each.shape[0] for each in (cu_q, cu_d, query_index)]
-    options = q_mask is None, d_mask is None, scales is None, mask_mode
-    key = Q.shape, D.shape, Q.stride(), D.stride(), Q.dtype, D.dtype, D.get_device(), *lengths, *options
+    key = (
+        (Q.dtype, Q.shape, Q.stride()),
+        (D.dtype, D.shape, D.stride()),
+        (Q.device, mask_mode, q_mask is None, d_mask is None, scales is None),
+        None if cu_q is None else cu_q.shape[0],
+        None if cu_d is None else cu_d.shape[0],
+        None if query_index is None else query_index.shape[0],
+    )
     try:
         plan = _plans[key]
     except KeyError:
         if len(_plans) >= MOST_PLANS:
             _plans.clear()
         plan = _plans[key] = _plan(Q, D, q_mask, d_mask, cu_q, cu_d, query_index, mask_mode, scales)
-    if plan is None or Q.data_ptr() % 8 or D.data_ptr() % 16:
+    if plan is None:
         return None
-    scores = torch.empty(layout.scores_shape(Q, D, cu_q, cu_d, query_index), dtype=torch.float32, device=Q.device)
-    if plan.blocks:
-        tensors = Q, D, q_mask, d_mask, cu_q, cu_d, query_index, document_index, scales, scores
-        plan.kernel.launch((plan.blocks, 1), 0, tensors, plan.sizes)
+    q, d = Q.data_ptr(), D.data_ptr()
+    if q % 8 or d % 16:
+        return None
+    if q < LARGE or d < LARGE:
+        check_storage((Q, D), (q, d))
+    device = key[2][0]
+    scores = torch.empty(*plan.shape, dtype=torch.float32, device=device)
+    if plan.grid[0]:
+        arguments = (
+            q,
+            d,
+            0 if q_mask is None else q_mask.data_ptr(),
+            0 if d_mask is None else d_mask.data_ptr(),
+            0 if cu_q is None else cu_q.data_ptr(),
+            0 if cu_d is None else cu_d.data_ptr(),
+            0 if query_index is None else query_index.data_ptr(),
+            0 if document_index is None else document_index.data_ptr(),
+            0 if scales is None else scales.data_ptr(),
+            scores.data_ptr(),
+        )
+        plan.kernel.start(device.index, plan.grid, 0, arguments + plan.sizes)
     return scores
 
 
@@ -137,7 +162,8 @@ def _plan(
         "SCALED": scales is not None,
     }
     sizes = q[0], q[2], *d, num_queries, num_documents, Q.shape[-2], D.shape[-2], pairs
-    return _Plan(_kernel(tuple(constants.items()), 32 * warps * beside), -(-pairs // beside), sizes)
+    shape = layout.scores_shape(Q, D, cu_q, cu_d, query_index)
+    return _Plan(_kernel(tuple(constants.items()), 32 * warps * beside), shape, (-(-pairs // beside), 1, 1), sizes)
 
 
 @cache

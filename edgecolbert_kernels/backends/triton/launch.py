@@ -117,7 +117,7 @@ class Variant:
         self, device: int, programs: int, rows: int, tensors: Sequence[Tensor | None], integers: tuple[int, ...]
     ) -> None:
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        _check_storage(tensors, addresses)
+        check_storage(tensors, addresses)
         arguments = *addresses, *integers, *SCRATCH
         key = self.alignment(device, arguments)
         kernel = self.kernels.get(key)
@@ -169,11 +169,11 @@ class Launch:
             self._variant.launch(self._grid[0], 1, tensors, self._integers)
             return
         if first < LARGE or second < LARGE:
-            _check_storage(tensors, addresses)
+            check_storage(tensors, addresses)
         kernel.start(self._grid, torch._C._cuda_getCurrentRawStream(self._device), addresses + self._tail)
 
 
-def _check_storage(tensors: Sequence[Tensor | None], addresses: Sequence[int]) -> None:
+def check_storage(tensors: Sequence[Tensor | None], addresses: Sequence[int]) -> None:
     for tensor, address in zip(tensors[:2], addresses, strict=False):
         # Of a storage that was given back, as sharding does between uses, only the offset is left.
         if tensor is not None and address == tensor.storage_offset() * tensor.itemsize and tensor.numel():
