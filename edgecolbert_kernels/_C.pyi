@@ -1,4 +1,5 @@
-"""CPU kernels, and the launch of GPU kernels. Addresses and integers in, nothing out: the callers check shapes, dtypes and lifetimes.
+"""CPU kernels, and the launch of GPU kernels. Addresses and integers in, nothing out: the callers check shapes, dtypes and
+lifetimes.
 
 A sequence description is one of
     (data, dtype, dim, dim_stride, token_stride, inner_stride, outer_stride, inner_count, count, length, offsets, mask, scales)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import platform
+from functools import partial
 
 import pytest
 
-from edgecolbert_kernels.backends import native
+from edgecolbert_kernels.backends import cuda_driver, native
 from marks import compiled
 
 needs_compiler = pytest.mark.skipif(
@@ -35,6 +36,10 @@ class Driver:
         values = [ctypes.cast(arguments[n], ctypes.POINTER(ctypes.c_uint64))[0] for n in range(self.arguments)]
         self.seen.append((function, tuple(sizes), stream, values, extra))
         return self.code
+
+    def replace(self, monkeypatch):
+        """Take the place of the CUDA driver."""
+        monkeypatch.setattr(cuda_driver, "launch", lambda: partial(native.module().cuda_launch, self.address))
 
     def __call__(self, arguments=ARGUMENTS, grid=GRID):
         self.arguments = len(arguments)
@@ -68,7 +73,7 @@ def test_nothing_to_start(grid):
 
 @compiled
 def test_refusal():
-    with pytest.raises(RuntimeError, match="cuLaunchKernel.*700"):
+    with pytest.raises(RuntimeError, match=r"cuLaunchKernel.*700"):
         Driver(code=700)()
 
 
@@ -110,16 +115,13 @@ CALLS = ("1 query, d 48", "backward, d 48", "pack, d 48, fp16", "pack, d 48, int
 @pytest.mark.parametrize("call", CALLS)
 def test_parameters_of_the_kernels(call, monkeypatch):
     """Every kernel takes its arguments and two scratch addresses, 8 bytes each, in the order of `Variant.launch`."""
-    from edgecolbert_kernels.backends import cuda_driver
     from edgecolbert_kernels.backends.triton import launch
 
     for noted, kernel in kernels(call):
         assert launch.takes_eight_bytes_each(kernel)
         kernel.function = FUNCTION  # there is no device to load it on
         driver = Driver()
-        monkeypatch.setattr(
-            cuda_driver, "launch", lambda d=driver: lambda *given: native.module().cuda_launch(d.address, *given)
-        )
+        driver.replace(monkeypatch)
         given = [each for _, each in noted.signature if each != "constexpr"]
         arguments = (*range(1, len(given) + 1), *launch.SCRATCH)
         driver.arguments = len(arguments)
@@ -179,12 +181,11 @@ def test_other_kernels_are_started_by_triton(kernel):
 @needs_compiler
 def test_what_the_driver_refuses_is_started_by_triton(monkeypatch):
     """Which provides a thread's context, or says what is wrong."""
-    from edgecolbert_kernels.backends import cuda_driver
     from edgecolbert_kernels.backends.triton import launch
 
     driver, kernel = Driver(code=201), Compiled()
     driver.arguments = 4
-    monkeypatch.setattr(cuda_driver, "launch", lambda: lambda *a: native.module().cuda_launch(driver.address, *a))
+    driver.replace(monkeypatch)
     launch.Kernel(kernel, ("constant",)).start((5, 1, 1), STREAM, (0x10, 7, *launch.SCRATCH))
     assert driver.seen[0][3] == [0x10, 7, 0, 0]
     assert kernel.ran == [BY_TRITON]
@@ -216,20 +217,19 @@ def test_repeated_launch(monkeypatch):
     """Compiled once for each alignment; then only addresses go to the driver, on the stream of the moment."""
     import torch
 
-    from edgecolbert_kernels.backends import cuda_driver
     from edgecolbert_kernels.backends.triton import launch
 
     driver, function, streams = Driver(), Function(), iter(range(100, 200))
     driver.arguments = 5
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(cuda_driver, "launch", lambda: lambda *a: native.module().cuda_launch(driver.address, *a))
+    driver.replace(monkeypatch)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: next(streams), raising=False)
     memory = torch.zeros(64, dtype=torch.float16)
     memory = memory[(-memory.data_ptr() % 16) // 2 :]
     x, y, odd = memory[:16], memory[16:32], memory[1:17]
     variant = launch.Variant(function, ("constant",), 4, 2, (0, 1, 2))
-    for integer, aligned in ((48, True), (3, False)):
+    for integer in (48, 3):
         repeated = launch.Launch(variant, -1, 5, 2, (integer,))
         for first, second, compiles in ((x, y, True), (x, y, False), (y, x, False), (odd, y, True), (odd, y, False)):
             function.launches.clear()
@@ -253,7 +253,5 @@ def test_repeated_launch(monkeypatch):
 
 
 def test_no_driver(monkeypatch):
-    from edgecolbert_kernels.backends import cuda_driver
-
     monkeypatch.setattr(cuda_driver, "LIBRARY", "libno-such-driver.so")
     assert cuda_driver.launch.__wrapped__() is None

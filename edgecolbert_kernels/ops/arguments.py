@@ -68,7 +68,7 @@ def check_values(backend: ModuleType, Q: Tensor, D: Tensor, *integers: Tensor | 
 
 def guarded(backend: ModuleType, Q: Tensor) -> bool:
     """Whether its kernels stay inside the buffers whatever boundaries and indices name, so that the host need not wait."""
-    return Q.device.type != "cpu" and getattr(backend, "GUARDED", False)
+    return not Q.is_cpu and getattr(backend, "GUARDED", False)
 
 
 def readable(

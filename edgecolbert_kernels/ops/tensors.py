@@ -147,14 +147,17 @@ def score(
     batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
     needs_grad = (Q.requires_grad or D.requires_grad) and torch.is_grad_enabled()
     options = normalize, mask_mode, precision
-    if plain(Q, D, *batch):
+    if plain(Q, D, q_mask, d_mask, cu_q, cu_d, query_index, document_index):
         backend = select("maxsim", "cuda" if Q.is_cuda else "cpu", arguments.arithmetic(Q, D))
         if cu_q is not None or cu_d is not None or query_index is not None:
             arguments.check_values(backend, Q, D, cu_q, cu_d, query_index, document_index)
         if needs_grad:
             scores, _ = MaxSim.apply(backend, Q, D, *batch, *options)
         else:
-            scores, _ = backend.forward(Q, D, *batch, *options, False)
+            # Name by name, as stars cost more than all of them.
+            scores, _ = backend.forward(
+                Q, D, q_mask, d_mask, cu_q, cu_d, query_index, document_index, normalize, mask_mode, precision, False
+            )
     elif in_derivative():
         scores, _ = MaxSim.apply(None, Q, D, *batch, *options)
     else:

@@ -36,7 +36,7 @@ WARP = 32  # threads
 LARGE = 1 << 40
 
 _direct = triton.__version__.startswith(KNOWN)
-_PARAMETER = re.compile(r"^\s*\.param\s+\.(\w+)\s", re.MULTILINE)
+_ENTRY, _PARAMETER = re.compile(r"\.entry\s+\w+\s*\(([^)]*)\)"), re.compile(r"\.param\s+\.(\w+)\s")
 
 
 class Kernel:
@@ -66,13 +66,12 @@ def takes_eight_bytes_each(compiled: Any) -> bool:
     """Whether a compiled kernel takes all of its arguments, then SCRATCH, 8 bytes each, and is launched as usual."""
     types = [each for each in compiled.src.signature.values() if each != "constexpr"]
     names = compiled.src.fn.arg_names[: len(types)]
-    ptx = compiled.asm["ptx"]
-    entry = ptx[ptx.index(".entry") :]
-    parameters = _PARAMETER.findall(entry[: entry.index(")")])
+    entry = _ENTRY.search(compiled.asm.get("ptx", ""))
     return (
         list(compiled.src.signature)[: len(types)] == names
         and all(each == "i64" or each.startswith("*") for each in types)
-        and parameters == ["u64"] * (len(types) + len(SCRATCH))
+        and entry is not None
+        and _PARAMETER.findall(entry[1]) == ["u64"] * (len(types) + len(SCRATCH))
         and all(getattr(compiled.metadata, name, None) == value for name, value in ORDINARY.items())
     )
 

@@ -41,8 +41,23 @@ def forward(
     scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `cpu.forward`. D may also be int8, or float8_e4m3fn, with float32 `scales` [documents] that multiply its scores."""
-    batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
-    scores, argmax = _launch(Q, D, *batch, normalize, mask_mode, precision, scales, None, with_argmax)
+    # Name by name, as a star costs more than all of them.
+    scores, argmax = _launch(
+        Q,
+        D,
+        q_mask,
+        d_mask,
+        cu_q,
+        cu_d,
+        query_index,
+        document_index,
+        normalize,
+        mask_mode,
+        precision,
+        scales,
+        None,
+        with_argmax,
+    )
     assert scores is not None
     return scores, argmax
 
