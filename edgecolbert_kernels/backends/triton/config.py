@@ -101,6 +101,8 @@ def rule(kernel: str, capability: int, bits: int, dim: int, columns: int) -> Blo
         return Blocks(32 if dim <= 64 else 16, 16, 4, 1)
     if kernel == "queries":
         return Blocks(4, 16, 4, 1)
+    if kernel in ("rows", "rows_argmax"):
+        return Blocks(columns, 64, 4, 3)
     if bits == 32:
         return Blocks(32, min(columns, 32), 4, 2)
     # Shared memory of 99 KiB a program must do, and without Hopper's products, which read it themselves, registers are scarcer.
