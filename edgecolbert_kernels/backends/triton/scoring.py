@@ -1,4 +1,4 @@
-"""Scores and argmax: from tensors to a launch of `score_kernel.score`."""
+"""Scores and argmax: from tensors to a launch of `score_kernel.score` or `score_rows_kernel.score_rows`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from edgecolbert_kernels.backends.triton.score_rows_kernel import score_rows
 
 # The query tokens that a program holds beside each other.
 MOST_COLUMNS = 128
-
-# And from where on they fill the rows of a product.
-FEWEST_ROWS = 64
+# From how many on they are the rows of the products, and the most, where query tokens times documents are so many that
+# every multiprocessor still has several programs.
+FEWEST_ROWS, MOST_ROWS = 64, 256
+MANY_MAXIMA = 1 << 18
 
 _ALIGNED = (0, 1, 12, 13, 14, 15, 16)  # q_ptr, d_ptr and the strides of both kernels
 # Calls whose plans are kept; a plan is some hundred bytes.
@@ -178,7 +179,8 @@ def _plan(
         and dim <= config.RESIDENT
         and max(1, min(MOST_COLUMNS // max(1, tokens), most)) * tokens >= FEWEST_ROWS
     )
-    columns = _columns(tokens, most, MOST_COLUMNS)
+    many = as_rows and num_queries * tokens * num_documents >= MANY_MAXIMA
+    columns = _columns(tokens, most, MOST_ROWS if many else MOST_COLUMNS)
     if not as_rows and argmax is not None and (cu_q is not None or columns % max(1, tokens)):
         # Which query a column belongs to is then a register a column.
         columns = _columns(tokens, most, MOST_COLUMNS // 2)
