@@ -12,18 +12,20 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-SOURCE = (HERE / "interpreted_kernels.py").read_text()
-TESTS = re.findall(r"^def (test_\w+)", SOURCE, re.MULTILINE)
+TESTS = [
+    f"{name}::{test}"
+    for name in ("interpreted_kernels.py", "interpreted_rows.py")
+    for test in re.findall(r"^def (test_\w+)", (HERE / name).read_text(), re.MULTILINE)
+]
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 @pytest.mark.parametrize("number", range(3))
 def test_interpreted(number):
-    """A third of the tests of `interpreted_kernels.py`, so that they can run side by side."""
-    names = [f"interpreted_kernels.py::{name}" for name in TESTS[number::3]]
+    """A third of the tests of these files, so that they can run side by side."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *names],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *TESTS[number::3]],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         cwd=HERE,
         capture_output=True,

@@ -129,12 +129,27 @@ def calls() -> Iterator[tuple[str, int | None, Callable[[], object]]]:
         score(empty(128, 32, 48), empty(128, 300, 48), mask(128, 32), mask(128, 300)),
     )
     yield "128 queries, d 48, normalised", 48, score(empty(128, 32, 48), empty(128, 300, 48), normalize=True)
+    yield "2 queries, d 48", 48, score(empty(2, 32, 48), empty(1000, 300, 48))
+    yield "128 queries, d 256", 256, score(empty(128, 32, 256), empty(128, 300, 256))
+    masked = empty(128, 32, 48), empty(128, 300, 48), mask(128, 32), mask(128, 300)
+    yield "128 queries, d 48, documents masked, zero", 48, score(*masked, argmax=True, mask_mode="zero")
+    yield "128 queries, d 48, masked, normalised, argmax", 48, score(*masked, argmax=True, normalize=True)
     yield "128 queries, d 48, with argmax", 48, score(empty(128, 32, 48), empty(128, 180, 48), argmax=True)
     yield "128 queries, d 128, with argmax", 128, score(empty(128, 32, 128), empty(128, 180, 128), argmax=True)
     yield (
         "1 query, packed, d 48",
         48,
         score(empty(1, 32, 48), empty(300000, 48), None, None, None, packed(1000)),
+    )
+    yield (
+        "128 queries, documents packed, d 48",
+        48,
+        score(empty(128, 32, 48), empty(38400, 48), None, None, None, packed(128)),
+    )
+    yield (
+        "128 queries, all packed, d 48",
+        48,
+        score(empty(4096, 48), empty(38400, 48), None, None, packed(128), packed(128)),
     )
     for name, dtype in (("int8", torch.int8), ("e4m3", torch.float8_e4m3fn)):
         scales = empty(1000, dtype=single)
@@ -143,6 +158,11 @@ def calls() -> Iterator[tuple[str, int | None, Callable[[], object]]]:
             f"1 query, packed, d 48, {name}",
             48,
             score(empty(1, 32, 48), documents, None, None, None, packed(1000), scales=scales),
+        )
+        yield (
+            f"128 queries, packed, d 48, {name}",
+            48,
+            score(empty(128, 32, 48), documents, None, None, None, packed(1000), scales=scales),
         )
     yield "16 candidates a query, d 48", 48, score(empty(128, 32, 48), empty(128, 16, 180, 48), argmax=True)
     index = empty(4096, dtype=torch.int64)

@@ -50,7 +50,12 @@ class Kernel:
         stream = torch._C._cuda_getCurrentRawStream(device)
         launch = cuda_driver.launch()
         if launch is not None:
-            launch(function, grid, self.threads, shared, stream, arguments)
+            try:
+                launch(function, grid, self.threads, shared, stream, arguments)
+            except RuntimeError:
+                # A thread that has no context yet is given one by the CUDA runtime; else the driver refuses again.
+                torch.cuda.current_stream(device).query()
+                launch(function, grid, self.threads, shared, stream, arguments)
             return
         count = len(arguments)
         values = (ctypes.c_int64 * count)(*arguments)

@@ -25,8 +25,8 @@ COLUMNS = {
 
 
 class Blocks(NamedTuple):
-    rows: int  # document tokens of a tile
-    columns: int  # query tokens
+    rows: int  # document tokens of a tile; query tokens in "rows" and "rows_argmax"
+    columns: int  # the others
     warps: int
     stages: int
 
@@ -76,7 +76,7 @@ def key(kernel: str, capability: int, bits: int, dim: int, columns: int) -> str:
 
 
 def blocks(kernel: str, capability: int, bits: int, dim: int, columns: int, beside: int = 0) -> Blocks:
-    """Of `kernel` ("score", "score_argmax", "documents" or "queries").
+    """Of `kernel` ("score", "score_argmax", "rows", "rows_argmax", "documents" or "queries").
 
     `beside` counts what a variant holds in registers beside its tiles: masks, norms, boundaries. Their place is taken from the
     tiles and, before Hopper, from the pipeline; or more threads share them.
@@ -101,6 +101,8 @@ def rule(kernel: str, capability: int, bits: int, dim: int, columns: int) -> Blo
         return Blocks(32 if dim <= 64 else 16, 16, 4, 1)
     if kernel == "queries":
         return Blocks(4, 16, 4, 1)
+    if kernel in ("rows", "rows_argmax"):
+        return rows_rule(kernel == "rows_argmax", capability, dim, columns)
     if bits == 32:
         return Blocks(32, min(columns, 32), 4, 2)
     # Shared memory of 99 KiB a program must do, and without Hopper's products, which read it themselves, registers are scarcer.
@@ -108,3 +110,16 @@ def rule(kernel: str, capability: int, bits: int, dim: int, columns: int) -> Blo
         columns = min(columns, 64)
     # One group of four warps has the 64 rows of a Hopper product, and two programs fit beside each other.
     return Blocks(64, columns, 4, 2 if dim > 128 or (dim > 64 and capability < 90) else 3)
+
+
+def rows_rule(argmax: bool, capability: int, dim: int, columns: int) -> Blocks:
+    """Of the kernel whose rows are query tokens: what lets at least two programs share a multiprocessor."""
+    most = 64 if dim > 128 else 128
+    if capability < 90 or capability >= 120:
+        # Every warp has whole rows, 32 of them, where there are at least as many rows to a warp as columns.
+        return Blocks(min(columns, most), 32, min(columns, most) // 32, 3 if dim <= 64 else 2)
+    if 64 < dim <= 128 and not argmax:
+        # Documents come from the second-level cache at its full speed, half as often where more query tokens wait for them.
+        most = 256
+    rows = min(columns, most)
+    return Blocks(rows, 64, 8 if rows > 128 else 4, 3 if dim <= 64 else 2)

@@ -10,18 +10,16 @@ import triton.language as tl
 
 from edgecolbert_kernels.backends.triton.tokens import (
     EVERY,
+    LATEST,
     OWN,
     boundary,
     inverse_norm,
+    kept_range,
     nan_max,
     read,
     square_sum,
     values,
 )
-
-LATEST = tl.constexpr(2**31 - 1)
-# Bytes of the mask that are looked at together.
-MASK_BLOCK = tl.constexpr(512)
 
 
 @triton.jit(
@@ -122,13 +120,7 @@ def score(
     begin = length * 0
     end = length
     if D_MASK and not ZERO:
-        begin = length
-        end = length * 0
-        for j in range(0, length, MASK_BLOCK):
-            at = j + tl.arange(0, MASK_BLOCK)
-            kept = tl.load(d_mask_ptr + d_mask_base + at, mask=at < length, other=0) != 0
-            begin = tl.minimum(begin, tl.min(tl.where(kept, at, LATEST)))
-            end = tl.maximum(end, tl.max(tl.where(kept, at + 1, 0)))
+        begin, end = kept_range(d_mask_ptr + d_mask_base, length)
     found = end > 0
 
     if Q_PACKED:

@@ -1,4 +1,4 @@
-"""Scores and argmax: from tensors to a launch of `score_kernel.score`."""
+"""Scores and argmax: from tensors to a launch of `score_kernel.score` or `score_rows_kernel.score_rows`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from edgecolbert_kernels.backends import layout, native
 from edgecolbert_kernels.backends.triton import config
 from edgecolbert_kernels.backends.triton.launch import INTERPRETED, MOST_PROGRAMS, Launch, Variant
 from edgecolbert_kernels.backends.triton.score_kernel import score
+from edgecolbert_kernels.backends.triton.score_rows_kernel import score_rows
 
 # The query tokens that a program holds beside each other.
 MOST_COLUMNS = 128
+# From how many on they are the rows of the products, and the most, where query tokens times documents are so many that
+# every multiprocessor still has several programs.
+FEWEST_ROWS, MOST_ROWS = 64, 256
+MANY_MAXIMA = 1 << 18
 
-# Arguments of `score` that are addresses, which come first.
+# Arguments of both kernels that are addresses, which come first.
 POINTERS = 12
-_ALIGNED = (0, 1, 12, 13, 14, 15, 16)  # q_ptr, d_ptr and the strides of `score`
+_ALIGNED = (0, 1, 12, 13, 14, 15, 16)  # q_ptr, d_ptr and the strides of both kernels
 # That are kept; a call is some hundred bytes.
 MOST_CALLS = 4096
 _calls: dict[Any, _Call] = {}
@@ -223,25 +228,38 @@ def _plan(
     bits = 32 if compute == tl.float32 else 16
     dim = Q.shape[-1]
     most = num_queries if which == native.EVERY else 1
-    columns = _columns(tokens, most, MOST_COLUMNS)
-    if argmax is not None and (cu_q is not None or columns % max(1, tokens)):
+    as_rows = (
+        which == native.EVERY
+        and cu_q is None
+        and bits == 16
+        and dim <= config.RESIDENT
+        and max(1, min(MOST_COLUMNS // max(1, tokens), most)) * tokens >= FEWEST_ROWS
+    )
+    many = as_rows and num_queries * tokens * num_documents >= MANY_MAXIMA
+    columns = _columns(tokens, most, MOST_ROWS if many else MOST_COLUMNS)
+    if not as_rows and argmax is not None and (cu_q is not None or columns % max(1, tokens)):
         # Which query a column belongs to is then a register a column.
         columns = _columns(tokens, most, MOST_COLUMNS // 2)
-    kernel = "score" if argmax is None else "score_argmax"
+    kernel = ("rows" if as_rows else "score") + ("" if argmax is None else "_argmax")
     beside = (d_mask is not None) + normalize + (cu_q is not None)
     blocks = config.blocks(kernel, capability(Q.device.index), bits, dim, columns, beside)
-    group = max(1, min(blocks.columns // max(1, tokens), most))
+    beside_each_other = blocks.rows if as_rows else blocks.columns
+    group = max(1, min(beside_each_other // max(1, tokens), most))
     slots = 1 << (group - 1).bit_length()
-    constants = (
-        *(which, dim, *config.pieces(dim), blocks.rows, blocks.columns, group, slots),
-        *(cu_q is None and Q.shape[-2] * slots == blocks.columns, compute, how, D.dtype is torch.float8_e4m3fn),
-        *(each is not None for each in (q_mask, d_mask, cu_q, cu_d, scales)),
-        *(normalize, d_mask is not None and mask_mode == "zero", argmax is not None, grad is not None),
-    )
+    sizes = blocks.rows, blocks.columns, group, slots, cu_q is None and tokens * slots == beside_each_other
+    e4m3, zero = D.dtype is torch.float8_e4m3fn, d_mask is not None and mask_mode == "zero"
+    options = normalize, zero, argmax is not None, grad is not None
+    if as_rows:
+        given = [each is not None for each in (q_mask, d_mask, cu_d, scales)]
+        constants = (dim, *config.pieces(dim)[:3], *sizes, compute, e4m3, *given, *options)
+    else:
+        given = [each is not None for each in (q_mask, d_mask, cu_q, cu_d, scales)]
+        constants = (which, dim, *config.pieces(dim), *sizes, compute, how, e4m3, *given, *options)
     key = Q.dtype, D.dtype, None if argmax is None else argmax.dtype, Q.device.index, blocks, constants
     variant = _variants.get(key)
     if variant is None:
-        variant = _variants[key] = Variant(score, constants, blocks.warps, blocks.stages, _ALIGNED, beside > 0)
+        function = score_rows if as_rows else score
+        variant = _variants[key] = Variant(function, constants, blocks.warps, blocks.stages, _ALIGNED, beside > 0)
     if query_index is not None:
         programs = query_index.shape[0]
     else:

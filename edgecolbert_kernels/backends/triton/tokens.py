@@ -10,6 +10,9 @@ import triton.language as tl
 
 EVERY, OWN, INDEXED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SMALLEST_NORM = tl.constexpr(1e-12)
+LATEST = tl.constexpr(2**31 - 1)
+# Bytes of the mask that are looked at together.
+MASK_BLOCK = tl.constexpr(512)
 
 
 @triton.jit
@@ -21,6 +24,19 @@ def nan_max(a, b):
 def boundary(bounds_ptr, number, rows):
     """Where sequence `number` starts; within the buffer whatever stands there."""
     return tl.minimum(tl.maximum(tl.load(bounds_ptr + number), 0), rows)
+
+
+@triton.jit
+def kept_range(mask_ptr, length):
+    """The first token that a document's mask keeps, and the one after the last; `length` and 0 where there is none."""
+    begin = length
+    end = length * 0
+    for j in range(0, length, MASK_BLOCK):
+        at = j + tl.arange(0, MASK_BLOCK)
+        kept = tl.load(mask_ptr + at, mask=at < length, other=0) != 0
+        begin = tl.minimum(begin, tl.min(tl.where(kept, at, LATEST)))
+        end = tl.maximum(end, tl.max(tl.where(kept, at + 1, 0)))
+    return begin, end
 
 
 @triton.jit

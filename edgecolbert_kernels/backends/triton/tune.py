@@ -20,7 +20,7 @@ from edgecolbert_kernels.backends.triton import config, supports
 DIMENSIONS = (48, 64, 96, 128)
 DTYPES = (torch.float16, torch.float32)
 # Query tokens beside each other -> queries, documents: a rerank, some queries, a training batch.
-SHAPES = {32: (1, 4096), 64: (2, 2048), 128: (128, 128)}
+SHAPES = {32: (1, 4096), 64: (2, 2048), 128: (4, 2048), 256: (128, 128)}
 QUERY_TOKENS, DOCUMENT_TOKENS = 32, 300
 
 
@@ -28,6 +28,11 @@ def candidates(kernel: str, bits: int, columns: int) -> Iterator[config.Blocks]:
     if kernel == "queries":
         for documents, warps in itertools.product((2, 4, 8), (2, 4, 8)):
             yield config.Blocks(documents, columns, warps, 1)
+        return
+    if kernel in ("rows", "rows_argmax"):
+        heights = [rows for rows in (64, 128, 256) if rows <= columns]
+        for rows, width, warps, stages in itertools.product(heights, (32, 64, 128), (4, 8), (2, 3, 4)):
+            yield config.Blocks(rows, width, warps, stages)
         return
     tiles = (64, 128, 256) if bits == 16 else (16, 32, 64)
     widths = {columns, min(columns, 64)} if kernel != "documents" else {min(columns, 32), columns}
@@ -44,9 +49,12 @@ def problems(dim: int, dtype: torch.dtype) -> Iterator[tuple[str, str, int, Call
     for columns, (num_queries, num_documents) in SHAPES.items():
         Q = torch.randn(num_queries, QUERY_TOKENS, dim, device="cuda").to(dtype)
         D = torch.randn(num_documents, DOCUMENT_TOKENS, dim, device="cuda").to(dtype)
-        for kernel in ("score", "score_argmax"):
-            key = config.key(kernel, capability, bits, dim, columns)
-            yield kernel, key, columns, partial(scoring.forward, Q, D, *rest, kernel == "score_argmax")
+        rows = bits == 16 and columns >= scoring.FEWEST_ROWS
+        beside = columns if rows else min(columns, scoring.MOST_COLUMNS)
+        for with_argmax in (False, True):
+            kernel = ("rows" if rows else "score") + with_argmax * "_argmax"
+            key = config.key(kernel, capability, bits, dim, beside)
+            yield kernel, key, beside, partial(scoring.forward, Q, D, *rest, with_argmax)
         if columns == max(SHAPES):
             scores, argmax = scoring.forward(Q, D, *rest, True)
             assert argmax is not None
