@@ -204,3 +204,15 @@ def test_strides():
     Q, D = grid(32, 3, 16, seed=1, dtype=F16).transpose(0, 1), grid(6, 80, 32, seed=2, dtype=F16)[::2, 1::2, :16]
     check(Q, D)
     check(Q[:1].expand(3, -1, -1), D[:1].expand(2, -1, -1))
+
+
+def test_masked_zero_beside_infinity():
+    """A masked similarity is 0 also where the query's token is infinite; a masked winner is no token."""
+    Q, D = grid(2, 32, 16, seed=1, dtype=F16).abs() + 1, -grid(2, 70, 16, seed=2, dtype=F16).abs() - 1
+    Q[0, 1, 0] = INF
+    d_mask = torch.ones(2, 70, dtype=torch.bool)
+    d_mask[0, 66] = False
+    scores, argmax = forward(Q, D, d_mask=d_mask, mask_mode="zero")
+    argmax = argmax.reshape(2, 2, 32)
+    assert (scores[:, 0] == 0).all() and (argmax[:, 0] == -1).all()
+    assert scores[0, 1] == -INF and argmax[0, 1, 1] == 0
