@@ -7,7 +7,8 @@
 // reach no other.
 //
 // Constants: DIM; SLICE (dimensions of a block, even, at most 64); WARPS; LAYOUT (EVERY, OWN, INDEXED); Q_TYPE, D_TYPE
-// (F16, BF16, F32); WIDE_ARGMAX (int32); Q_PACKED, D_PACKED; NORMALIZE (d within one slice); PAIRED (two dimensions lie
+// (F16, BF16, F32); WIDE_ARGMAX (int32); Q_PACKED, D_PACKED; NORMALIZE (d within one slice); TILED
+// (documents are longer than a tile); PAIRED (two dimensions lie
 // in one aligned word). Sums are float32, and shared memory is WARPS x tile x SLICE of them.
 
 #define EVERY 0
@@ -285,44 +286,45 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     };
     auto add = [&](const Item& item) {
       const u32 inside = __ballot_sync(ALL, item.winner < tile);
-      // Lanes whose row is also that of an earlier one of their batch.
-      bool again = false;
+      if (!inside) return;
+      // Bit n: query token n chose the row that token n - 1, n - 2, n - 3 did.
+      u32 same[BATCH];
 #pragma unroll
       for (int back = 1; back < BATCH; ++back)
-        again |= (__shfl_up_sync(ALL, item.winner, back) == item.winner) & ((lane & (BATCH - 1)) >= back);
-      const u32 twice = __ballot_sync(ALL, again && item.winner < tile);
+        same[back] = __ballot_sync(ALL, __shfl_up_sync(ALL, item.winner, back) == item.winner);
       const int offset = item.winner * SLICE;
+      float* at[AHEAD];
+      [[maybe_unused]] float by[AHEAD];
+#pragma unroll
+      for (int n = 0; n < AHEAD; ++n) {
+        at[n] = mine + __shfl_sync(ALL, offset, n);
+#if NORMALIZE
+        by[n] = __shfl_sync(ALL, item.factor, n);
+#else
+        by[n] = item.factor;
+#endif
+      }
+      if (lane >= LANES) return;
+      // Additions of a batch are under way together. One to the row of an earlier one goes on from its sum; which, is a
+      // choice without a branch. What goes into the row behind the last, nobody reads.
 #pragma unroll
       for (int n = 0; n < AHEAD; n += BATCH) {
-        constexpr u32 FIRST = (1u << BATCH) - 1;
-        if (!(inside >> n & FIRST)) continue;
-        float* at[BATCH];
-        float by[BATCH];
+#if TILED
+        if (!(inside >> n & ((1u << BATCH) - 1))) continue;
+#endif
+        float2 sum[BATCH];
+#pragma unroll
+        for (int m = 0; m < BATCH; ++m) sum[m] = *reinterpret_cast<const float2*>(at[n + m]);
 #pragma unroll
         for (int m = 0; m < BATCH; ++m) {
-          at[m] = mine + __shfl_sync(ALL, offset, n + m);
-#if NORMALIZE
-          by[m] = __shfl_sync(ALL, item.factor, n + m);
-#else
-          by[m] = item.factor;
-#endif
-        }
-        if (lane >= LANES) continue;
-        if (!(twice >> n & FIRST)) {
-          // What goes into the row behind the last, nobody reads; so it may be lost.
-          float2 sum[BATCH];
 #pragma unroll
-          for (int m = 0; m < BATCH; ++m) sum[m] = *reinterpret_cast<const float2*>(at[m]);
-#pragma unroll
-          for (int m = 0; m < BATCH; ++m)
-            *reinterpret_cast<float2*>(at[m]) = added(sum[m], by[m], widened(item.rows[n + m]));
-        } else {
-#pragma unroll
-          for (int m = 0; m < BATCH; ++m) {
-            float2* place = reinterpret_cast<float2*>(at[m]);
-            *place = added(*place, by[m], widened(item.rows[n + m]));
+          for (int back = m; back > 0; --back) {
+            if (same[back] >> (n + m) & 1) sum[m] = sum[m - back];
           }
+          sum[m] = added(sum[m], by[n + m], widened(item.rows[n + m]));
         }
+#pragma unroll
+        for (int m = 0; m < BATCH; ++m) *reinterpret_cast<float2*>(at[n + m]) = sum[m];
       }
     };
     // The rows and winners of the next item are on their way while one is added.

@@ -16,7 +16,7 @@ TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 SLICE = 64  # dimensions of a token that a block takes, two a lane
 MOST_WARPS = 8
 # Of shared memory for a warp's sums: less makes more warps, more makes fewer looks at every winner.
-TILE_BYTES = 59392
+TILE_BYTES = 80_000
 # Of a multiprocessor's shared memory, what each block takes beside its own.
 RESERVED = 1024
 
@@ -115,6 +115,7 @@ def _documents(
         "Q_PACKED": cu_q is not None,
         "D_PACKED": cu_d is not None,
         "NORMALIZE": normalize,
+        "TILED": tiles > 1,
         "Q_STRIDE": q[2] if q[2] == D.shape[-1] else 0,
         "PAIRED": not (D.shape[-1] % 2 or q[0] % 2 or q[2] % 2 or Q.data_ptr() % (2 * Q.itemsize)),
     }
@@ -140,7 +141,7 @@ def _blocks(length: int, row: int, pairs: int, most: int, every: int) -> tuple[i
     fitting = [
         (b, min(limit, min(most, every // b - RESERVED) // (row * (tile + 1)))) for b in range(1, MOST_WARPS + 1)
     ]
-    warps = max(1, max(fitting, key=lambda found: (found[0] * found[1], found[0]))[1])
+    warps = max(1, max(fitting, key=lambda found: (found[0] * found[1], -found[0]))[1])
     return tile, warps, warps * (tile + 1) * row
 
 

@@ -122,4 +122,4 @@ def rows_rule(argmax: bool, capability: int, dim: int, columns: int) -> Blocks:
         # Documents come from the second-level cache at its full speed, half as often where more query tokens wait for them.
         most = 256
     rows = min(columns, most)
-    return Blocks(rows, 64, 8 if rows > 128 else 4, 3 if dim <= 64 else 2)
+    return Blocks(rows, 64, 8 if rows > 128 else 4, 3 if dim <= 64 or rows > 128 else 2)
