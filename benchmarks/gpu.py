@@ -201,7 +201,10 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def benchmark(device: torch.device, quick: bool, tiny: bool, deadline: float) -> list[dict[str, Any]]:
+def benchmark(
+    device: torch.device, quick: bool, tiny: bool, deadline: float, save: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """Rows of every case; `save` is handed those that there are after each."""
     clock = Clock(device)
     peaks = clock.peaks(tiny)
     print(f"peaks: {peaks['GB/s']:.4g} GB/s, {peaks['TFLOP/s']:.4g} TFLOP/s", flush=True)
@@ -224,6 +227,7 @@ def benchmark(device: torch.device, quick: bool, tiny: bool, deadline: float) ->
             traceback.print_exc()
             found = [{"case": make.args[0], "contender": "fused", "failed": 1}]  # type: ignore[attr-defined]
         rows += [{**shared, **each} for each in found]
+        save(rows)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -248,15 +252,19 @@ def main() -> None:
     if not (options.dry_run or options.quick or options.no_tests):
         build()
         tests = [run_tests()]
-    rows = benchmark(device, options.quick, options.dry_run, deadline)
-    if not options.dry_run:
-        print("\n".join(goals(rows)), flush=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-").removeprefix("nvidia-")
     path = options.out or (None if options.dry_run else RESULTS / f"gpu-{slug}.jsonl")
+    shared = {"suite": "gpu", **machine.facts()}
+
+    def save(rows: list[dict[str, Any]]) -> None:
+        if path is not None:
+            path.write_text("".join(json.dumps(each) + "\n" for each in [*({**shared, **t} for t in tests), *rows]))
+
+    rows = benchmark(device, options.quick, options.dry_run, deadline, save)
+    if not options.dry_run:
+        print("\n".join(goals(rows)), flush=True)
     if path is not None:
-        shared = {"suite": "gpu", **machine.facts()}
-        path.write_text("".join(json.dumps(each) + "\n" for each in [*({**shared, **t} for t in tests), *rows]))
         measured = [each for each in rows if "p50" in each]
         if machine.version("matplotlib") and measured:
             plot(measured, path.with_suffix(".png"))

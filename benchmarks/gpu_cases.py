@@ -389,7 +389,7 @@ def cases(device: torch.device, quick: bool, tiny: bool) -> Iterator[Callable[[]
     yield functools.partial(rerank, "1 x 1k x 1024 x 1024, d 128", few(1000), short(1024), short(1024), 128, device)
     for size, dim in ((128, 128), (1024, 128), (1024, 48)):
         yield functools.partial(training, f"forward + backward {size}, d {dim}", few(size), short(180), dim, device)
+    yield functools.partial(distillation, "KL 128 x 16", few(128), at_most(16, 4), short(180), device)
     sizes = ((1024, 180), (4096, 180), (24576, 220))
     for size, length in sizes[:2] if quick else sizes:
         yield functools.partial(contrastive, f"contrastive loss {size}", few(size), short(length), device)
-    yield functools.partial(distillation, "KL 128 x 16", few(128), at_most(16, 4), short(180), device)

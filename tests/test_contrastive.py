@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import edgecolbert_kernels as ek
 from cases import STORAGES, embeddings, grid, holes, padded, ragged, storage_name
+from conftest import ON_GPU
 from edgecolbert_kernels import reference
 from edgecolbert_kernels.ops import tiles
 from losses import assert_as_near, leaf, value_and_gradients
@@ -393,6 +394,8 @@ def test_skipped_pairs_cannot_matter(monkeypatch, temperature, options):
 
 def test_cold_softmax_takes_the_sparse_path(engine, small_tiles, monkeypatch):
     """Most pairs of a tile are skipped at a small temperature, and are not where it is large."""
+    if engine in ON_GPU:
+        pytest.skip("its kernels skip them by themselves")
     seen = []
     score = tiles._Source.score
 

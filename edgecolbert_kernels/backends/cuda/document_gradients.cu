@@ -137,8 +137,9 @@ __device__ __forceinline__ float2 added(float2 sum, float by, Pair x) {
 // Some tokens of a query, a lane each.
 struct Item {
   bool exists;
-  int winner;
-  float factor;
+  winner_t winner;  // of the document's tokens, or -1
+  float weight;
+  [[maybe_unused]] float inverse;  // of the token's norm
   Raw rows[AHEAD];
 };
 
@@ -266,13 +267,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       item.exists = items.next(grad, order, query_index, q_bounds, q_length);
       if (!item.exists) return;
       const bool there = items.c + lane < items.tokens;
-      // The token of this tile that a lane's query token chose; the row behind the last for none.
-      const int winner = there ? argmax[items.entry + items.c + lane] : -1;
-      const bool inside = winner >= start && winner < start + rows;
-      item.winner = inside ? winner - static_cast<int>(start) : tile;
-      item.factor = items.weight;
+      // Nothing is done with them before `add`, so that nothing waits for them here.
+      item.winner = -1;
+      if (there) item.winner = argmax[items.entry + items.c + lane];
+      item.weight = items.weight;
 #if NORMALIZE
-      if (there) item.factor *= q_inverse[items.first_row + items.c + lane];
+      item.inverse = there ? q_inverse[items.first_row + items.c + lane] : 0.0f;
 #endif
       const query_t* row = q + items.place(q_stride_n, q_stride_t) + items.c * row_stride + (lane < LANES ? k : k0);
       const int count = items.tokens - items.c < AHEAD ? static_cast<int>(items.tokens - items.c) : AHEAD;
@@ -285,23 +285,26 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       }
     };
     auto add = [&](const Item& item) {
-      const u32 inside = __ballot_sync(ALL, item.winner < tile);
+      // The token of this tile that a lane's query token chose; the row behind the last for none.
+      const bool here = item.winner >= start && item.winner < start + rows;
+      const int winner = here ? item.winner - static_cast<int>(start) : tile;
+      const u32 inside = __ballot_sync(ALL, here);
       if (!inside) return;
       // Bit n: query token n chose the row that token n - 1, n - 2, n - 3 did.
       u32 same[BATCH];
 #pragma unroll
       for (int back = 1; back < BATCH; ++back)
-        same[back] = __ballot_sync(ALL, __shfl_up_sync(ALL, item.winner, back) == item.winner);
-      const int offset = item.winner * SLICE;
+        same[back] = __ballot_sync(ALL, __shfl_up_sync(ALL, winner, back) == winner);
+      const int offset = winner * SLICE;
       float* at[AHEAD];
       [[maybe_unused]] float by[AHEAD];
 #pragma unroll
       for (int n = 0; n < AHEAD; ++n) {
         at[n] = mine + __shfl_sync(ALL, offset, n);
 #if NORMALIZE
-        by[n] = __shfl_sync(ALL, item.factor, n);
+        by[n] = item.weight * __shfl_sync(ALL, item.inverse, n);
 #else
-        by[n] = item.factor;
+        by[n] = item.weight;
 #endif
       }
       if (lane >= LANES) return;
