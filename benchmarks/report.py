@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks import machine, plots, suite
 from benchmarks.interleave import QUIET
-from benchmarks.targets import ANY_CPU, FURTHER, H100, TARGETS, Target
+from benchmarks.targets import ANY_CPU, FURTHER, H100, HOPPERS, TARGETS, Target
 
 Rows = Sequence[Mapping]
 Machine = tuple[str, str | None]
@@ -107,7 +107,7 @@ def cell(target: Target, rows: Rows) -> str:
 
 
 def belongs(target: Target, which: Machine) -> bool:
-    return "H100" in (which[1] or "") if target.on == H100 else which[1] is None
+    return any(name in (which[1] or "") for name in HOPPERS) if target.on == H100 else which[1] is None
 
 
 def targets_table(machines: Mapping[Machine, Rows], targets: Sequence[Target]) -> str:
@@ -239,7 +239,7 @@ def gpu_table(rows: Rows) -> str:
         share = f"{row['percent_of_memory']['p50']:.0f} %" if "percent_of_memory" in row else ""
         ratio = ", ".join(f"{name} {value['p50']:.3g}x" for name, value in row.get("ratio", {}).items())
         lines.append(
-            f"| {row['case']} | {row['contender']} | {spread(row['device'])} | {number(row['wall']['p50'])} | {rate} | {share} "
+            f"| {row['case']} | {row['contender']} | {spread(row)} | {number(row['wall']['p50'])} | {rate} | {share} "
             f"| {row.get('GB') or ''} | {ratio} | {row.get('error', '')} |"
         )
     return "\n".join(lines)

@@ -7,6 +7,8 @@ Row = Mapping
 EAGER = "torch eager fp32"
 ANY_CPU = "a CPU"
 H100 = "an H100"
+# GPUs whose rows count for it: the same multiprocessors, the second with faster memory.
+HOPPERS = ("H100", "H200")
 
 
 def percent_of_peak(row: Row) -> Row:
@@ -61,8 +63,13 @@ def _rerank(dim: int, slow: str, fast: str, limit: float) -> Target:
 
 
 def column(name: str) -> Callable[[Row], Row]:
-    """A column of the suite `gpu`: its quantiles, or one number."""
-    return lambda row: row[name] if isinstance(row[name], Mapping) else {"p50": row[name]}
+    """A column of the suite `gpu`: its quantiles, or one number; "device" is the row's own time."""
+
+    def found(row: Mapping) -> Mapping:
+        value = row if name == "device" else row[name]
+        return value if isinstance(value, Mapping) else {"p50": value}
+
+    return found
 
 
 def _gpu(case: str, contender: str, name: str, limit: float, unit: str, text: str) -> Target:
