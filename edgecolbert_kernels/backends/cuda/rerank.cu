@@ -114,6 +114,34 @@ __device__ __forceinline__ i64 boundary(const i64* bounds, i64 number, i64 rows)
   return at < 0 ? 0 : at > rows ? rows : at;
 }
 
+#if D_MASK && !ZERO
+// Where the tokens that a mask keeps begin and end; alike in all lanes.
+__device__ __forceinline__ void find_kept(const u8* mask, int count, int lane, int& begin, int& end) {
+  int bytewise = 0;
+  if (reinterpret_cast<i64>(mask) % 4 == 0) {
+    const u32* words = reinterpret_cast<const u32*>(mask);
+    bytewise = count / 4 * 4;
+#pragma unroll 4
+    for (int n = lane; n < count / 4; n += 32) {
+      const u32 four = words[n];
+      if (!four) continue;
+      begin = min(begin, 4 * n + (__ffs(four) - 1) / 8);
+      end = max(end, 4 * n + 4 - __clz(four) / 8);
+    }
+  }
+  for (int n = bytewise + lane; n < count; n += 32) {
+    if (!mask[n]) continue;
+    begin = min(begin, n);
+    end = max(end, n + 1);
+  }
+#pragma unroll
+  for (int far = 1; far < 32; far <<= 1) {
+    begin = min(begin, __shfl_xor_sync(ALL, begin, far));
+    end = max(end, __shfl_xor_sync(ALL, end, far));
+  }
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS * BLOCK_DOCUMENTS)
     rerank(const u16* __restrict__ q, const u8* __restrict__ d, const u8* __restrict__ q_mask,
            const u8* __restrict__ d_mask, const i64* __restrict__ q_bounds, const i64* __restrict__ d_bounds,
@@ -152,18 +180,27 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * BLOCK_DOCUMENTS)
   [[maybe_unused]] const i64 first_row = document * d_length;
   const u8* rows = d + document * d_stride_n * ITEM;
 #endif
-  const int count = static_cast<int>(length > 0 ? length : 0), tiles = (count + 15) / 16;
+  const int count = static_cast<int>(length > 0 ? length : 0);
+#if D_MASK && !ZERO
+  // Tokens from the first to the last that is kept; what stands before and behind them is not read.
+  int begin = count, end = 0;
+  find_kept(d_mask + first_row, count, lane, begin, end);
+#else
+  const int begin = 0, end = count;
+#endif
+  const int first_tile = begin / 16, tiles = (end + 15) / 16;
   const i64 stride = d_stride_t * ITEM;
 
   Row upper[STAGES], lower[STAGES];
   auto load = [&](int stage, int tile) {
-    const int first = 16 * tile + line, last = count - 1;
+    const int first = 16 * tile + line, last = end - 1;
     upper[stage] = read(rows + (first < last ? first : last) * stride, quarter);
     lower[stage] = read(rows + (first + 8 < last ? first + 8 : last) * stride, quarter);
   };
 #pragma unroll
   for (int stage = 0; stage < STAGES; ++stage) {
-    if (share + stage * WARPS < tiles) load(stage, share + stage * WARPS);
+    const int tile = first_tile + share + stage * WARPS;
+    if (tile < tiles) load(stage, tile);
   }
 
 #if Q_PACKED
@@ -198,26 +235,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * BLOCK_DOCUMENTS)
   float best[TOKENS][2];
 #pragma unroll
   for (int n = 0; n < TOKENS; ++n) best[n][0] = best[n][1] = -__int_as_float(0x7f800000);
-  bool found = count > 0;
-#if D_MASK && !ZERO
-  found = false;
-#endif
+  const bool found = end > 0;
 
-  for (int tile = share; tile < tiles; tile += STAGES * WARPS) {
+  for (int tile = first_tile + share; tile < tiles; tile += STAGES * WARPS) {
 #pragma unroll
     for (int stage = 0; stage < STAGES; ++stage) {
       const int now = tile + stage * WARPS;
       if (now >= tiles) break;
 #if D_MASK
-      const int first = 16 * now + line, last = count - 1;
+      const int first = 16 * now + line, last = end - 1;
       const bool keep_upper = d_mask[first_row + (first < last ? first : last)] != 0;
       const bool keep_lower = d_mask[first_row + (first + 8 < last ? first + 8 : last)] != 0;
-#if !ZERO
-      found |= keep_upper || keep_lower;
-      const float masked = -__int_as_float(0x7f800000);
-#else
-      const float masked = 0.0f;
-#endif
+      const float masked = ZERO ? 0.0f : -__int_as_float(0x7f800000);
 #endif
 #pragma unroll
       for (int n = 0; n < TOKENS; ++n) {
@@ -247,11 +276,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * BLOCK_DOCUMENTS)
       best[n][1] = nan_max(best[n][1], __shfl_xor_sync(ALL, best[n][1], far));
     }
   }
-  found = __any_sync(ALL, found);
 
 #if WARPS > 1
   __shared__ float shared_best[WARPS * BLOCK_DOCUMENTS][8 * TOKENS];
-  __shared__ bool shared_found[WARPS * BLOCK_DOCUMENTS];
   if (line == 0) {
 #pragma unroll
     for (int n = 0; n < TOKENS; ++n) {
@@ -259,12 +286,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * BLOCK_DOCUMENTS)
       shared_best[warp][8 * n + 2 * quarter + 1] = best[n][1];
     }
   }
-  if (lane == 0) shared_found[warp] = found;
   __syncthreads();
   if (share) return;
 #pragma unroll
   for (int other = 1; other < WARPS; ++other) {
-    found |= shared_found[warp + other];
 #pragma unroll
     for (int n = 0; n < TOKENS; ++n) {
       best[n][0] = nan_max(best[n][0], shared_best[warp + other][8 * n + 2 * quarter]);
