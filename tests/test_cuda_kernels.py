@@ -5,8 +5,11 @@ Values are multiples of 1/64, so that every sum is exact and the float64 answer 
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +59,31 @@ def test_compiles(number, capability, tmp_path, monkeypatch):
     (kept,) = (tmp_path / "edgecolbert_kernels").iterdir()
     kept.write_bytes(b"kept")
     assert compiler.compiled(source, constants, capability) == b"kept"
+
+
+def machine_code(code, tmp_path, *options):
+    """What cuobjdump, which the triton package brings, says of a cubin."""
+    folder = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
+    (tmp_path / "kernel.cubin").write_bytes(code)
+    command = [folder / "cuobjdump", *options, tmp_path / "kernel.cubin"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+@with_compiler
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("number", range(len(VARIANTS)))
+def test_machine_code(number, capability, tmp_path):
+    """No spills; in a rerank, as many tensor-core steps as d has sixteens, a step at d = 48 three times."""
+    source, constants = VARIANTS[number]
+    code = compiler.compiled(source, constants, capability)
+    usage = machine_code(code, tmp_path, "-res-usage")
+    assert re.search(r"STACK:0\b", usage), usage
+    assert re.search(r"LOCAL:0\b", usage), usage
+    products = len(re.findall(r"\bHMMA\.16816\.F32", machine_code(code, tmp_path, "-sass")))
+    if source == "rerank.cu":
+        assert products == constants["STEPS"] * constants["TOKENS"] * constants["STAGES"]
 
 
 @with_compiler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,6 +77,19 @@ def backward_recompute(
     return backward(grad, Q, D, argmax, *batch, *options, need_queries, need_documents, sum_queries)
 
 
+class _Plan(NamedTuple):
+    """What calls of the same shapes, strides and options have in common."""
+
+    kernel: Kernel
+    grid: tuple[int, int]
+    shared: int
+    integers: tuple[int, ...]
+
+
+_plans: dict[object, _Plan | None] = {}
+MOST_PLANS = 4096
+
+
 def _documents(
     grad: Tensor,
     Q: Tensor,
@@ -89,16 +103,50 @@ def _documents(
 ) -> Tensor:
     Q, D, grad = rows(Q), rows(D), grad.contiguous()
     # Rows of packed tokens that belong to no document have no gradient.
-    out = (torch.empty if cu_d is None else torch.zeros)(D.shape, dtype=D.dtype, device=D.device)
+    out = torch.empty_like(D, memory_format=torch.contiguous_format) if cu_d is None else torch.zeros_like(D)
+    aligned = Q.data_ptr() % (2 * Q.itemsize) == 0
+    key = (
+        (Q.dtype, Q.shape, Q.stride()),
+        (D.dtype, D.shape, D.stride()),
+        (D.device, argmax.dtype, normalize, aligned),
+        None if cu_q is None else cu_q.shape[0],
+        None if cu_d is None else cu_d.shape[0],
+        None if query_index is None else query_index.shape[0],
+    )
+    try:
+        plan = _plans[key]
+    except KeyError:
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _plan(Q, D, argmax, cu_q, cu_d, query_index, normalize, aligned)
+    if plan is not None:
+        order, first = triton.owners(document_index, D.shape[-3] if cu_d is None else cu_d.shape[0] - 1)
+        inverse = _inverse_norms(Q) if normalize else None
+        tensors = Q, D, grad, argmax, inverse, cu_q, cu_d, order, first, query_index, out
+        plan.kernel.launch(plan.grid, plan.shared, tensors, plan.integers)
+    return out
+
+
+def _plan(
+    Q: Tensor,
+    D: Tensor,
+    argmax: Tensor,
+    cu_q: Tensor | None,
+    cu_d: Tensor | None,
+    query_index: Tensor | None,
+    normalize: bool,
+    aligned: bool,
+) -> _Plan | None:
+    """None where there is no document token."""
     which = layout.which(D, query_index)
     num_queries = (Q.shape[0] if Q.ndim == 3 else 1) if cu_q is None else cu_q.shape[0] - 1
     num_documents = D.shape[-3] if cu_d is None else cu_d.shape[0] - 1
     count = num_documents * (num_queries if which == native.OWN else 1)
     if not count or not D.shape[-2]:
-        return out
+        return None
     slices = -(-D.shape[-1] // SLICE)
     width = -(-D.shape[-1] // (2 * slices)) * 2
-    # Packed documents may be longer than the mean; beyond what a block holds it goes round.
+    # Packed documents may be longer than twice the mean; beyond what a block holds it goes round.
     length = D.shape[-2] if cu_d is None else 2 * -(-D.shape[-2] // count)
     pairs = 1 if which == native.OWN else num_queries if query_index is None else -(-query_index.shape[0] // count)
     tile, warps, shared = _blocks(length, 4 * width, pairs, *_memory(D.get_device()))
@@ -117,14 +165,10 @@ def _documents(
         "NORMALIZE": normalize,
         "TILED": tiles > 1,
         "Q_STRIDE": q[2] if q[2] == D.shape[-1] else 0,
-        "PAIRED": not (D.shape[-1] % 2 or q[0] % 2 or q[2] % 2 or Q.data_ptr() % (2 * Q.itemsize)),
+        "PAIRED": aligned and not (D.shape[-1] % 2 or q[0] % 2 or q[2] % 2),
     }
-    order, first = triton.owners(document_index, num_documents)
-    inverse = _inverse_norms(Q) if normalize else None
-    tensors = Q, D, grad, argmax, inverse, cu_q, cu_d, order, first, query_index, out
     integers = q[0], q[2], *d, num_queries, num_documents, Q.shape[-2], D.shape[-2], tiles, tile
-    _kernel(tuple(constants.items())).launch((count * tiles, slices), shared, tensors, integers)
-    return out
+    return _Plan(_kernel(tuple(constants.items())), (count * tiles, slices), shared, integers)
 
 
 @cache
