@@ -103,7 +103,7 @@ def _documents(
 ) -> Tensor:
     Q, D, grad = rows(Q), rows(D), grad.contiguous()
     # Rows of packed tokens that belong to no document have no gradient.
-    out = torch.empty_like(D, memory_format=torch.contiguous_format) if cu_d is None else torch.zeros_like(D)
+    out = (torch.empty_like if cu_d is None else torch.zeros_like)(D, memory_format=torch.contiguous_format)
     aligned = Q.data_ptr() % (2 * Q.itemsize) == 0
     key = (
         (Q.dtype, Q.shape, Q.stride()),
