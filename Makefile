@@ -19,7 +19,7 @@ MKDOCS ?= build
 BIN := $(VENV)/bin
 # Bytecode is made of a file when it is first needed, not of every one.
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
-CPP = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp')
+CPP = $(shell find csrc tests/native tests/emulated edgecolbert_kernels/backends/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 # pip fetches a target's requirements while the module is compiled.

@@ -33,25 +33,36 @@ def missing() -> str | None:
 
 
 def compiled(source: str, constants: Mapping[str, int], capability: int) -> bytes:
-    """The cubin of a file beside this one, for compute capability 90 and the like, with macros for its constants."""
-    text = (SOURCES / source).read_bytes()
+    """The cubin of a file beside this one, for compute capability 90 and the like, with macros for its constants.
+
+    It may include the headers that lie there.
+    """
+    text, headers = (SOURCES / source).read_bytes(), _headers()
     options = [f"--gpu-architecture=sm_{capability}", "--std=c++17", *(f"-D{n}={int(v)}" for n, v in constants.items())]
-    key = hashlib.sha256(b"\0".join([_version(), text, *(option.encode() for option in options)])).hexdigest()
+    key = hashlib.sha256(
+        b"\0".join([_version(), text, *headers.values(), *(option.encode() for option in options)])
+    ).hexdigest()
     kept = _folder() / f"{key}.cubin"
     try:
         return kept.read_bytes()
     except OSError:
-        made = _compile(text, source, options)
+        made = _compile(text, source, headers, options)
     _keep(made, kept)
     return made
 
 
-def _compile(text: bytes, name: str, options: list[str]) -> bytes:
+def _headers() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(SOURCES.glob("*.h"))}
+
+
+def _compile(text: bytes, name: str, headers: dict[str, bytes], options: list[str]) -> bytes:
     nvrtc = _library()
     if nvrtc is None:
         raise CompileError(missing())
     program = ctypes.c_void_p()
-    _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, name.encode(), 0, None, None))
+    strings = ctypes.c_char_p * len(headers)
+    included = strings(*headers.values()), strings(*(each.encode() for each in headers))
+    _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, name.encode(), len(headers), *included))
     try:
         given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), given):

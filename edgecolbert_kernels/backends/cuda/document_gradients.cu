@@ -11,6 +11,8 @@
 // (documents are longer than a tile); PAIRED (two dimensions lie
 // in one aligned word). Sums are float32, and shared memory is WARPS x tile x SLICE of them.
 
+#include "ptx.h"
+
 #define EVERY 0
 #define OWN 1
 #define INDEXED 2
@@ -46,12 +48,6 @@ constexpr int AHEAD = 32;
 // Additions that are under way together, where no two are to one row.
 constexpr int BATCH = 4;
 
-__device__ __forceinline__ float half_to_float(u16 x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-  return y;
-}
-
 template <int TYPE, typename T>
 __device__ __forceinline__ float to_float(T x) {
   if constexpr (TYPE == F32) {
@@ -66,14 +62,10 @@ __device__ __forceinline__ float to_float(T x) {
 __device__ __forceinline__ document_t rounded(float x) {
 #if D_TYPE == F32
   return x;
+#elif D_TYPE == F16
+  return float_to_half(x);
 #else
-  u16 y;
-#if D_TYPE == F16
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-#else
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-#endif
-  return y;
+  return float_to_bfloat16(x);
 #endif
 }
 

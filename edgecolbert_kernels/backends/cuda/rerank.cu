@@ -13,6 +13,8 @@
 // INT8 (documents of int8, exact in float16); Q_PACKED (one query, of the length that its boundaries say), D_PACKED,
 // D_MASK, ZERO, Q_MASK, SCALED.
 
+#include "ptx.h"
+
 #define EVERY 0
 #define OWN 1
 #define INDEXED 2
@@ -26,20 +28,12 @@ typedef unsigned char u8;
 constexpr int PAIRS = STEPS / 2;  // of steps, which one load of 16 bytes feeds
 constexpr int ITEM = INT8 ? 1 : 2;
 
-__device__ __forceinline__ float nan_max(float a, float b) {
-  float c;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
-  return c;
-}
-
-__device__ __forceinline__ void multiply_add(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+__device__ __forceinline__ void multiply_add(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
 #if BF16
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  multiply_add_bfloat16(c, a, b);
 #else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  multiply_add_half(c, a, b);
 #endif
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // A row's share of a lane, as it lies in memory.
@@ -56,28 +50,8 @@ struct Row {
 __device__ __forceinline__ Row read(const u8* row, int quarter) {
   Row found;
 #pragma unroll
-  for (int n = 0; n < PAIRS; ++n) {
-    const u8* at = row + (32 * n + 8 * quarter) * ITEM;
-#if INT8
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
-                 : "=r"(found.pair[n].x), "=r"(found.pair[n].y)
-                 : "l"(at));
-#else
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(found.pair[n].x), "=r"(found.pair[n].y), "=r"(found.pair[n].z), "=r"(found.pair[n].w)
-                 : "l"(at));
-#endif
-  }
-  if constexpr (STEPS % 2) {
-    const u8* at = row + (32 * PAIRS + 4 * quarter) * ITEM;
-#if INT8
-    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(found.last) : "l"(at));
-#else
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
-                 : "=r"(found.last.x), "=r"(found.last.y)
-                 : "l"(at));
-#endif
-  }
+  for (int n = 0; n < PAIRS; ++n) stream(row + (32 * n + 8 * quarter) * ITEM, found.pair[n]);
+  if constexpr (STEPS % 2) stream(row + (32 * PAIRS + 4 * quarter) * ITEM, found.last);
   return found;
 }
 
@@ -85,10 +59,8 @@ __device__ __forceinline__ Row read(const u8* row, int quarter) {
 // Four of int8 as float16, exactly: the byte, its sign turned, in the mantissa of 1024, less 1152.
 __device__ __forceinline__ uint2 widened(u32 bytes) {
   bytes ^= 0x80808080u;
-  uint2 halves = {__byte_perm(bytes, 0x64646464u, 0x4140), __byte_perm(bytes, 0x64646464u, 0x4342)};
-  asm("sub.f16x2 %0, %0, %1;" : "+r"(halves.x) : "r"(0x64806480u));
-  asm("sub.f16x2 %0, %0, %1;" : "+r"(halves.y) : "r"(0x64806480u));
-  return halves;
+  const u32 low = __byte_perm(bytes, 0x64646464u, 0x4140), high = __byte_perm(bytes, 0x64646464u, 0x4342);
+  return {halves_less(low, 0x64806480u), halves_less(high, 0x64806480u)};
 }
 #endif
 
@@ -254,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * BLOCK_DOCUMENTS)
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
           const uint2 above = words(upper[stage], step), below = words(lower[stage], step);
-          multiply_add(c, above.x, below.x, above.y, below.y, b[n][step][0], b[n][step][1]);
+          multiply_add(c, {above.x, below.x, above.y, below.y}, b[n][step]);
         }
 #if D_MASK
         if (!keep_upper) c[0] = c[1] = masked;
