@@ -111,7 +111,6 @@ def test_strides_and_own_candidates(emulator):
     check(emulator, cases)
 
 
-@pytest.mark.xfail(raises=EmulationError, strict=True, reason="pairs beyond the last read a query beyond the last")
 @pytest.mark.parametrize("masked", [False, True])
 def test_own_candidates_that_do_not_fill_a_block(emulator, masked):
     Q, D = grid(3, 32, 64, dtype=F16, seed=1), grid(3, 11, 20, 64, dtype=F16, seed=2)

@@ -129,6 +129,9 @@ T __ldg(const T* at) {
 }
 
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 inline float __int_as_float(int x) { return emulated::bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return emulated::bits<float>(x); }
 

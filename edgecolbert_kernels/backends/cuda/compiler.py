@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import glob
 import hashlib
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -106,16 +107,9 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _wheels() -> list[str]:
-    try:
-        import nvidia  # type: ignore[import-not-found]
-    except ImportError:
-        return []
-    return [
-        folder
-        for root in nvidia.__path__
-        for part in ("cu*", "cuda_nvrtc")
-        for folder in glob.glob(f"{root}/{part}/lib")
-    ]
+    spec = importlib.util.find_spec("nvidia")
+    roots = [] if spec is None else spec.submodule_search_locations or []
+    return [name for root in roots for part in ("cu*", "cuda_nvrtc") for name in glob.glob(f"{root}/{part}/lib")]
 
 
 @cache

@@ -130,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * BLOCK_DOCUMENTS)
 #if LAYOUT == EVERY
   const i64 query = 0, document = pair;
 #elif LAYOUT == OWN
-  const i64 query = pair / num_documents, document = pair;
+  const i64 query = exists ? pair / num_documents : 0, document = pair;
 #else
   i64 query = exists ? query_index[pair] : 0, document = exists ? document_index[pair] : 0;
   const bool named = query >= 0 && query < num_queries && document >= 0 && document < num_documents;
