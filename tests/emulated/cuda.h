@@ -4,7 +4,6 @@
 // aligned. Shared memory is what the language calls thread_local, which every fiber of a thread has in common.
 #pragma once
 
-#include <math.h>
 #include <string.h>
 
 #include "grid.h"
@@ -16,6 +15,9 @@
 #define __shared__ thread_local
 #define threadIdx (emulated::grid.current->thread)
 #define blockIdx (emulated::grid.block)
+
+// The mathematics of C, whose header is a large one.
+extern "C" float fmaf(float, float, float), sqrtf(float);
 
 struct alignas(8) float2 {
   float x, y;
@@ -145,16 +147,16 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
 // In place of the kernels' own ptx.h.
 #define EDGECOLBERT_PTX_H
 
-inline float nan_max(float a, float b) { return isnan(a) || isnan(b) ? __int_as_float(0x7fffffff) : a > b ? a : b; }
+inline float nan_max(float a, float b) { return a != a || b != b ? __int_as_float(0x7fffffff) : a > b ? a : b; }
 inline float half_to_float(unsigned short x) { return emulated::from_half(x); }
 
 inline unsigned short float_to_half(float x) {
-  return isnan(x) ? 0x7fff : emulated::bits<unsigned short>(static_cast<_Float16>(x));
+  return x != x ? 0x7fff : emulated::bits<unsigned short>(static_cast<_Float16>(x));
 }
 
 inline unsigned short float_to_bfloat16(float x) {
   const unsigned word = emulated::bits<unsigned>(x);
-  return isnan(x) ? 0x7fff : static_cast<unsigned short>((word + 0x7fff + (word >> 16 & 1)) >> 16);
+  return x != x ? 0x7fff : static_cast<unsigned short>((word + 0x7fff + (word >> 16 & 1)) >> 16);
 }
 
 inline unsigned halves_less(unsigned a, unsigned b) {

@@ -16,12 +16,9 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
-#include <memory>
-#include <vector>
-
 namespace emulated {
 
-constexpr int LANES = 32;
+constexpr int LANES = 32, MOST_THREADS = 1024;
 constexpr size_t STACK = 64 << 10, LARGEST = 48;  // bytes of a stack, and of what a lane gives to its warp
 
 struct Index {
@@ -57,8 +54,9 @@ struct Warp {
 struct Grid {
   Index block;
   Thread* current;
-  std::vector<Thread> threads;
-  std::vector<Warp> warps;
+  int count;  // of threads
+  Thread threads[MOST_THREADS];
+  Warp warps[MOST_THREADS / LANES];
   void (*kernel)();
   jmp_buf scheduler;
   sigjmp_buf failed;
@@ -67,6 +65,13 @@ struct Grid {
 };
 
 inline Grid grid;
+
+struct Threads {
+  Thread* begin() const { return grid.threads; }
+  Thread* end() const { return grid.threads + grid.count; }
+};
+
+inline Threads threads() { return {}; }
 
 [[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
   int length = 0;
@@ -153,10 +158,10 @@ inline bool release(Warp& warp, Thread* lanes) {
 
 [[noreturn]] inline void stuck() {
   const Thread *one = nullptr, *other = nullptr;
-  for (const Thread& thread : grid.threads) {
+  for (const Thread& thread : threads()) {
     if (!one && thread.state != LEFT) one = &thread;
   }
-  for (const Thread& thread : grid.threads) {
+  for (const Thread& thread : threads()) {
     const bool together = one->state == AT_BLOCK || thread.thread.x / LANES == one->thread.x / LANES;
     if (!other && together && !same(thread, *one)) other = &thread;
   }
@@ -170,7 +175,7 @@ inline bool release(Warp& warp, Thread* lanes) {
 }
 
 inline void run_block(char* stacks, bool backwards) {
-  const int count = static_cast<int>(grid.threads.size());
+  const int count = grid.count;
   for (int n = 0; n < count; ++n) {
     Thread& thread = grid.threads[n];
     thread.thread = {static_cast<unsigned>(n), 0, 0};
@@ -183,14 +188,14 @@ inline void run_block(char* stacks, bool backwards) {
       Thread& thread = grid.threads[backwards ? count - 1 - n : n];
       if (thread.state == FRESH || thread.state == RUNS) resume(thread), ran = true;
     }
-    for (const Thread& thread : grid.threads) {
+    for (const Thread& thread : threads()) {
       left += thread.state == LEFT;
       at_block += same(thread, grid.threads[0]) && thread.state == AT_BLOCK;
     }
     if (left == count) return;
     for (int n = 0; n < count; n += LANES) ran |= release(grid.warps[n / LANES], &grid.threads[n]);
     if (at_block == count) {
-      for (Thread& thread : grid.threads) thread.state = RUNS;
+      for (Thread& thread : threads()) thread.state = RUNS;
     } else if (!ran) {
       stuck();
     }
@@ -233,7 +238,7 @@ inline void caught(int number, siginfo_t* info, void*) {
 inline int run(void (*kernel)(), Index blocks, int threads, char* dynamic, size_t size, size_t most, bool backwards,
                char* message, size_t room) {
   grid.kernel = kernel, grid.message = message, grid.room = room, grid.current = nullptr;
-  grid.threads.resize(threads), grid.warps.resize(threads / LANES);
+  grid.count = threads;
   char* stacks = static_cast<char*>(
       mmap(nullptr, threads * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   if (stacks == MAP_FAILED) return 2;
@@ -244,7 +249,7 @@ inline int run(void (*kernel)(), Index blocks, int threads, char* dynamic, size_
   for (int n = 0; n < 3; ++n) sigaction(signals[n], &catching, &before[n]);
   const int failed = sigsetjmp(grid.failed, 1);
   if (!failed) {
-    if (threads % LANES) fail("%d threads are not whole warps", threads);
+    if (threads % LANES || threads > MOST_THREADS) fail("%d threads are not some whole warps", threads);
     if (size > most) fail("%zu bytes of shared memory, of %zu", size, most);
     const Shared shared = shared_memory(dynamic);
     const unsigned count = blocks.x * blocks.y;

@@ -4,7 +4,6 @@
 
 #include SOURCE
 
-#include <tuple>
 #include <utility>
 
 // The kernels call what they have of dynamic shared memory so. The most that a block may have on compute
