@@ -30,6 +30,7 @@ HERE = Path(__file__).parent / "emulated"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 OPTIONS = [
     "-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-gnu-unique", "-U_FORTIFY_SOURCE", f"-I{HERE}",
+    "-fno-strict-aliasing",
     "-w",  # a constant that is 0 leaves much unused
     # What is not written is not 0; what has no meaning is an illegal instruction.
     "-ftrivial-auto-var-init=pattern",

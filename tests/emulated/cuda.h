@@ -54,7 +54,7 @@ T exchanged(const char* what, int line, unsigned mask, T x, Source source) {
   const Warp& warp = meet(what, line, mask, &x, sizeof x);
   const int from = source(static_cast<int>(threadIdx.x % LANES));
   if (!(mask >> from & 1)) fail("%s, line %d: lane %d is read and takes no part", what, line, from);
-  return bits<T>(warp.template given<T>(from));
+  return warp.template given<T>(from);
 }
 
 // A bit for each lane.
@@ -71,7 +71,7 @@ inline float from_half(unsigned short x) { return bits<_Float16>(x); }
 inline float from_bfloat16(unsigned short x) { return bits<float>(static_cast<unsigned>(x) << 16); }
 
 struct Fragments {
-  unsigned int a[4], b[2];
+  float a[4][2], b[2][2];
 };
 
 // a0: row lane / 4, columns 2 (lane % 4) and the next; a1: 8 rows on; a2 and a3: the same, 8 columns on. b0: column
@@ -79,20 +79,18 @@ struct Fragments {
 template <float WIDENED(unsigned short)>
 void multiply_add(float (&c)[4], const unsigned int (&a)[4], const unsigned int (&b)[2], int line) {
   Fragments mine;
-  memcpy(mine.a, a, sizeof a);
-  memcpy(mine.b, b, sizeof b);
+  auto widen = [](float (&two)[2], unsigned word) { two[0] = WIDENED(word & 0xffff), two[1] = WIDENED(word >> 16); };
+  for (int n = 0; n < 4; ++n) widen(mine.a[n], a[n]);
+  for (int n = 0; n < 2; ++n) widen(mine.b[n], b[n]);
   const Warp& warp = meet("mma", line, ~0u, &mine, sizeof mine);
   const int lane = threadIdx.x % LANES;
-  auto element = [](unsigned int word, int k) {
-    return double(WIDENED(static_cast<unsigned short>(word >> 16 * (k % 2))));
-  };
   for (int n = 0; n < 4; ++n) {
     const int row = lane / 4 + 8 * (n / 2), column = 2 * (lane % 4) + n % 2;
     double sum = c[n];
     for (int k = 0; k < 16; ++k) {
-      const unsigned left = warp.given<Fragments>(4 * (row % 8) + k % 8 / 2).a[row / 8 + 2 * (k / 8)];
-      const unsigned right = warp.given<Fragments>(4 * column + k % 8 / 2).b[k / 8];
-      sum += element(left, k) * element(right, k);
+      const Fragments& left = warp.given<Fragments>(4 * (row % 8) + k % 8 / 2);
+      const Fragments& right = warp.given<Fragments>(4 * column + k % 8 / 2);
+      sum += double(left.a[row / 8 + 2 * (k / 8)][k % 2]) * right.b[k / 8][k % 2];
     }
     c[n] = static_cast<float>(sum);
   }

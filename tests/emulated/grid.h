@@ -43,11 +43,9 @@ struct Warp {
   int latest;
 
   template <typename T>
-  T given(int lane) const {
+  const T& given(int lane) const {
     static_assert(sizeof(T) <= LARGEST);
-    T x;
-    memcpy(&x, bytes[latest][lane], sizeof x);
-    return x;
+    return *reinterpret_cast<const T*>(bytes[latest][lane]);
   }
 };
 
@@ -183,17 +181,23 @@ inline void run_block(char* stacks, bool backwards) {
   }
   while (true) {
     bool ran = false;
-    int left = 0, at_block = 0;
-    for (int n = 0; n < count; ++n) {
-      Thread& thread = grid.threads[backwards ? count - 1 - n : n];
-      if (thread.state == FRESH || thread.state == RUNS) resume(thread), ran = true;
+    // A warp goes as far as it can, so that one which should have waited for another goes too far.
+    for (int first = 0; first < count; first += LANES) {
+      const int warp = (backwards ? count - LANES - first : first) / LANES;
+      Thread* lanes = &grid.threads[warp * LANES];
+      do {
+        for (int n = 0; n < LANES; ++n) {
+          Thread& thread = lanes[backwards ? LANES - 1 - n : n];
+          if (thread.state == FRESH || thread.state == RUNS) resume(thread), ran = true;
+        }
+      } while (release(grid.warps[warp], lanes));
     }
+    int left = 0, at_block = 0;
     for (const Thread& thread : threads()) {
       left += thread.state == LEFT;
       at_block += same(thread, grid.threads[0]) && thread.state == AT_BLOCK;
     }
     if (left == count) return;
-    for (int n = 0; n < count; n += LANES) ran |= release(grid.warps[n / LANES], &grid.threads[n]);
     if (at_block == count) {
       for (Thread& thread : threads()) thread.state = RUNS;
     } else if (!ran) {
