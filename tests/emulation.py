@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,16 @@ MEMORY = 232_448, 233_472
 T = TypeVar("T")
 
 
+@cache
+def missing() -> str | None:
+    """Why nothing can be emulated here, or None."""
+    if not sys.platform.startswith("linux") or COMPILER is None:
+        return "it takes Linux and g++"
+    command = [COMPILER, *OPTIONS, "-x", "c++", "-fsyntax-only", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return None if done.returncode == 0 else f"{COMPILER} does not know an option: {done.stderr.strip()[-200:]}"
+
+
 class EmulationError(RuntimeError):
     """A kernel did what it must not, or waits for what never comes."""
 
@@ -68,6 +79,7 @@ class Emulator:
 
     def use(self, processors: int) -> None:
         self._monkeypatch.setattr(scoring, "_plans", {})
+        self._monkeypatch.setattr(gradients, "_plans", {})
         self._monkeypatch.setattr(scoring, "_processors", lambda device: processors)
 
     def __call__(self, calls: Sequence[Callable[[], T]]) -> list[T]:

@@ -6,7 +6,6 @@ Values are multiples of 1/64, so that every sum is exact and the float64 answer 
 from __future__ import annotations
 
 import functools
-import sys
 
 import pytest
 import torch
@@ -16,11 +15,9 @@ pytest.importorskip("triton")
 from cases import grid, holes
 from edgecolbert_kernels import reference
 from edgecolbert_kernels.backends.cuda import gradients, scoring
-from emulation import COMPILER, EmulationError, Emulator, Kernel
+from emulation import EmulationError, Emulator, Kernel, missing
 
-pytestmark = pytest.mark.skipif(
-    COMPILER is None or not sys.platform.startswith("linux"), reason="it takes g++, on Linux"
-)
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 NAN = float("nan")
