@@ -26,8 +26,7 @@ def rows():
     scoring.forget()
     with ek.backend("triton"):
         yield
-    assert scoring._plans
-    assert {plan.variant.function for plan in scoring._plans.values()} == {score_rows}
+    assert {variant.function for variant in scoring._variants.values()} == {score_rows}
     scoring.forget()
 
 
