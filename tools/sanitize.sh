@@ -53,13 +53,13 @@ echo "== native sweep"
 "$objects/tests/native/native_sweep"
 
 echo "== tests"
-# Training, other libraries' adapters and processes are Python over the kernels that the other tests cover; GPU kernels, interpreted
-# and emulated, are not instrumented; pytrec_eval, which the two others call, frees what `new` gave. A child forked while another thread allocates may hang: this
-# runtime's allocator holds its locks over a fork.
+# Training, other libraries' adapters and processes are Python over the kernels that the other tests cover; GPU kernels,
+# interpreted and emulated, are not instrumented; pytrec_eval, which the two others call, frees what `new` gave. A child forked
+# while another thread allocates may hang: this runtime's allocator holds its locks over a fork.
 LD_PRELOAD=$preload python -m pytest tests -n auto --ignore=tests/test_objects.py --ignore=tests/test_layers.py \
   --ignore=tests/test_no_torch.py --ignore=tests/test_demo.py --ignore-glob='*/test_training_*.py' \
-  --ignore-glob='*/test_triton*.py' --ignore-glob='*/test_cuda*.py' \
-  --ignore-glob='*/test_patch_*.py' --ignore=tests/test_distributed.py --ignore-glob='*/test_device*.py' --ignore-glob='*/test_gpu*.py' \
+  --ignore-glob='*/test_triton*.py' --ignore-glob='*/test_cuda*.py' --ignore-glob='*/test_device*.py' \
+  --ignore-glob='*/test_gpu*.py' --ignore-glob='*/test_patch_*.py' --ignore=tests/test_distributed.py \
   --ignore=tests/test_documentation.py --ignore=tests/test_benchmarks.py --ignore=tests/test_release.py \
   --deselect=tests/test_cli.py::test_eval --deselect=tests/test_cli.py::test_metrics_by_hand \
   --deselect='tests/test_fork.py::test_fork[fork while another thread is in a call]' "$@"
