@@ -1,8 +1,8 @@
 """Time on a GPU: contenders in turns, by the device's own events, with its cache emptied before each call.
 
-While the device empties its cache and sleeps the host already starts the call, so that a device time holds no launch, a
-slow one neither. `wall` is the other number: from an idle device, the call until its result is there, the middle of three in
-a row, of a long one alone. On a CPU, for dry runs, both are the host's clock.
+While the device empties its cache and sleeps the host already starts the call, so that a device time holds no launch of the
+few kernels that most calls are. `wall` is the other number: from an idle device, the call until its result is there, the
+middle of three in a row, of a long one alone. On a CPU, for dry runs, both are the host's clock.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import torch
 QUANTILES = {"p20": 20, "p50": 50, "p80": 80}
 FLUSHED_CACHES = 4  # bytes written to empty the cache, in its sizes
 FEWEST_ROUNDS = 5
-SLEEP = 500_000  # cycles of the device, longer than the host takes for any call
+# Cycles of the device: longer than the host takes to start a few kernels, not the dozens of a small training step, whose
+# device time then holds the rest of it.
+SLEEP = 500_000
 WALL_CALLS = 3
 LONG = 20.0  # milliseconds
 

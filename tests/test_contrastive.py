@@ -394,8 +394,6 @@ def test_skipped_pairs_cannot_matter(monkeypatch, temperature, options):
 
 def test_cold_softmax_takes_the_sparse_path(engine, small_tiles, monkeypatch):
     """Most pairs of a tile are skipped at a small temperature, and are not where it is large."""
-    if engine in ON_GPU:
-        pytest.skip("its kernels skip them by themselves")
     seen = []
     score = tiles._Source.score
 
@@ -409,7 +407,8 @@ def test_cold_softmax_takes_the_sparse_path(engine, small_tiles, monkeypatch):
         value_and_gradients(
             ek.contrastive_loss, *problem(masked=False), temperature=temperature, save_scores=True, max_saved_bytes=0
         )
-        assert any(count is not None and count < 3 * NQ for count in seen) == sparse
+        # On a GPU the kernels skip them, so no pairs are chosen for them.
+        assert any(count is not None and count < 3 * NQ for count in seen) == (sparse and engine not in ON_GPU)
 
 
 @pytest.mark.parametrize("name", ["plain", "cold", "symmetric and smoothed", "normalize, symmetric"])

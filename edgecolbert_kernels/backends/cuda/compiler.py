@@ -1,6 +1,7 @@
 """CUDA C++ to machine code with NVRTC, the compiler library that PyTorch's CUDA builds bring: no nvcc and no headers needed.
 
-A kernel is compiled for its constants when it is first called, in about half a second, and kept on disk for the next process.
+A kernel is compiled for its constants when it is first called, in some tenths of a second, and kept on disk for the next
+process.
 """
 
 from __future__ import annotations

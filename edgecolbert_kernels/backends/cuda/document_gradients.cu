@@ -7,22 +7,16 @@
 // reach no other.
 //
 // Constants: DIM; SLICE (dimensions of a block, even, at most 64); WARPS; LAYOUT (EVERY, OWN, INDEXED); Q_TYPE, D_TYPE
-// (F16, BF16, F32); WIDE_ARGMAX (int32); Q_PACKED, D_PACKED; NORMALIZE (d within one slice); TILED
-// (documents are longer than a tile); PAIRED (two dimensions lie
-// in one aligned word). Sums are float32, and shared memory is WARPS x tile x SLICE of them.
+// (F16, BF16, F32); WIDE_ARGMAX (int32); Q_PACKED, D_PACKED; NORMALIZE (d within one slice); TILED (documents are
+// longer than a tile); PAIRED (two dimensions lie in one aligned word); Q_STRIDE (from token to token: d, or 0 for any
+// other). Sums are float32, and shared memory is WARPS x (tile + 1) x SLICE of them.
 
+#include "common.h"
 #include "ptx.h"
 
-#define EVERY 0
-#define OWN 1
-#define INDEXED 2
 #define F16 0
 #define BF16 1
 #define F32 2
-
-typedef long long i64;
-typedef unsigned int u32;
-typedef unsigned short u16;
 
 #if Q_TYPE == F32
 typedef float query_t;
@@ -40,12 +34,11 @@ typedef int winner_t;
 typedef short winner_t;
 #endif
 
-#define ALL 0xffffffffu
 #define SMALLEST_NORM 1e-12f
 constexpr int LANES = SLICE / 2;
 // Rows of a query that are read ahead.
 constexpr int AHEAD = 32;
-// Additions that are under way together, where no two are to one row.
+// Additions that are under way together.
 constexpr int BATCH = 4;
 
 template <int TYPE, typename T>
@@ -109,11 +102,6 @@ __device__ __forceinline__ Pair widened(Raw raw) {
 #else
   return {to_float<Q_TYPE>(static_cast<u16>(raw.both)), to_float<Q_TYPE>(static_cast<u16>(raw.both >> 16))};
 #endif
-}
-
-__device__ __forceinline__ i64 boundary(const i64* bounds, i64 number, i64 rows) {
-  i64 at = bounds[number];
-  return at < 0 ? 0 : at > rows ? rows : at;
 }
 
 __device__ __forceinline__ float warp_sum(float x) {

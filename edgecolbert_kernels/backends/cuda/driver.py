@@ -12,7 +12,8 @@ from torch import Tensor
 from edgecolbert_kernels.backends import cuda_driver
 from edgecolbert_kernels.backends.cuda import compiler
 
-_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+# CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES and ..._MAX_DYNAMIC_SHARED_SIZE_BYTES
+_DECLARED_SHARED, _MAX_DYNAMIC_SHARED = 1, 8
 
 
 class Kernel:
@@ -81,13 +82,13 @@ class Kernel:
 def _shared_left(function: ctypes.c_void_p, most: int) -> int:
     """What a block may have beside what is declared in the kernel."""
     declared = ctypes.c_int()
-    _check(_driver().cuFuncGetAttribute(ctypes.byref(declared), 1, function))
+    _check(_driver().cuFuncGetAttribute(ctypes.byref(declared), _DECLARED_SHARED, function))
     return most - declared.value
 
 
 @cache
 def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+    return ctypes.CDLL(cuda_driver.LIBRARY)
 
 
 def _check(status: int) -> None:

@@ -13,18 +13,9 @@
 // INT8 (documents of int8, exact in float16); Q_PACKED (one query, of the length that its boundaries say), D_PACKED,
 // D_MASK, ZERO, Q_MASK, SCALED.
 
+#include "common.h"
 #include "ptx.h"
 
-#define EVERY 0
-#define OWN 1
-#define INDEXED 2
-
-typedef long long i64;
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-
-#define ALL 0xffffffffu
 constexpr int PAIRS = STEPS / 2;  // of steps, which one load of 16 bytes feeds
 constexpr int ITEM = INT8 ? 1 : 2;
 
@@ -79,11 +70,6 @@ __device__ __forceinline__ uint2 words(const Row& row, int step) {
   const uint4& pair = row.pair[step / 2];
   return step % 2 ? uint2{pair.z, pair.w} : uint2{pair.x, pair.y};
 #endif
-}
-
-__device__ __forceinline__ i64 boundary(const i64* bounds, i64 number, i64 rows) {
-  i64 at = bounds[number];
-  return at < 0 ? 0 : at > rows ? rows : at;
 }
 
 #if D_MASK && !ZERO
