@@ -15,35 +15,58 @@ from torch import Tensor
 from edgecolbert_kernels.ops import maxsim
 from edgecolbert_kernels.ops.plain import in_derivative, no_derivative, plain
 
+# Of the inputs after Q and D, and of the options.
+_NO_GRADIENTS = (None,) * (maxsim.INPUTS - 2 + maxsim.OPTIONS)
 
-class MaxSim(torch.autograd.Function):
-    """Scores and argmax of the op's inputs and options, in a backend or, if it is None, by the op."""
+
+class Direct(torch.autograd.Function):
+    """Scores of plain tensors, in a backend.
+
+    With its context in `forward`: a Function with a `setup_context` looks up its own signature at every call, which takes
+    longer than the launch of a kernel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, backend: ModuleType, *args: Any) -> Tensor:
+        scores, argmax = backend.forward(*args, True)
+        ctx.save_for_backward(*args[: maxsim.INPUTS], argmax)
+        ctx.backend, ctx.options = backend, args[maxsim.INPUTS :]
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        Q, D, *batch, argmax = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:3]
+        if torch.is_grad_enabled() or not plain(grad, Q, D):
+            backward = maxsim.backward_op
+        else:
+            backward = ctx.backend.backward
+        grad_queries, grad_documents = backward(grad, Q, D, argmax, *batch, *ctx.options, *needs)
+        return None, grad_queries if needs[0] else None, grad_documents if needs[1] else None, *_NO_GRADIENTS
+
+
+class Transformed(torch.autograd.Function):
+    """Scores and argmax by the op, inside functorch transforms."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(backend: ModuleType | None, *args: Any) -> Any:
-        return (maxsim.forward_op if backend is None else backend.forward)(*args, True)
+    def forward(*args: Any) -> Any:
+        return maxsim.forward_op(*args, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        backend, *args = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*args[: maxsim.INPUTS], output[1])
-        ctx.backend, ctx.options = backend, args[maxsim.INPUTS :]
+        ctx.save_for_backward(*inputs[: maxsim.INPUTS], output[1])
+        ctx.options = inputs[maxsim.INPUTS :]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         Q, D, *batch, argmax = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:3]
-        if in_derivative():
-            grads = _Backward.apply(grad, Q, D, argmax, *batch, *ctx.options, *needs)
-        elif torch.is_grad_enabled() or ctx.backend is None or not plain(grad, Q, D):
-            grads = maxsim.backward_op(grad, Q, D, argmax, *batch, *ctx.options, *needs)
-        else:
-            grads = ctx.backend.backward(grad, Q, D, argmax, *batch, *ctx.options, *needs)
-        none = (None,) * (len(batch) + len(ctx.options))
-        return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), *none
+        needs = ctx.needs_input_grad[:2]
+        backward = _Backward.apply if in_derivative() else maxsim.backward_op
+        grads = backward(grad, Q, D, argmax, *batch, *ctx.options, *needs)
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *_NO_GRADIENTS
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:

@@ -28,7 +28,7 @@ _BACKWARD = (
     f"(Tensor grad, Tensor Q, Tensor D, Tensor argmax, {_BATCH}, {_OPTIONS}, bool need_queries, bool need_documents)"
     " -> (Tensor grad_queries, Tensor grad_documents)"
 )
-INPUTS = 8  # Q, D and the six optional tensors, before the options
+INPUTS, OPTIONS = 8, 3  # Q, D and the six optional tensors; normalize, mask_mode and precision
 
 _library = torch.library.Library("edgecolbert", "FRAGMENT")
 _library.define("maxsim_forward" + _FORWARD, tags=(torch.Tag.pt2_compliant_tag,))

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from edgecolbert_kernels import arrays, checks
 from edgecolbert_kernels.backends import choose, cpu, select
 from edgecolbert_kernels.ops import arguments
-from edgecolbert_kernels.ops.function import MaxSim
+from edgecolbert_kernels.ops.function import Direct, Transformed
 from edgecolbert_kernels.ops.maxsim import forward_op
 from edgecolbert_kernels.ops.plain import in_derivative, plain, refuse_tangents
 
@@ -152,14 +152,14 @@ def score(
         if cu_q is not None or cu_d is not None or query_index is not None:
             arguments.check_values(backend, Q, D, cu_q, cu_d, query_index, document_index)
         if needs_grad:
-            scores, _ = MaxSim.apply(backend, Q, D, *batch, *options)
+            scores = Direct.apply(backend, Q, D, *batch, *options)
         else:
             # Name by name, as stars cost more than all of them.
             scores, _ = backend.forward(
                 Q, D, q_mask, d_mask, cu_q, cu_d, query_index, document_index, normalize, mask_mode, precision, False
             )
     elif in_derivative():
-        scores, _ = MaxSim.apply(None, Q, D, *batch, *options)
+        scores, _ = Transformed.apply(Q, D, *batch, *options)
     else:
         refuse_tangents(Q, D)
         scores, _ = forward_op(Q, D, *batch, *options, needs_grad)
