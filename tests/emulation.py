@@ -80,7 +80,7 @@ class Emulator:
     def use(self, processors: int) -> None:
         self._monkeypatch.setattr(scoring, "_plans", {})
         self._monkeypatch.setattr(gradients, "_plans", {})
-        self._monkeypatch.setattr(scoring, "_processors", lambda device: processors)
+        self._monkeypatch.setattr(driver, "processors", lambda device: processors)
 
     def __call__(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         """What the calls of the backend return; every kernel that they start is compiled first."""
@@ -109,9 +109,8 @@ class Emulator:
 
         return noted
 
-    def _gradients(self, constants: tuple[tuple[str, int], ...]) -> Kernel:
-        threads = 32 * dict(constants)["WARPS"]
-        return Kernel(self, "document_gradients.cu", "document_gradients", dict(constants), threads)
+    def _gradients(self, name: str, constants: tuple[tuple[str, int], ...]) -> Kernel:
+        return Kernel(self, f"{name}.cu", name, dict(constants), 32 * dict(constants)["WARPS"])
 
 
 class Kernel(driver.Kernel):

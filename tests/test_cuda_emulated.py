@@ -172,12 +172,13 @@ def test_int8(emulator):
 
 
 def backward(
-    grad, Q, D, argmax, cu_q=None, cu_d=None, query_index=None, document_index=None, normalize=False
+    grad, Q, D, argmax, cu_q=None, cu_d=None, query_index=None, document_index=None, normalize=False, sums=None,
+    needs=(True, True),
 ):  # fmt: skip
-    """A call of the backend, to be made by an emulator."""
+    """A call of the backend, to be made by an emulator. Its first call, which only plans, must add nothing to the sums."""
     batch = None, None, cu_q, cu_d, query_index, document_index
-    needs = False, True
-    return functools.partial(gradients.backward, grad, Q, D, argmax, *batch, normalize, "exclude", "exact", *needs)
+    options = normalize, "exclude", "exact", *needs, sums
+    return functools.partial(gradients.backward, grad, Q, D, argmax, *batch, *options)
 
 
 def output_gradient(*shape):
@@ -187,33 +188,51 @@ def output_gradient(*shape):
 
 
 def chosen(grad, Q, D, **options):
-    """The argmax, and the gradient of D in float64."""
-    wide = D.double().requires_grad_()
-    scores, argmax = reference.maxsim(Q.double(), wide, **options)
+    """The argmax, and the gradients of Q and D in float64."""
+    queries, documents = Q.double().requires_grad_(), D.double().requires_grad_()
+    scores, argmax = reference.maxsim(queries, documents, **options)
     scores.backward(grad.double())
-    return argmax, wide.grad
+    return argmax, queries.grad, documents.grad
 
 
 @pytest.mark.parametrize("dim", [1, 3, 17, 33, 48, 64, 128, 129])
-def test_document_gradients(emulator, dim):
+def test_gradients(emulator, dim):
     calls, wanted = [], []
     types = (F16, BF16), (F32, F16), (BF16, F32)
-    shapes = (1, 1, 1, 1), (31, 5, 3, 17), (33, 40, 2, 30), (70, 10, 1, 20)
+    shapes = (1, 1, 1, 1), (31, 5, 3, 17), (33, 40, 2, 30), (12, 3, 70, 5), (70, 10, 1, 20)
     for number, (query_length, num_queries, count, length) in enumerate(shapes):
         query_dtype, dtype = types[number % len(types)]
         Q = grid(num_queries, query_length, dim, dtype=query_dtype, seed=1)
         D = grid(count, length, dim, dtype=dtype, seed=2)
         grad = output_gradient(num_queries, count)
-        argmax, right = chosen(grad, Q, D)
+        argmax, *right = chosen(grad, Q, D)
+        right = [each.to(of) for each, of in zip(right, (query_dtype, dtype), strict=True)]
         if (number + dim // 2) % 2:
             calls.append(backward(grad, Q, D, argmax.to(torch.int16)))
-            wanted.append(right.to(dtype))
+            wanted.append(right)
             continue
         bounds = offsets(*[query_length] * num_queries), offsets(*[length] * count)
         calls.append(backward(grad, Q.flatten(0, 1), D.flatten(0, 1), argmax.to(torch.int32).flatten(), *bounds))
-        wanted.append(right.to(dtype).flatten(0, 1))
-    for (_, found), right in zip(emulator(calls), wanted, strict=True):
-        assert torch.equal(found, right), right.shape
+        wanted.append([each.flatten(0, 1) for each in right])
+    for found, right in zip(emulator(calls), wanted, strict=True):
+        assert all(map(torch.equal, found, right)), [each.shape for each in right]
+
+
+@pytest.mark.parametrize("processors", [1, 132])
+@pytest.mark.parametrize("dim, dtype", [(48, F16), (264, F32), (264, BF16), (20, F16), (40, F32)], ids=str)
+def test_query_gradients_shared_and_not(emulator, processors, dim, dtype):
+    """By warps that have a document's tokens alone, and by several; added to what is there, and not."""
+    emulator.use(processors)
+    calls, wanted = [], []
+    for query_length, count in ((32, 7), (8, 100), (5, 300), (1, 33)):
+        Q, D = grid(2, query_length, dim, dtype=F16, seed=1), grid(count, 4, dim, dtype=dtype, seed=2)
+        grad = output_gradient(2, count)
+        argmax, right, _ = chosen(grad, Q, D)
+        sums = grid(2, query_length, dim, seed=7)
+        calls += [backward(grad, Q, D, argmax.short()), backward(grad, Q, D, argmax.int(), sums=sums)]
+        wanted += [right.half(), sums + right.float()]
+    for (found, _), right in zip(emulator(calls), wanted, strict=True):
+        assert torch.equal(found, right)
 
 
 def test_tiles(emulator, monkeypatch):
@@ -221,71 +240,81 @@ def test_tiles(emulator, monkeypatch):
     monkeypatch.setattr(gradients, "TILE_BYTES", 16 * 4 * 48)
     Q, D = grid(20, 32, 48, dtype=F16, seed=1), grid(2, 70, 48, dtype=F32, seed=2)
     grad = output_gradient(20, 2)
-    argmax, right = chosen(grad, Q, D)
-    lengths, cu_q = (0, 3, 90, 1, 0, 5), offsets(32, 1, 33, 0, 64)
-    cu_d, packed = offsets(*lengths), grid(99, 48, dtype=F32, seed=4)
-    leaf, rows = packed.double().requires_grad_(), grid(130, 48, dtype=F16, seed=5)
-    scores, winners = reference.maxsim_varlen(rows.double(), leaf, cu_q, cu_d)
-    weights = output_gradient(5, 6)
+    argmax, of_queries, of_documents = chosen(grad, Q, D)
+    lengths, cu_q = (0, 3, 90, 1, 0, 5), offsets(32, 1, 33, 0, 3, 0, 0, 0, 0, 61)
+    cu_d, packed = offsets(*lengths), grid(99, 48, dtype=F32, seed=4).double().requires_grad_()
+    rows = grid(130, 48, dtype=F16, seed=5).double().requires_grad_()
+    scores, winners = reference.maxsim_varlen(rows, packed, cu_q, cu_d)
+    weights = output_gradient(10, 6)
     scores.backward(weights.double())
     flat = torch.cat([each for row in winners for each in row]).int()
-    calls = [backward(grad, Q, D, argmax.short()), backward(weights, rows, packed, flat, cu_q, cu_d)]
-    (_, first), (_, second) = emulator(calls)
-    assert torch.equal(first, right.float())
-    assert torch.equal(second, leaf.grad.float())
+    of_packed = backward(weights, rows.detach().half(), packed.detach().float(), flat, cu_q, cu_d)
+    first, second = emulator([backward(grad, Q, D, argmax.short()), of_packed])
+    assert torch.equal(first[0], of_queries.half())
+    assert torch.equal(first[1], of_documents.float())
+    assert torch.equal(second[0], rows.grad.half())
+    assert torch.equal(second[1], packed.grad.float())
 
 
 def test_gradients_of_own_candidates_and_pairs(emulator):
     Q, D = grid(3, 40, 48, dtype=F16, seed=1), grid(3, 4, 9, 48, dtype=F16, seed=2)
     grad = output_gradient(3, 4)
-    argmax, own = chosen(grad, Q, D)
-    flat = D.flatten(0, 1)
+    argmax, *own = chosen(grad, Q, D)
     of_query, of_document = torch.tensor([0, 2, 2, 1, 3, 0, -1]), torch.tensor([11, 0, 7, 7, 1, -1, 12])
-    leaf = flat.double().requires_grad_()
-    scores, winners = reference.maxsim_indexed(Q.double(), leaf, of_query[:4], of_document[:4])
+    queries, documents = Q.double().requires_grad_(), D.flatten(0, 1).double().requires_grad_()
+    scores, winners = reference.maxsim_indexed(queries, documents, of_query[:4], of_document[:4])
     weights = torch.tensor([1.0, 2.0, 0.5, 1.0, 4.0, 8.0, 1.0])
     scores.backward(weights[:4].double())
     winners = torch.cat([winners, torch.zeros(3, 40)]).short()
-    pairs = backward(weights, Q, flat, winners, query_index=of_query, document_index=of_document)
-    strided = grid(3, 50, 96, dtype=F16, seed=1)[:, 5:45, 7:55]
-    of_strided = chosen(grad, strided, D)
-    calls = [backward(grad, Q, D, argmax.short()), pairs, backward(grad, strided, D, of_strided[0].short())]
-    (_, first), (_, second), (_, third) = emulator(calls)
-    assert torch.equal(first, own.half())
-    assert torch.equal(second, leaf.grad.half())
-    assert torch.equal(third, of_strided[1].half())
+    pairs = backward(weights, Q, D.flatten(0, 1), winners, query_index=of_query, document_index=of_document)
+    strided = grid(3, 50, 96, dtype=F16, seed=1)[:, 5:45, 7:55], grid(3, 4, 9, 96, dtype=F16, seed=2)[..., 3:51]
+    argmax_of_strided, *of_strided = chosen(grad, *strided)
+    calls = [backward(grad, Q, D, argmax.short()), pairs, backward(grad, *strided, argmax_of_strided.short())]
+    for found, right in zip(emulator(calls), (own, (queries.grad, documents.grad), of_strided), strict=True):
+        assert all(torch.equal(x, y.half()) for x, y in zip(found, right, strict=True))
 
 
 def test_gradients_of_what_names_nothing(emulator):
     """Winners that are no token, and boundaries outside: nothing is read or written there, and the rest is right."""
     Q, D, grad = grid(5, 8, 48, dtype=F16, seed=1), grid(2, 9, 48, dtype=F32, seed=2), torch.ones(5, 2)
-    argmax, _ = chosen(grad, Q, D)
+    argmax, *_ = chosen(grad, Q, D)
     argmax[0, 1, 3:], argmax[2, 0, 5], argmax[4, 1, 0] = -1, 9, -32768
-    right = torch.zeros(2, 9, 48)
+    of_queries, of_documents = torch.zeros(5, 8, 48), torch.zeros(2, 9, 48)
     for query, document, token in ((argmax >= 0) & (argmax < 9)).nonzero().tolist():
-        right[document, argmax[query, document, token]] += Q[query, token].float()
-    wrong_q, wrong_d = torch.tensor([-3, 9, 2, 2**40, 5, 41]), torch.tensor([-1, 30, 2**40])
-    packed = backward(grad, Q.flatten(0, 1), D.flatten(0, 1), argmax.int().flatten(), wrong_q, wrong_d)
-    (_, found), _ = emulator([backward(grad, Q, D, argmax.short()), packed])
-    assert torch.equal(found, right)
+        winner = argmax[query, document, token]
+        of_documents[document, winner] += Q[query, token].float()
+        of_queries[query, token] += D[document, winner]
+    given, wrong_d = (grad, Q.flatten(0, 1), D.flatten(0, 1), argmax.int().flatten()), torch.tensor([-1, 30, 2**40])
+    beyond, overlapping = torch.tensor([-3, 9, 20, 2**40, 2**41, 2**42]), torch.tensor([-3, 9, 2, 2**40, 5, 41])
+    calls = [backward(*given, beyond, wrong_d), backward(*given, overlapping, wrong_d, needs=(False, True))]
+    found, *_ = emulator([backward(grad, Q, D, argmax.short()), *calls])
+    assert torch.equal(found[0], of_queries.half())
+    assert torch.equal(found[1], of_documents)
 
 
-def test_nan_reaches_only_the_rows_that_it_chose(emulator):
+def test_nan_reaches_only_what_it_chose(emulator):
     Q, D, grad = grid(4, 8, 48, dtype=F16, seed=1), grid(3, 20, 48, dtype=F16, seed=2), torch.ones(4, 3)
-    Q[1, 3, 5] = NAN
-    argmax, _ = chosen(grad, Q, D)
-    ((_, found),) = emulator([backward(grad, Q, D, argmax.short())])
-    assert (found.isnan().any(-1).sum(-1) == 1).all()
+    Q[1, 3, 5], D[2, 9, 1] = NAN, NAN
+    argmax, *_ = chosen(grad, Q, D)
+    ((of_queries, of_documents),) = emulator([backward(grad, Q, D, argmax.short())])
+    # Each chose the NaN of a document; the one that is NaN itself chose every first token.
+    chose = of_queries.isnan().any(-1)
+    assert not chose[1, 3] and chose.sum() == 31
+    assert (of_documents.isnan().any(-1).sum(-1) == 1).all()
+    grad[:, 2] = 0
+    ((of_queries, _),) = emulator([backward(grad, Q, D, argmax.short())])
+    assert not of_queries.isnan().any()
 
 
 @pytest.mark.parametrize("dim", [3, 48, 64])
 def test_gradients_through_normalize(emulator, dim):
     Q, D = grid(20, 32, dim, dtype=F32, seed=1), grid(2, 15, dim, dtype=F32, seed=2)
-    D[1, 4] = 0
+    Q[2, 3], D[1, 4] = 0, 0
     grad = output_gradient(20, 2)
-    argmax, right = chosen(grad, Q, D, normalize=True)
-    ((_, found),) = emulator([backward(grad, Q, D, argmax.short(), normalize=True)])
-    torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5 * right.abs().max().item())
+    argmax, *right = chosen(grad, Q, D, normalize=True)
+    ((*found,),) = emulator([backward(grad, Q, D, argmax.short(), normalize=True)])
+    for one, other in zip(found, right, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
 
 
 # The emulator itself: what is wrong shows.

@@ -31,6 +31,10 @@ GRADIENTS = {
     "DIM": 48, "SLICE": 48, "WARPS": 6, "LAYOUT": 0, "Q_TYPE": 0, "D_TYPE": 0, "WIDE_ARGMAX": 0, "Q_PACKED": 0, "D_PACKED": 0,
     "NORMALIZE": 0, "TILED": 0, "Q_STRIDE": 48, "PAIRED": 1,
 }  # fmt: skip
+QUERIES = {
+    "DIM": 48, "SLICE": 48, "TOKENS": 4, "WARPS": 8, "SHARES": 1, "LAYOUT": 0, "Q_TYPE": 0, "D_TYPE": 0, "WIDE_ARGMAX": 0,
+    "Q_PACKED": 0, "D_PACKED": 0, "NORMALIZE": 0, "SUM": 0, "ALIGNED": 1, "D_STRIDE": 48, "TOGETHER": 1,
+}  # fmt: skip
 VARIANTS = [
     ("rerank.cu", RERANK),
     ("rerank.cu", {**RERANK, "STEPS": 8, "STAGES": 3, "WARPS": 8, "BLOCK_DOCUMENTS": 1, "LAYOUT": 1, "BF16": 1}),
@@ -40,6 +44,11 @@ VARIANTS = [
     ("document_gradients.cu", {**GRADIENTS, "DIM": 33, "SLICE": 34, "Q_TYPE": 2, "PAIRED": 0, "Q_STRIDE": 0, "NORMALIZE": 1}),
     ("document_gradients.cu", {**GRADIENTS, "LAYOUT": 1, "Q_TYPE": 1, "D_TYPE": 1, "WIDE_ARGMAX": 1, "WARPS": 1}),
     ("document_gradients.cu", {**GRADIENTS, "LAYOUT": 2, "D_TYPE": 2, "Q_PACKED": 1, "D_PACKED": 1, "TILED": 1}),
+    ("query_gradients.cu", QUERIES),
+    ("query_gradients.cu", {**QUERIES, "DIM": 128, "SLICE": 128, "D_STRIDE": 128, "SHARES": 8, "D_TYPE": 1, "LAYOUT": 1}),
+    ("query_gradients.cu", {**QUERIES, "D_TYPE": 2, "WIDE_ARGMAX": 1, "SHARES": 2, "SUM": 1, "NORMALIZE": 1, "WARPS": 6}),
+    ("query_gradients.cu", {**QUERIES, "DIM": 33, "SLICE": 33, "D_STRIDE": 0, "ALIGNED": 0, "TOGETHER": 0, "LAYOUT": 2}),
+    ("query_gradients.cu", {**QUERIES, "NORMALIZE": 1, "TOGETHER": 0, "Q_PACKED": 1, "D_PACKED": 1, "Q_TYPE": 2}),
 ]  # fmt: skip
 
 
@@ -105,7 +114,7 @@ def exact(Q, D, q_mask=None, d_mask=None, **options):
     """Scores in float64, of one query without its axis."""
     single = Q.dim() == 2
     Q, q_mask = (x[None] if single and x is not None else x for x in (Q, q_mask))
-    scores = reference.maxsim(Q.double(), D if D.requires_grad else D.double(), q_mask, d_mask, **options)[0]
+    scores = reference.maxsim(Q.double(), D.double(), q_mask, d_mask, **options)[0]
     return scores[0] if single else scores
 
 
@@ -155,7 +164,7 @@ def test_candidates_and_pairs():
 @on_gpu
 @pytest.mark.parametrize("documents", ["padded", "packed"])
 @pytest.mark.parametrize("dim", DIMENSIONS)
-def test_document_gradients(dim, documents):
+def test_gradients(dim, documents):
     for query_length, num_queries, count, length in ((1, 1, 1, 1), (31, 5, 6, 17), (33, 70, 3, 300), (70, 40, 2, 700)):
         for query_dtype, dtype in ((torch.float16, torch.bfloat16), (torch.float32, torch.float16)):
             Q = grid(num_queries, query_length, dim, dtype=query_dtype, seed=1)
@@ -164,18 +173,19 @@ def test_document_gradients(dim, documents):
             generator = torch.Generator().manual_seed(3)
             grad = 2.0 ** torch.randint(-2, 2, (num_queries, count), generator=generator)
             grad *= torch.rand(num_queries, count, generator=generator) < 0.6
-            wide = D.double().requires_grad_()
-            exact(Q, wide).backward(grad.double())
-            leaf = D.cuda().requires_grad_()
+            wide = [X.double().requires_grad_() for X in (Q, D)]
+            exact(*wide).backward(grad.double())
+            leaves = [X.cuda().requires_grad_() for X in (Q, D)]
             with ek.backend("cuda"):
                 if documents == "padded":
-                    scores = ek.maxsim(Q.cuda(), leaf)
+                    scores = ek.maxsim(*leaves)
                 else:
                     bounds = torch.arange(0, count * length + 1, length).cuda()
                     cu_q = torch.arange(0, num_queries * query_length + 1, query_length).cuda()
-                    scores = ek.maxsim_varlen(Q.cuda().flatten(0, 1), leaf.flatten(0, 1), cu_q, bounds)
+                    scores = ek.maxsim_varlen(*(x.flatten(0, 1) for x in leaves), cu_q, bounds)
                 scores.backward(grad.cuda())
-            assert torch.equal(leaf.grad.cpu(), wide.grad.to(dtype)), (query_length, num_queries, length)
+            for leaf, right in zip(leaves, wide, strict=True):
+                assert torch.equal(leaf.grad.cpu(), right.grad.to(leaf.dtype)), (query_length, num_queries, length)
 
 
 @on_gpu

@@ -11,7 +11,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ thread_local
 #define threadIdx (emulated::grid.current->thread)
 #define blockIdx (emulated::grid.block)
@@ -128,11 +128,18 @@ T __ldg(const T* at) {
   return emulated::loaded<T>(at);
 }
 
+inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {
+  const char nothing = 0;
+  emulated::meet("__syncwarp", line, mask, &nothing, sizeof nothing);
+}
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline float __int_as_float(int x) { return emulated::bits<float>(x); }
+inline unsigned __float_as_uint(float x) { return emulated::bits<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return emulated::bits<float>(x); }
 
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {

@@ -13,54 +13,13 @@
 
 #include "common.h"
 #include "ptx.h"
+#include "tokens.h"
 
-#define F16 0
-#define BF16 1
-#define F32 2
-
-#if Q_TYPE == F32
-typedef float query_t;
-#else
-typedef u16 query_t;
-#endif
-#if D_TYPE == F32
-typedef float document_t;
-#else
-typedef u16 document_t;
-#endif
-#if WIDE_ARGMAX
-typedef int winner_t;
-#else
-typedef short winner_t;
-#endif
-
-#define SMALLEST_NORM 1e-12f
 constexpr int LANES = SLICE / 2;
 // Rows of a query that are read ahead.
 constexpr int AHEAD = 32;
 // Additions that are under way together.
 constexpr int BATCH = 4;
-
-template <int TYPE, typename T>
-__device__ __forceinline__ float to_float(T x) {
-  if constexpr (TYPE == F32) {
-    return x;
-  } else if constexpr (TYPE == BF16) {
-    return __uint_as_float(static_cast<u32>(x) << 16);
-  } else {
-    return half_to_float(x);
-  }
-}
-
-__device__ __forceinline__ document_t rounded(float x) {
-#if D_TYPE == F32
-  return x;
-#elif D_TYPE == F16
-  return float_to_half(x);
-#else
-  return float_to_bfloat16(x);
-#endif
-}
 
 struct Pair {
   float x, y;
@@ -102,12 +61,6 @@ __device__ __forceinline__ Pair widened(Raw raw) {
 #else
   return {to_float<Q_TYPE>(static_cast<u16>(raw.both)), to_float<Q_TYPE>(static_cast<u16>(raw.both >> 16))};
 #endif
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int far = 16; far; far >>= 1) x += __shfl_xor_sync(ALL, x, far);
-  return x;
 }
 
 __device__ __forceinline__ float2 added(float2 sum, float by, Pair x) {
@@ -254,7 +207,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #if NORMALIZE
       item.inverse = there ? q_inverse[items.first_row + items.c + lane] : 0.0f;
 #endif
-      const query_t* row = q + items.place(q_stride_n, q_stride_t) + items.c * row_stride + (lane < LANES ? k : k0);
+      const query_t* row =
+          q + items.place(q_stride_n, q_stride_t) + items.c * row_stride + (lane < LANES && k < DIM ? k : k0);
       const int count = items.tokens - items.c < AHEAD ? static_cast<int>(items.tokens - items.c) : AHEAD;
       if (count == AHEAD) {
 #pragma unroll
@@ -346,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       for (int m = 0; m < 2; ++m) {
         const int at = 2 * lane + m;
         const float found = live ? (a[m] - x[m] * (inverse * along)) * inverse : 0.0f;
-        if (at < DIM) out[(out_base + start + t) * DIM + at] = rounded(found);
+        if (at < DIM) out[(out_base + start + t) * DIM + at] = rounded<D_TYPE>(found);
       }
     }
 #else
@@ -355,7 +309,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < WARPS; ++w) sum += sums[w * copy + n];
-      if (at < DIM) out[(out_base + start + t) * DIM + at] = rounded(sum);
+      if (at < DIM) out[(out_base + start + t) * DIM + at] = rounded<D_TYPE>(sum);
     }
 #endif
     __syncthreads();

@@ -87,6 +87,11 @@ def _shared_left(function: ctypes.c_void_p, most: int) -> int:
 
 
 @cache
+def processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL(cuda_driver.LIBRARY)
 

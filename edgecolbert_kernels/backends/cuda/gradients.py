@@ -1,21 +1,25 @@
-"""Gradients of document tokens: from tensors to launches of `document_gradients.cu`. Queries' are the Triton backend's."""
+"""Gradients of tokens: from tensors to launches of `query_gradients.cu` and `document_gradients.cu`."""
 
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from edgecolbert_kernels.backends import layout, native
+from edgecolbert_kernels.backends.cuda import driver
 from edgecolbert_kernels.backends.cuda.driver import Kernel
 from edgecolbert_kernels.backends.triton import gradients as triton
 from edgecolbert_kernels.backends.triton.scoring import rows, strides, winners
 
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-SLICE = 64  # dimensions of a token that a block takes, two a lane
 MOST_WARPS = 8
+# Dimensions of a token that a block takes: of a query's eight a lane, of a document's two.
+QUERY_SLICE, DOCUMENT_SLICE = 256, 64
+# Tokens of a query that a warp has, where there are enough of them for so many warps on every multiprocessor.
+TOKENS, WARPS_EACH = 4, 16
 # Of shared memory for a warp's sums: less makes more warps, more makes fewer looks at every winner.
 TILE_BYTES = 80_000
 # Of a multiprocessor's shared memory, what each block takes beside its own.
@@ -40,16 +44,19 @@ def backward(
     need_documents: bool,
     sum_queries: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As `triton.backward`. With `normalize` and d above 64 it is that one's."""
-    by_kernel = need_documents and not (normalize and Q.shape[-1] > SLICE)
-    batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
-    options = normalize, mask_mode, precision
+    """As `triton.backward`. What a block must see whole for `normalize`, and does not, is that one's."""
+    width = Q.shape[-1] if normalize else 0
+    left = need_queries and width > QUERY_SLICE, need_documents and width > DOCUMENT_SLICE
     grad_queries = grad_documents = None
-    if need_queries or not by_kernel:
-        needs = need_queries, need_documents and not by_kernel, sum_queries
-        grad_queries, grad_documents = triton.backward(grad, Q, D, argmax, *batch, *options, *needs)
-    if by_kernel:
-        grad_documents = _documents(grad, Q, D, argmax, cu_q, cu_d, query_index, document_index, normalize)
+    if any(left):
+        batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
+        options = normalize, mask_mode, precision
+        grad_queries, grad_documents = triton.backward(grad, Q, D, argmax, *batch, *options, *left, sum_queries)
+    call = _Call(grad, Q, D, argmax, cu_q, cu_d, query_index, document_index, normalize)
+    if need_queries and not left[0]:
+        grad_queries = call.queries(sum_queries)
+    if need_documents and not left[1]:
+        grad_documents = call.documents()
     return grad_queries, grad_documents
 
 
@@ -86,94 +93,168 @@ class _Plan(NamedTuple):
     integers: tuple[int, ...]
 
 
-_plans: dict[object, _Plan | None] = {}
+_plans: dict[Any, _Plan | None] = {}
 MOST_PLANS = 4096
 
 
-def _documents(
-    grad: Tensor,
-    Q: Tensor,
-    D: Tensor,
-    argmax: Tensor,
-    cu_q: Tensor | None,
-    cu_d: Tensor | None,
-    query_index: Tensor | None,
-    document_index: Tensor | None,
-    normalize: bool,
-) -> Tensor:
-    Q, D, grad = rows(Q), rows(D), grad.contiguous()
-    # Rows of packed tokens that belong to no document have no gradient.
-    out = (torch.empty_like if cu_d is None else torch.zeros_like)(D, memory_format=torch.contiguous_format)
-    aligned = Q.data_ptr() % (2 * Q.itemsize) == 0
-    key = (
-        (Q.dtype, Q.shape, Q.stride()),
-        (D.dtype, D.shape, D.stride()),
-        (D.device, argmax.dtype, normalize, aligned),
-        None if cu_q is None else cu_q.shape[0],
-        None if cu_d is None else cu_d.shape[0],
-        None if query_index is None else query_index.shape[0],
-    )
-    try:
-        plan = _plans[key]
-    except KeyError:
+class _Call:
+    """What both kernels are given."""
+
+    def __init__(
+        self,
+        grad: Tensor,
+        Q: Tensor,
+        D: Tensor,
+        argmax: Tensor,
+        cu_q: Tensor | None,
+        cu_d: Tensor | None,
+        query_index: Tensor | None,
+        document_index: Tensor | None,
+        normalize: bool,
+    ):
+        self.Q, self.D, self.grad, self.argmax = rows(Q), rows(D), grad.contiguous(), argmax
+        self.cu_q, self.cu_d, self.query_index, self.document_index = cu_q, cu_d, query_index, document_index
+        self.normalize = normalize
+        # What a lane reads at once starts at a multiple of its bytes.
+        self.q_aligned = self.Q.data_ptr() % (2 * Q.itemsize) == 0
+        self.d_aligned = self.D.data_ptr() % 16 == 0 and argmax.data_ptr() % 16 == 0
+        self.key = (
+            (Q.dtype, Q.shape, self.Q.stride()),
+            (D.dtype, D.shape, self.D.stride()),
+            (Q.device, argmax.dtype, normalize, self.q_aligned, self.d_aligned),
+            None if cu_q is None else cu_q.shape[0],
+            None if cu_d is None else cu_d.shape[0],
+            None if query_index is None else query_index.shape[0],
+        )
+
+    def queries(self, sums: Tensor | None) -> Tensor:
+        out = _empty(self.Q, self.cu_q) if sums is None else sums
+        key = "queries", sums is None, self.key
+        plan = _plans[key] if key in _plans else self._keep(key, self._plan_queries(sums is not None))
+        if plan is not None:
+            order, first = triton.owners(self.query_index, self._num_queries())
+            inverse = _inverse_norms(self.D) if self.normalize else None
+            tensors = self.Q, self.D, self.grad, self.argmax, inverse, self.cu_q, self.cu_d
+            plan.kernel.launch(
+                plan.grid, plan.shared, (*tensors, order, first, self.document_index, out), plan.integers
+            )
+        return out
+
+    def documents(self) -> Tensor:
+        out = _empty(self.D, self.cu_d)
+        key = "documents", self.key
+        plan = _plans[key] if key in _plans else self._keep(key, self._plan_documents())
+        if plan is not None:
+            order, first = triton.owners(self.document_index, self._num_documents())
+            inverse = _inverse_norms(self.Q) if self.normalize else None
+            tensors = self.Q, self.D, self.grad, self.argmax, inverse, self.cu_q, self.cu_d
+            plan.kernel.launch(plan.grid, plan.shared, (*tensors, order, first, self.query_index, out), plan.integers)
+        return out
+
+    def _keep(self, key: Any, plan: _Plan | None) -> _Plan | None:
         if len(_plans) >= MOST_PLANS:
             _plans.clear()
-        plan = _plans[key] = _plan(Q, D, argmax, cu_q, cu_d, query_index, normalize, aligned)
-    if plan is not None:
-        order, first = triton.owners(document_index, D.shape[-3] if cu_d is None else cu_d.shape[0] - 1)
-        inverse = _inverse_norms(Q) if normalize else None
-        tensors = Q, D, grad, argmax, inverse, cu_q, cu_d, order, first, query_index, out
-        plan.kernel.launch(plan.grid, plan.shared, tensors, plan.integers)
-    return out
+        _plans[key] = plan
+        return plan
 
+    def _num_queries(self) -> int:
+        return (self.Q.shape[0] if self.Q.ndim == 3 else 1) if self.cu_q is None else self.cu_q.shape[0] - 1
 
-def _plan(
-    Q: Tensor,
-    D: Tensor,
-    argmax: Tensor,
-    cu_q: Tensor | None,
-    cu_d: Tensor | None,
-    query_index: Tensor | None,
-    normalize: bool,
-    aligned: bool,
-) -> _Plan | None:
-    """None where there is no document token."""
-    which = layout.which(D, query_index)
-    num_queries = (Q.shape[0] if Q.ndim == 3 else 1) if cu_q is None else cu_q.shape[0] - 1
-    num_documents = D.shape[-3] if cu_d is None else cu_d.shape[0] - 1
-    count = num_documents * (num_queries if which == native.OWN else 1)
-    if not count or not D.shape[-2]:
-        return None
-    slices = -(-D.shape[-1] // SLICE)
-    width = -(-D.shape[-1] // (2 * slices)) * 2
-    # Packed documents may be longer than twice the mean; beyond what a block holds it goes round.
-    length = D.shape[-2] if cu_d is None else 2 * -(-D.shape[-2] // count)
-    pairs = 1 if which == native.OWN else num_queries if query_index is None else -(-query_index.shape[0] // count)
-    tile, warps, shared = _blocks(length, 4 * width, pairs, *_memory(D.get_device()))
-    tiles = max(1, -(-length // tile))
-    q, d = strides(Q), strides(D)
-    constants = {
-        "DIM": D.shape[-1],
-        "SLICE": width,
-        "WARPS": warps,
-        "LAYOUT": which,
-        "Q_TYPE": TYPES[Q.dtype],
-        "D_TYPE": TYPES[D.dtype],
-        "WIDE_ARGMAX": argmax.dtype is torch.int32,
-        "Q_PACKED": cu_q is not None,
-        "D_PACKED": cu_d is not None,
-        "NORMALIZE": normalize,
-        "TILED": tiles > 1,
-        "Q_STRIDE": q[2] if q[2] == D.shape[-1] else 0,
-        "PAIRED": aligned and not (D.shape[-1] % 2 or q[0] % 2 or q[2] % 2),
-    }
-    integers = q[0], q[2], *d, num_queries, num_documents, Q.shape[-2], D.shape[-2], tiles, tile
-    return _Plan(_kernel(tuple(constants.items())), (count * tiles, slices), shared, integers)
+    def _num_documents(self) -> int:
+        return self.D.shape[-3] if self.cu_d is None else self.cu_d.shape[0] - 1
+
+    def _constants(self) -> dict[str, int]:
+        return {
+            "DIM": self.D.shape[-1],
+            "LAYOUT": layout.which(self.D, self.query_index),
+            "Q_TYPE": TYPES[self.Q.dtype],
+            "D_TYPE": TYPES[self.D.dtype],
+            "WIDE_ARGMAX": self.argmax.dtype is torch.int32,
+            "Q_PACKED": self.cu_q is not None,
+            "D_PACKED": self.cu_d is not None,
+            "NORMALIZE": self.normalize,
+        }
+
+    def _sizes(self) -> tuple[int, ...]:
+        q, d = strides(self.Q), strides(self.D)
+        numbers = self._num_queries(), self._num_documents()
+        return q[0], q[2], *d, *numbers, self.Q.shape[-2], self.D.shape[-2]
+
+    def _plan_queries(self, add: bool) -> _Plan | None:
+        """None where there is no query token."""
+        count, dim = self._num_queries(), self.D.shape[-1]
+        if not count or not self.Q.shape[-2]:
+            return None
+        slices = -(-dim // QUERY_SLICE)
+        width = dim if slices == 1 else -(-dim // (8 * slices)) * 8
+        # Packed queries may be longer than twice the mean; beyond what its blocks hold one goes round.
+        length = self.Q.shape[-2] if self.cu_q is None else min(self.Q.shape[-2], 2 * -(-self.Q.shape[-2] // count))
+        each = self._num_documents() if self.query_index is None else -(-self.query_index.shape[0] // count)
+        tokens, shares, warps = _share(
+            count * slices, length, each, WARPS_EACH * driver.processors(self.D.get_device())
+        )
+        chunks = -(-length // (warps // shares * tokens))
+        d = strides(self.D)
+        constants = self._constants() | {
+            "SLICE": width,
+            "TOKENS": tokens,
+            "WARPS": warps,
+            "SHARES": shares,
+            "SUM": add,
+            "ALIGNED": self.d_aligned and not (dim % 8 or any(each * self.D.itemsize % 16 for each in d)),
+            "D_STRIDE": dim if d[2] == dim else 0,
+            "TOGETHER": self.d_aligned and tokens == 4 and self.cu_q is None and self.Q.shape[-2] % 4 == 0,
+        }
+        kernel = _kernel("query_gradients", tuple(constants.items()))
+        return _Plan(kernel, (count * chunks, slices), 0, (*self._sizes(), chunks))
+
+    def _plan_documents(self) -> _Plan | None:
+        """None where there is no document token."""
+        constants = self._constants()
+        num_queries, num_documents = self._num_queries(), self._num_documents()
+        count, pairs = num_documents, num_queries
+        if constants["LAYOUT"] == native.OWN:
+            count, pairs = num_documents * num_queries, 1
+        if not count or not self.D.shape[-2]:
+            return None
+        if self.query_index is not None:
+            pairs = -(-self.query_index.shape[0] // count)
+        dim = self.D.shape[-1]
+        slices = -(-dim // DOCUMENT_SLICE)
+        width = -(-dim // (2 * slices)) * 2
+        # As of packed queries.
+        length = self.D.shape[-2] if self.cu_d is None else 2 * -(-self.D.shape[-2] // count)
+        tile, warps, shared = _blocks(length, 4 * width, pairs, *_memory(self.D.get_device()))
+        tiles = max(1, -(-length // tile))
+        q = strides(self.Q)
+        constants |= {
+            "SLICE": width,
+            "WARPS": warps,
+            "TILED": tiles > 1,
+            "Q_STRIDE": dim if q[2] == dim else 0,
+            "PAIRED": self.q_aligned and not (dim % 2 or q[0] % 2 or q[2] % 2),
+        }
+        kernel = _kernel("document_gradients", tuple(constants.items()))
+        return _Plan(kernel, (count * tiles, slices), shared, (*self._sizes(), tiles, tile))
 
 
 @cache
-def _kernel(constants: tuple[tuple[str, int], ...]) -> Kernel:
-    return Kernel("document_gradients.cu", "document_gradients", dict(constants), 32 * dict(constants)["WARPS"])
+def _kernel(name: str, constants: tuple[tuple[str, int], ...]) -> Kernel:
+    return Kernel(f"{name}.cu", name, dict(constants), 32 * dict(constants)["WARPS"])
+
+
+def _share(queries: int, length: int, documents: int, fewest: int) -> tuple[int, int, int]:
+    """Tokens of a warp, warps that share them and the documents, and warps of a block; `fewest` warps are wanted."""
+
+    def made(tokens: int, shares: int) -> int:
+        return queries * -(-length // tokens) * shares
+
+    tokens, shares = min(TOKENS, 1 << (length - 1).bit_length()), 1
+    while made(tokens, shares) < fewest and shares < MOST_WARPS and 32 * shares < documents:
+        shares *= 2
+    while made(tokens, shares) < fewest and tokens > 1:
+        tokens //= 2
+    return tokens, shares, min(MOST_WARPS, shares * -(-length // tokens))
 
 
 def _blocks(length: int, row: int, pairs: int, most: int, every: int) -> tuple[int, int, int]:
@@ -196,5 +277,11 @@ def _memory(device: int) -> tuple[int, int]:
     return found.shared_memory_per_block_optin, found.shared_memory_per_multiprocessor  # type: ignore[attr-defined]
 
 
-def _inverse_norms(Q: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(Q.float(), dim=-1).clamp_min_(1e-12).reciprocal_().contiguous()
+def _inverse_norms(X: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(X, dim=-1, dtype=torch.float32)
+    return norms.clamp_min_(1e-12).reciprocal_().contiguous()
+
+
+def _empty(X: Tensor, bounds: Tensor | None) -> Tensor:
+    # Rows of packed tokens that belong to no sequence have no gradient.
+    return (torch.empty_like if bounds is None else torch.zeros_like)(X, memory_format=torch.contiguous_format)

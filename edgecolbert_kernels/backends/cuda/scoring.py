@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from edgecolbert_kernels.backends import layout, native
+from edgecolbert_kernels.backends.cuda import driver
 from edgecolbert_kernels.backends.cuda.driver import Kernel
 from edgecolbert_kernels.backends.triton import scoring as triton
 from edgecolbert_kernels.backends.triton.launch import LARGE, check_storage
@@ -17,8 +18,9 @@ from edgecolbert_kernels.backends.triton.scoring import strides
 # Registers: products of 16 dimensions with 8 tokens that a lane holds of the query.
 MOST_PRODUCTS = 32
 MOST_STEPS = 8
-# Warps that share a document: one for so many tokens, or more, so that a multiprocessor has enough.
-WARP_TOKENS = 160
+# Warps that share a document: one for so many tokens, or more, so that a multiprocessor has enough. Each of them looks
+# at the whole mask, and of what is behind one less is read than its length says.
+WARP_TOKENS, WARP_TOKENS_MASKED = 160, 320
 WARPS_EACH = 8
 MOST_WARPS = 8
 
@@ -141,10 +143,12 @@ def _plan(
         return None
     pairs = num_documents * (num_queries if which == native.OWN else 1) if query_index is None else query_index.shape[0]
     length = D.shape[-2] if cu_d is None else -(-D.shape[-2] // max(1, num_documents))
-    warps, fewest = 1, WARPS_EACH * _processors(D.get_device())
-    while warps < MOST_WARPS and (WARP_TOKENS * warps < length or pairs * warps < fewest) and 32 * warps < length:
+    warps, fewest = 1, WARPS_EACH * driver.processors(D.get_device())
+    most = WARP_TOKENS if d_mask is None else WARP_TOKENS_MASKED
+    while warps < MOST_WARPS and (most * warps < length or pairs * warps < fewest) and 32 * warps < length:
         warps *= 2
-    beside = max(1, 4 // warps)
+    # Documents of a block; one where their lengths differ, as the block stays for the longest.
+    beside = max(1, 4 // warps) if cu_d is None else 1
     constants = {
         "STEPS": steps,
         "TOKENS": tokens,
@@ -169,8 +173,3 @@ def _plan(
 @cache
 def _kernel(constants: tuple[tuple[str, int], ...], threads: int) -> Kernel:
     return Kernel("rerank.cu", "rerank", dict(constants), threads)
-
-
-@cache
-def _processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
