@@ -37,10 +37,8 @@ class Direct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         Q, D, *batch, argmax = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:3]
-        if torch.is_grad_enabled() or not plain(grad, Q, D):
-            backward = maxsim.backward_op
-        else:
-            backward = ctx.backend.backward
+        by_op = torch.is_grad_enabled() or not plain(grad, Q, D)
+        backward = maxsim.backward_op if by_op else ctx.backend.backward
         grad_queries, grad_documents = backward(grad, Q, D, argmax, *batch, *ctx.options, *needs)
         return None, grad_queries if needs[0] else None, grad_documents if needs[1] else None, *_NO_GRADIENTS
 

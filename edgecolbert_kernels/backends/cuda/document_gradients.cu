@@ -1,15 +1,15 @@
 // Gradients of document tokens. A query token that chose document token t adds g q to its row.
 //
 // Nothing is added atomically. A block owns a tile of one document's tokens and a slice of their dimensions; each of
-// its warps owns a copy of the sums in shared memory and every WARPS-th query, and a lane two dimensions of all rows.
-// So what a lane reads, adds to and writes back, no other lane touches: the order of a sum is that of the queries, in
-// every run. Copies are added up at the end, in order. Only rows that were chosen are touched, so NaN and infinity
-// reach no other.
+// its first COPIES warps owns a copy of the sums in shared memory and every COPIES-th query, and a lane two dimensions
+// of all rows. So what a lane reads, adds to and writes back, no other lane touches: the order of a sum is that of the
+// queries, in every run. Copies are added up at the end, in order, by all WARPS, which also clear them. Only rows that
+// were chosen are touched, so NaN and infinity reach no other.
 //
-// Constants: DIM; SLICE (dimensions of a block, even, at most 64); WARPS; LAYOUT (EVERY, OWN, INDEXED); Q_TYPE, D_TYPE
-// (F16, BF16, F32); WIDE_ARGMAX (int32); Q_PACKED, D_PACKED; NORMALIZE (d within one slice); TILED (documents are
-// longer than a tile); PAIRED (two dimensions lie in one aligned word); Q_STRIDE (from token to token: d, or 0 for any
-// other). Sums are float32, and shared memory is WARPS x (tile + 1) x SLICE of them.
+// Constants: DIM; SLICE (dimensions of a block, even, at most 64); WARPS; COPIES; LAYOUT (EVERY, OWN, INDEXED); Q_TYPE,
+// D_TYPE (F16, BF16, F32); WIDE_ARGMAX (int32); Q_PACKED, D_PACKED; NORMALIZE (d within one slice); TILED (documents
+// are longer than a tile); PAIRED (two dimensions lie in one aligned word); Q_STRIDE (from token to token: d, or 0 for
+// any other). Sums are float32, and shared memory is COPIES x (tile + 1) x SLICE of them.
 
 #include "common.h"
 #include "ptx.h"
@@ -93,7 +93,7 @@ struct Items {
       : document(document),
         num_queries(num_queries),
         num_documents(num_documents),
-        number(begin + warp + lane * WARPS),
+        number(begin + warp + lane * COPIES),
         end(end),
         lane(lane) {}
 
@@ -118,7 +118,7 @@ struct Items {
           if (query >= 0 && query < num_queries) g = grad[pair];
         }
         active = __ballot_sync(ALL, g != 0.0f);
-        number += 32 * WARPS;
+        number += 32 * COPIES;
       }
       const int from = __ffs(active) - 1;
       active &= active - 1;
@@ -158,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
                        i64 num_documents, i64 q_length, i64 d_length, i64 tiles, i64 tile_rows) {
   extern __shared__ float sums[];
   const int tile = static_cast<int>(tile_rows);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int lane = threadIdx.x & 31, warp = __shfl_sync(ALL, threadIdx.x >> 5, 0);
   const i64 document = blockIdx.x / tiles;
   const int k0 = blockIdx.y * SLICE, k = k0 + 2 * lane;
 
@@ -191,11 +191,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   // A document of packed ones may be longer than its tiles, which then go round.
   for (i64 start = (blockIdx.x % tiles) * tile; start < length; start += tiles * tile) {
     const int rows = length - start < tile ? static_cast<int>(length - start) : tile;
-    for (int n = threadIdx.x; n < WARPS * copy; n += 32 * WARPS) sums[n] = 0.0f;
-    __syncthreads();
-
     Items items(begin, end, document, num_queries, num_documents, lane, warp);
     Item even, odd;
+    even.exists = false;
     auto fetch = [&](Item& item) {
       item.exists = items.next(grad, order, query_index, q_bounds, q_length);
       if (!item.exists) return;
@@ -265,7 +263,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       }
     };
     // The rows and winners of the next item are on their way while one is added.
-    fetch(even);
+    if (warp < COPIES) fetch(even);
+    for (int n = threadIdx.x; n < COPIES * copy; n += 32 * WARPS) sums[n] = 0.0f;
+    __syncthreads();
     while (even.exists) {
       fetch(odd);
       add(even);
@@ -285,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         const int at = 2 * lane + m;
         a[m] = x[m] = 0.0f;
         if (at < DIM) {
-          for (int w = 0; w < WARPS; ++w) a[m] += sums[w * copy + t * SLICE + at];
+          for (int w = 0; w < COPIES; ++w) a[m] += sums[w * copy + t * SLICE + at];
           x[m] = to_float<D_TYPE>(d[d_base + (start + t) * d_stride_t + at]);
         }
         squares = fmaf(x[m], x[m], squares);
@@ -308,7 +308,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       const int t = n / SLICE, at = k0 + n % SLICE;
       float sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) sum += sums[w * copy + n];
+      for (int w = 0; w < COPIES; ++w) sum += sums[w * copy + n];
       if (at < DIM) out[(out_base + start + t) * DIM + at] = rounded<D_TYPE>(sum);
     }
 #endif

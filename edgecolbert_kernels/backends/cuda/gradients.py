@@ -15,7 +15,8 @@ from edgecolbert_kernels.backends.triton import gradients as triton
 from edgecolbert_kernels.backends.triton.scoring import rows, strides, winners
 
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-MOST_WARPS = 8
+# Warps of a block, and at least, where its work allows.
+MOST_WARPS, FEWEST_WARPS = 8, 4
 # Dimensions of a token that a block takes: of a query's eight a lane, of a document's two.
 QUERY_SLICE, DOCUMENT_SLICE = 256, 64
 # Tokens of a query that a warp has, where there are enough of them for so many warps on every multiprocessor.
@@ -224,12 +225,13 @@ class _Call:
         width = -(-dim // (2 * slices)) * 2
         # As of packed queries.
         length = self.D.shape[-2] if self.cu_d is None else 2 * -(-self.D.shape[-2] // count)
-        tile, warps, shared = _blocks(length, 4 * width, pairs, *_memory(self.D.get_device()))
+        tile, copies, shared = _blocks(length, 4 * width, pairs, *_memory(self.D.get_device()))
         tiles = max(1, -(-length // tile))
         q = strides(self.Q)
         constants |= {
             "SLICE": width,
-            "WARPS": warps,
+            "WARPS": max(FEWEST_WARPS, copies),
+            "COPIES": copies,
             "TILED": tiles > 1,
             "Q_STRIDE": dim if q[2] == dim else 0,
             "PAIRED": self.q_aligned and not (dim % 2 or q[0] % 2 or q[2] % 2),
@@ -249,16 +251,16 @@ def _share(queries: int, length: int, documents: int, fewest: int) -> tuple[int,
     def made(tokens: int, shares: int) -> int:
         return queries * -(-length // tokens) * shares
 
-    tokens, shares = min(TOKENS, 1 << (length - 1).bit_length()), 1
+    tokens, shares = min(TOKENS, 1 << (length - 1).bit_length()), 2 if documents > 32 else 1
     while made(tokens, shares) < fewest and shares < MOST_WARPS and 32 * shares < documents:
         shares *= 2
     while made(tokens, shares) < fewest and tokens > 1:
         tokens //= 2
-    return tokens, shares, min(MOST_WARPS, shares * -(-length // tokens))
+    return tokens, shares, max(shares, min(FEWEST_WARPS, shares * -(-length // tokens)))
 
 
 def _blocks(length: int, row: int, pairs: int, most: int, every: int) -> tuple[int, int, int]:
-    """Tokens of a tile, warps of a block and bytes of its shared memory, so that most warps are resident."""
+    """Tokens of a tile, copies of its sums, a warp each, and their bytes, so that most of these warps are resident."""
     largest = TILE_BYTES // row // 4 * 4
     tiles = max(1, -(-length // largest))
     tile = max(4, -(-length // (4 * tiles)) * 4)
