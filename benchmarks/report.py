@@ -214,7 +214,7 @@ def table13(rows: Rows) -> str:
         lines.append(
             f"| {row['size']} | {row['dim']} | {row['contender']} | {row['documents']:,} | {number(row['encode_s'])} "
             f"| {number(row['score_s'])} | {100 * row['score_share']:.1f} % | {memory} "
-            f"| {number(row['peak_mib'])} | {scaled} |"
+            f"| {number(row['peak_mib']) if row['peak_mib'] else ''} | {scaled} |"
         )
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """Encode a collection and score it, whole: documents of 300 tokens, 650 queries of 32, Ettin 17M and 32M with random weights.
 
-What table 13 of the paper of mxbai-edge-colbert-v0 asks, on this CPU, all threads, wall-clock time, fp32 encoders:
+What table 13 of the paper of mxbai-edge-colbert-v0 asks, on this CPU, all threads, wall-clock time, fp32 encoders
+(`table13_gpu.py` is the same on a GPU):
 
     python -m benchmarks.table13                           # 10,000 documents
     python -m benchmarks.table13 --documents 500           # a taste
