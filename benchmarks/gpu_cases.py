@@ -310,21 +310,24 @@ def contrastive(name: str, size: int, length: int, device: torch.device, tempera
     def eager_loss(q: Tensor, d: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(eager_widened(q, d) / temperature, target, reduction="none")
 
+    large = 12 * size * size * 32 * length
+    options: dict[str, Any] = {"temperature": temperature, "reduction": "none"}
+    contenders = [
+        Contender("fused", step(contrastive_loss, **options)),
+        Contender("fused, scores kept", step(contrastive_loss, save_scores=True, **options),
+                  None if size < LARGEST else "one is long enough"),
+        Contender("torch eager, fp32 sums", step(eager_loss),
+                  None if large < EAGER_BYTES else f"it would hold {large / 1e9:.0f} GB"),
+    ]  # fmt: skip
+    if device.type == "cuda" and large < EAGER_BYTES:
+        contenders.append(Contender("torch.compile", step(torch.compile(eager_loss, dynamic=False))))
     scores = exact_scores(given.Q[sample], given.D[0])
     exact = torch.nn.functional.cross_entropy(scores / temperature, target[sample.to(device)], reduction="none")
-    large = 12 * size * size * 32 * length
-    fused: dict[str, Any] = {"temperature": temperature, "reduction": "none"}
     return Case(
         name,
         {"num_queries": size, "query_length": 32, "num_documents": size, "length": length, "dim": 48,
          "temperature": temperature},
-        [
-            Contender("fused", step(contrastive_loss, **fused)),
-            Contender("fused, scores kept", step(contrastive_loss, save_scores=True, **fused),
-                      None if size < LARGEST else "one is long enough"),
-            Contender("torch eager, fp32 sums", step(eager_loss),
-                      None if large < EAGER_BYTES else f"it would hold {large / 1e9:.0f} GB"),
-        ],
+        contenders,
         lambda found: ((found[0][sample].double() - exact).abs() / exact.abs().clamp_min(1)).max().item(),
         2.0 * size * 32 * size * length * 48,
         rounds=20,
@@ -395,6 +398,6 @@ def cases(device: torch.device, quick: bool, tiny: bool) -> Iterator[Callable[[]
     for size, dim in ((128, 128), (1024, 128), (1024, 48)):
         yield functools.partial(training, f"forward + backward {size}, d {dim}", few(size), short(180), dim, device)
     yield functools.partial(distillation, "KL 128 x 16", few(128), at_most(16, 4), short(180), device)
-    sizes = ((1024, 180), (4096, 180), (24576, 220))
-    for size, length in sizes[:2] if quick else sizes:
+    sizes = ((128, 180), (1024, 180), (4096, 180), (24576, 220))
+    for size, length in sizes[:3] if quick else sizes:
         yield functools.partial(contrastive, f"contrastive loss {size}", few(size), short(length), device)

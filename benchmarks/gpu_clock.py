@@ -2,7 +2,7 @@
 
 While the device empties its cache and sleeps the host already starts the call, so that a device time holds no launch of the
 few kernels that most calls are. `wall` is the other number: from an idle device, the call until its result is there, the
-middle of three in a row, of a long one alone. On a CPU, for dry runs, both are the host's clock.
+middle of seven in a row, of a long one alone. On a CPU, for dry runs, both are the host's clock.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FEWEST_ROUNDS = 5
 # Cycles of the device: longer than the host takes to start a few kernels, not the dozens of a small training step, whose
 # device time then holds the rest of it.
 SLEEP = 500_000
-WALL_CALLS = 3
+WALL_CALLS = 7
 LONG = 20.0  # milliseconds
 
 

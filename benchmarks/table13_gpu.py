@@ -124,8 +124,8 @@ def main() -> None:
                 made = {key: float(f"{each:.4g}") if isinstance(each, float) else each for key, each in made.items()}
                 rows.append({"suite": "table13", **made, "quick": options.documents < 1000, **machine.facts()})
                 print(
-                    f"  {made['case']:<12}{made['contender']:<20}encode {made['encode_s']:.3g} s, score {made['score_s']:.4g} s "
-                    f"({100 * made['score_share']:.1f} %), memory {made['memory_mib']:.0f} and {made['peak_mib']} MiB",
+                    f"  {made['case']:<12}{made['contender']:<18}encode {made['encode_s']:.3g} s, score {made['score_s']:.4g} s"
+                    f" ({100 * made['score_share']:.1f} %), memory {made['memory_mib']:.0f} and {made['peak_mib']} MiB",
                     flush=True,
                 )
                 suite.save("table13", rows)
