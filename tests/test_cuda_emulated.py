@@ -195,7 +195,7 @@ def chosen(grad, Q, D, **options):
     return argmax, queries.grad, documents.grad
 
 
-@pytest.mark.parametrize("dim", [1, 3, 17, 33, 48, 64, 128, 129])
+@pytest.mark.parametrize("dim", [1, 17, 48, 129, 264])
 def test_gradients(emulator, dim):
     calls, wanted = [], []
     types = (F16, BF16), (F32, F16), (BF16, F32)
@@ -218,8 +218,9 @@ def test_gradients(emulator, dim):
         assert all(map(torch.equal, found, right)), [each.shape for each in right]
 
 
-@pytest.mark.parametrize("processors", [1, 132])
-@pytest.mark.parametrize("dim, dtype", [(48, F16), (264, F32), (264, BF16), (20, F16), (40, F32)], ids=str)
+@pytest.mark.parametrize(
+    "processors, dim, dtype", [(1, 48, F16), (132, 48, F16), (132, 264, F32), (1, 20, BF16), (132, 40, F32)], ids=str
+)
 def test_query_gradients_shared_and_not(emulator, processors, dim, dtype):
     """By warps that have a document's tokens alone, and by several; added to what is there, and not."""
     emulator.use(processors)
@@ -229,7 +230,10 @@ def test_query_gradients_shared_and_not(emulator, processors, dim, dtype):
         grad = output_gradient(2, count)
         argmax, right, _ = chosen(grad, Q, D)
         sums = grid(2, query_length, dim, seed=7)
-        calls += [backward(grad, Q, D, argmax.short()), backward(grad, Q, D, argmax.int(), sums=sums)]
+        needs = True, False
+        calls += [
+            backward(grad, Q, D, argmax.short(), needs=needs), backward(grad, Q, D, argmax.int(), sums=sums, needs=needs)
+        ]  # fmt: skip
         wanted += [right.half(), sums + right.float()]
     for (found, _), right in zip(emulator(calls), wanted, strict=True):
         assert torch.equal(found, right)
