@@ -63,7 +63,9 @@ def distill(
         0 if of_teacher is not None else _bits(teacher_temperature),
         _bits(factor),
     )
-    variant.launch(num_queries, 1, (student, teacher, kept, of_student, of_teacher, losses, derivative, slope), integers)
+    variant.launch(
+        num_queries, 1, (student, teacher, kept, of_student, of_teacher, losses, derivative, slope), integers
+    )
     return losses, derivative, slope
 
 
@@ -88,5 +90,6 @@ def _variant(
     read = temperature is not None, teacher_temperature is not None
     how = objective, student_normalization, teacher_normalization
     constants = *how, masked, *read, squared, derivative, slope, block
-    # Up to 8 candidates a thread; one warp reduces without shared memory.
-    return Variant(distill_query, constants, min(8, max(1, block // 256)), 1, ())
+    # 4 candidates a thread, up to 16 of the largest, as 16 warps leave each thread too few registers. One warp reduces
+    # without shared memory.
+    return Variant(distill_query, constants, min(8, max(1, block // 128)), 1, ())

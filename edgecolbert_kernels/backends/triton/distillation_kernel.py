@@ -55,7 +55,7 @@ def _normalized(x, kept, count, HOW: tl.constexpr):
 
 @triton.jit
 def _before_normalization(g, x, y, scale, root, kept, count, HOW: tl.constexpr, BLOCK: tl.constexpr):
-    """The gradient of the scores from that of the normalised ones, both 0 where not kept."""
+    """The gradient of the kept scores from that of the normalised ones, which is 0 where not kept."""
     if HOW == "none":
         return g
     else:
@@ -75,7 +75,7 @@ def _before_normalization(g, x, y, scale, root, kept, count, HOW: tl.constexpr, 
             # Of equal scores the root has no derivative. y * scale is the deviation from the mean.
             factor = tl.where(root > 0, tl.div_rn(along, some * tl.where(root > 0, root, 1.0)), 0.0)
             found = direct - factor * y * scale
-            return tl.where(kept, found - tl.div_rn(tl.sum(found, axis=0), some), 0.0)
+            return found - tl.div_rn(tl.sum(found, axis=0), some)
 
 
 @triton.jit
@@ -171,4 +171,4 @@ def distill_query(
     tl.store(losses + query, loss * factor)
     if DERIVATIVE:
         found = _before_normalization(gradient, s, s_normal, scale, root, kept, count, STUDENT, BLOCK)
-        tl.store(derivative + place, found * factor, mask=column < candidates)
+        tl.store(derivative + place, tl.where(kept, found * factor, 0.0), mask=column < candidates)
