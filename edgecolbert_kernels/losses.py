@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from edgecolbert_kernels import checks, scoring
-from edgecolbert_kernels.ops import arguments, tensors
+from edgecolbert_kernels.ops import arguments, distillation, tensors
 from edgecolbert_kernels.ops.contrastive import forward_op
 from edgecolbert_kernels.ops.plain import in_derivative, no_derivative, refuse_tangents
 
@@ -240,7 +240,7 @@ def distillation_loss(
             pairs,
             "one value for each candidate",
         )
-        candidate_mask = candidate_mask != 0
+        candidate_mask = arguments.kept(candidate_mask)
         if not shared:
             # Without its tokens, as a weight of 0 does not silence a NaN.
             exists = candidate_mask[..., None].expand(D.shape[:3])
@@ -248,18 +248,31 @@ def distillation_loss(
 
     dtype = getattr(torch, arguments.arithmetic(Q, D))
     student = scoring.maxsim(Q, D, q_mask, d_mask, normalize=normalize, mask_mode=mask_mode, out_dtype=dtype)
-    student = _normalized(student, candidate_mask, student_normalization)
-    teacher = _normalized(teacher_scores.detach().to(dtype), candidate_mask, teacher_normalization)
     if objective == "kl":
         temperature = _temperature("temperature", temperature, Q)
         if teacher_temperature is None:
             teacher_temperature = temperature.detach() if isinstance(temperature, Tensor) else temperature
         teacher_temperature = _temperature("teacher_temperature", teacher_temperature, Q)
-        losses = _divergence(student / temperature, teacher / teacher_temperature, candidate_mask)
-        if scale_by_temperature:
-            losses = losses * temperature**2
     else:
-        losses = _margin_error(student, teacher, candidate_mask)
+        temperature = teacher_temperature = 1.0
+    # Shapes are settled, so that no error is lost.
+    backend = distillation.fused(student, teacher_scores, candidate_mask, temperature, teacher_temperature)
+    if backend is not None:
+        how = objective, student_normalization, teacher_normalization, scale_by_temperature and objective == "kl"
+        mean = None if weight is not None or reduction == "none" else reduction == "mean"
+        given = student, teacher_scores, candidate_mask, temperature, teacher_temperature
+        losses = distillation.losses(backend, *given, how, mean)
+        if mean is not None:
+            return losses
+    else:
+        student = _normalized(student, candidate_mask, student_normalization)
+        teacher = _normalized(teacher_scores.detach().to(dtype), candidate_mask, teacher_normalization)
+        if objective == "margin_mse":
+            losses = _margin_error(student, teacher, candidate_mask)
+        else:
+            losses = _divergence(student / temperature, teacher / teacher_temperature, candidate_mask)
+            if scale_by_temperature:
+                losses = losses * temperature**2
 
     if weight is not None:
         checks.shape("weight", _tensor("weight", weight, Q).shape, losses.shape, "one factor for each query")

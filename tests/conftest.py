@@ -71,7 +71,7 @@ def use(name, monkeypatch):
     """The context of an engine, which is not an instruction set."""
     if name in ON_GPU and not INTERPRETED:
         module = ON_GPU[name]
-        for attribute in ("forward", "backward", "backward_recompute"):
+        for attribute in ("forward", "backward", "backward_recompute", "distill"):
             monkeypatch.setattr(module, attribute, on_gpu(getattr(module, attribute)))
         supports = module.supports
         monkeypatch.setattr(module, "supports", lambda op, device, dtype: supports(op, "cuda", dtype))

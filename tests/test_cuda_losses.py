@@ -7,12 +7,13 @@ import torch
 
 import edgecolbert_kernels as ek
 from cases import embeddings, holes
-from conftest import GPU
-from edgecolbert_kernels import reference
+from conftest import CUDA, GPU, ON_GPU
+from edgecolbert_kernels import losses, reference
 from losses import assert_as_near, value_and_gradients
 
 pytestmark = pytest.mark.skipif(not GPU, reason="there is no GPU that the kernels run on")
 
+BACKENDS = {name: module for name, module in ON_GPU.items() if CUDA or name == "triton"}
 REGIMES = ({}, {"save_scores": True, "max_saved_bytes": 0}, {"save_scores": False})
 
 
@@ -34,15 +35,90 @@ def test_contrastive(dtype, options, regime):
     assert_as_near([each.cpu() for each in found], exact, plain)
 
 
-def test_distillation():
-    Q, D = embeddings(8, 32, 48, seed=1), embeddings(8, 16, 40, 48, seed=2)
-    teacher = embeddings(8, 16, seed=3, norm=None)
+CANDIDATES = holes(8, 16, seed=6)
+CANDIDATES[3] = False
+DISTILLED = {
+    "kl": {},
+    "kl, masked": {"candidate_mask": CANDIDATES, "temperature": 0.5, "scale_by_temperature": True},
+    "kl, z-scores": {"student_normalization": "zscore", "teacher_normalization": "zscore", "teacher_temperature": 2.0},
+    "kl, raw": {"student_normalization": "none", "weight": torch.arange(8.0)},
+    "margins": {"objective": "margin_mse"},
+    "margins, masked": {"objective": "margin_mse", "student_normalization": "minmax", "candidate_mask": CANDIDATES},
+}
+
+
+@pytest.fixture(params=BACKENDS)
+def fused(request, monkeypatch):
+    """A backend of a GPU, whose kernel of the loss must have been asked."""
+    module, asked = BACKENDS[request.param], []
+    distill = module.distill
+    monkeypatch.setattr(module, "distill", lambda *given: asked.append(1) or distill(*given))
+    with ek.backend(request.param):
+        yield request.param
+    assert asked
+
+
+@pytest.mark.parametrize("count", [1, 7, 16, 33, 300])
+@pytest.mark.parametrize("name", DISTILLED)
+def test_distillation(fused, name, count):
+    Q, D = embeddings(8, 32, 48, seed=1), embeddings(8, count, 40, 48, seed=2)
+    teacher = embeddings(8, count, seed=3, norm=None)
+    options = dict(DISTILLED[name])
+    if "candidate_mask" in options:
+        options["candidate_mask"] = CANDIDATES.repeat(1, 19)[:, :count]
     exact, plain = (
-        value_and_gradients(reference.distillation_loss, Q, D, teacher, dtype=each)
+        value_and_gradients(reference.distillation_loss, Q, D, teacher, dtype=each, **options)
         for each in (torch.float64, torch.float32)
     )
-    found = value_and_gradients(ek.distillation_loss, Q.cuda(), D.cuda(), teacher.cuda())
-    assert_as_near([each.cpu() for each in found], exact, plain)
+    moved = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+    found = value_and_gradients(ek.distillation_loss, Q.cuda(), D.cuda(), teacher.cuda(), **moved)
+    assert_as_near([each.cpu() for each in found], exact, plain, of=0.1)
+
+
+def test_distillation_of_many_candidates(fused):
+    """A program's most, in every dtype of a teacher, and an odd number at odd addresses."""
+    backend = BACKENDS[fused]
+    for count in (1000, 1025, backend.MOST_CANDIDATES):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            student, teacher = (
+                embeddings(3, count, seed=1, norm=None),
+                embeddings(3, count, seed=2, norm=None).to(dtype),
+            )
+            exact = student.double().requires_grad_()
+            truth = losses._divergence(
+                losses._normalized(exact, None, "minmax"), losses._normalized(teacher.double(), None, "zscore"), None
+            )
+            derivative = torch.autograd.grad(truth.sum(), exact)[0]
+            how = "kl", "minmax", "zscore", False
+            found = backend.distill(student.cuda(), teacher.cuda(), None, 1.0, 1.0, how, 1.0, True, False)
+            torch.testing.assert_close(found[0].cpu().double(), truth.detach(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found[1].cpu().double(), derivative, rtol=1e-4, atol=1e-7)
+
+
+def test_distillation_in_a_graph(fused):
+    """No wait, and no value that the host has looked at."""
+    Q, D = embeddings(8, 32, 48, seed=1).cuda().half(), embeddings(8, 16, 40, 48, seed=2).cuda().half()
+    teacher, temperature = embeddings(8, 16, seed=3, norm=None).cuda(), torch.tensor(0.5, device="cuda")
+    leaves = Q.requires_grad_(), D.requires_grad_(), temperature.requires_grad_()
+
+    def step():
+        return torch.autograd.grad(ek.distillation_loss(Q, D, teacher, temperature=temperature), leaves)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for seed in (4, 5):
+        with torch.no_grad():
+            teacher.copy_(embeddings(8, 16, seed=seed, norm=None))
+            temperature.fill_(seed / 8)
+        graph.replay()
+        assert all(map(torch.equal, found, step()))
 
 
 @pytest.mark.parametrize("regime", REGIMES, ids=str)

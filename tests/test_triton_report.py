@@ -17,7 +17,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 # A part of the table that compiles within a minute: the main shape, the batch, masks, int8, and packing.
-CALLS = ("1 query, d 48", "128 queries, d 48", "1 query, packed, d 48, int8", "backward, d 48", "pack, d 48, int8")
+CALLS = (
+    "1 query, d 48",
+    "128 queries, d 48",
+    "1 query, packed, d 48, int8",
+    "backward, d 48",
+    "pack, d 48, int8",
+    "distillation, 16 candidates, kl, minmax",
+)
 
 
 def stored():

@@ -98,7 +98,7 @@ def calls() -> Iterator[tuple[str, int | None, Callable[[], object]]]:
     """What the report is of: a name, d where the products run on tensor cores, and a call on meta tensors."""
     import torch
 
-    from edgecolbert_kernels.backends.triton import gradients, pack, scoring
+    from edgecolbert_kernels.backends.triton import distillation, gradients, pack, scoring
 
     def empty(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -200,6 +200,18 @@ def calls() -> Iterator[tuple[str, int | None, Callable[[], object]]]:
     yield "pack, d 48, int8", None, store(torch.int8)
     unpacked = empty(9600, 48, dtype=torch.int8), packed(32), empty(32, dtype=single)
     yield "unpack, d 48, int8", None, lambda: pack.unpack_rows(*unpacked)
+
+    def distilled(num_queries: int, count: int, objective: str, how: str, masked: bool) -> Callable[[], object]:
+        student, teacher = empty(num_queries, count, dtype=single), empty(num_queries, count, dtype=single)
+        kept, options = mask(num_queries, count) if masked else None, (objective, how, how, False)
+        temperature = empty(dtype=single) if objective == "kl" else 1.0
+        needs = True, objective == "kl"
+        return lambda: distillation.distill(student, teacher, kept, temperature, 1.0, options, 1.0, *needs)
+
+    for count in (16, 300, 4096):
+        for objective, how in (("kl", "minmax"), ("kl", "zscore"), ("margin_mse", "zscore")):
+            name = f"distillation, {count} candidates, {objective}, {how}"
+            yield name, None, distilled(128, count, objective, how, masked=objective != "kl" or count > 16)
 
 
 def launches(call: Callable[[], object], sm: int) -> list[Launch]:

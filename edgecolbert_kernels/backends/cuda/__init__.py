@@ -14,12 +14,17 @@ from edgecolbert_kernels.backends import triton
 _PARTS = {"forward": "scoring", "backward": "gradients", "backward_recompute": "gradients"}
 # Kernels that read inside their buffers whatever boundaries, indices and argmax say.
 GUARDED = True
+MOST_CANDIDATES = triton.MOST_CANDIDATES
 
 
 def supports(op: str, device: str, dtype: str) -> str | None:
     if device != "cuda":
         return f"the inputs are on {device} and its kernels run on a CUDA GPU"
     return triton.supports(op, device, dtype) or _missing_compiler()
+
+
+def distill(*arguments: Any) -> Any:
+    return triton.distill(*arguments)
 
 
 def __getattr__(name: str) -> Any:

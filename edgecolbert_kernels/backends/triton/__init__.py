@@ -13,10 +13,17 @@ from functools import cache
 from typing import Any
 
 # What a backend offers, by the file that has it.
-_PARTS = {"forward": "scoring", "backward": "gradients", "backward_recompute": "gradients"}
+_PARTS = {
+    "forward": "scoring",
+    "backward": "gradients",
+    "backward_recompute": "gradients",
+    "distill": "distillation",
+}
 OLDEST = (8, 0)
 # Kernels that read inside their buffers whatever boundaries, indices and argmax say.
 GUARDED = True
+# Of a query, for `distill`: a program holds them in registers.
+MOST_CANDIDATES = 4096
 
 
 def supports(op: str, device: str, dtype: str) -> str | None:
