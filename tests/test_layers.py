@@ -65,7 +65,9 @@ MAY_INCLUDE = {
     "cpu": {"abi.h"},
     "cuda_launch.h": set(),
     "cuda_launch.cpp": {"cuda_launch.h"},
-    "bindings.cpp": {"abi.h", "cpu", "cuda_launch.h"},
+    "cuda_repeat.h": set(),
+    "cuda_repeat.cpp": {"cuda_launch.h", "cuda_repeat.h"},
+    "bindings.cpp": {"abi.h", "cpu", "cuda_launch.h", "cuda_repeat.h"},
 }
 # Compiled for one instruction set: an inline function of the C++ library, instantiated here, could be the one that the
 # linker hands to every CPU. So: intrinsics and C headers.
