@@ -53,13 +53,6 @@ Ref call(const Ref& function, PyObject* argument) {
   return Ref(PyObject_Vectorcall(function.get(), arguments + 1, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
 }
 
-Ref method(PyObject* object, const Ref& name) {
-  PyObject* const arguments[] = {nullptr, object};
-  return Ref(PyObject_VectorcallMethod(name.get(), arguments + 1, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
-}
-
-Ref attribute(PyObject* object, const Ref& name) { return Ref(PyObject_GetAttr(object, name.get())); }
-
 bool integer(PyObject* object, uint64_t& value) {
   if (!object) return false;
   value = PyLong_AsUnsignedLongLongMask(object);
@@ -77,37 +70,49 @@ struct Entry {
   std::vector<Ref> held;            // objects that the key names by their addresses, and the kernel's owner
 };
 
-// What a call's launch depends on, as bytes, and its addresses. Objects count by identity.
+// As dlpack.h 1.x has them: a tensor, and what a library reads its own tensors with. Python's attributes take ten times
+// as long, shapes and strides most of it.
+struct Tensor {
+  void* data;
+  int32_t device_type, device;
+  int32_t rank;
+  uint32_t dtype;  // kind, bits and lanes
+  const int64_t *shape, *strides;
+  uint64_t offset;  // in bytes, of `data`
+};
+
+struct Exchange {
+  uint32_t major, minor;
+  const Exchange* older;
+  void* owning[3];
+  int (*read)(void* object, Tensor* tensor);
+};
+
+// What a call's launch depends on, and the addresses of its inputs. Objects count by identity.
 struct Call {
-  std::string key;
+  static constexpr size_t most_words = 256;
+  uint64_t words[most_words];
+  size_t size = 0;  // counts on beyond what there is room for
   uint64_t addresses[most_kernel_arguments];
-  uint64_t device;
-  Ref device_number;
+  Ref device;
   std::vector<Ref>* held;
 
-  explicit Call(std::vector<Ref>* receiver = nullptr) : held(receiver) { key.reserve(768); }
-  void word(uint64_t value) { key.append(reinterpret_cast<const char*>(&value), sizeof value); }
+  explicit Call(std::vector<Ref>* receiver = nullptr) : held(receiver) {}
+  void word(uint64_t value) {
+    if (size < most_words) words[size] = value;
+    ++size;
+  }
   bool word(const Ref& object) {
     uint64_t value;
     if (!integer(object, value)) return false;
     word(value);
     return true;
   }
-  bool words(const Ref& tuple) {
-    if (!tuple || !PyTuple_Check(tuple.get())) return false;
-    const Py_ssize_t size = PyTuple_GET_SIZE(tuple.get());
-    word(uint64_t(size));
-    for (Py_ssize_t i = 0; i < size; ++i) {
-      uint64_t value;
-      if (!integer(PyTuple_GET_ITEM(tuple.get(), i), value)) return false;
-      word(value);
-    }
-    return true;
-  }
   void identity(PyObject* object) {
     word(reinterpret_cast<uintptr_t>(object));
     if (held) held->push_back(Ref::to(object));
   }
+  std::string key() const { return std::string(reinterpret_cast<const char*>(words), size * sizeof words[0]); }
 };
 
 class Launches {
@@ -126,50 +131,51 @@ class Launches {
 
  private:
   bool read(PyObject* const* arguments, Py_ssize_t count, Call& read) const;
-  bool read_tensor(PyObject* tensor, Call& read) const;
+  bool read_tensor(PyObject* object, uint64_t device, Call& read, uint64_t& address) const;
   bool read_surroundings(Call& read) const;
   bool is_tensor(PyObject* object) const;
 
   Ref tensor_types_, keys_of_, keys_of_calls_, raw_, function_modes_, grad_enabled_, device_, stream_, empty_,
       empty_names_, entries_, variable_;
-  Ref data_ptr_, dtype_, get_device_, requires_grad_, shape_, stride_;
+  Ref exchange_owner_, requires_grad_;
+  const Exchange* exchange_ = nullptr;
   Py_ssize_t inputs_ = 0;
-  long long first_device_ = 0;
+  int device_type_ = 0;
   std::unordered_map<std::string, std::shared_ptr<const Entry>> table_;
   // Arguments of the last call that was not in the table; they are compared and never looked into, as they may be gone.
   std::vector<PyObject*> missed_;
 };
 
 bool Launches::make(PyObject* arguments, PyObject* keywords) {
-  static const char* names[] = {"inputs", "first_device",   "tensor_types", "keys_of",  "keys_of_calls",
-                                "raw",    "function_modes", "grad_enabled", "device",   "stream",
-                                "empty",  "empty_names",    "entries",      "variable", nullptr};
-  PyObject* given[12];
-  if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "$nLO!OOOOOOOOO!O!O", const_cast<char**>(names), &inputs_,
-                                   &first_device_, &PyTuple_Type, &given[0], &given[1], &given[2], &given[3], &given[4],
-                                   &given[5], &given[6], &given[7], &given[8], &PyTuple_Type, &given[9], &PyTuple_Type,
-                                   &given[10], &given[11]))
+  static const char* names[] = {"inputs",       "device_type",   "exchange", "tensor_types",
+                                "keys_of",      "keys_of_calls", "raw",      "function_modes",
+                                "grad_enabled", "device",        "stream",   "empty",
+                                "empty_names",  "entries",       "variable", nullptr};
+  PyObject* given[13];
+  if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "$niOO!OOOOOOOOO!O!O", const_cast<char**>(names), &inputs_,
+                                   &device_type_, &given[0], &PyTuple_Type, &given[1], &given[2], &given[3], &given[4],
+                                   &given[5], &given[6], &given[7], &given[8], &given[9], &PyTuple_Type, &given[10],
+                                   &PyTuple_Type, &given[11], &given[12]))
     return false;
-  Ref* const kept[] = {&tensor_types_, &keys_of_, &keys_of_calls_, &raw_,         &function_modes_, &grad_enabled_,
-                       &device_,       &stream_,  &empty_,         &empty_names_, &entries_,        &variable_};
-  for (int i = 0; i < 12; ++i) *kept[i] = Ref::to(given[i]);
-  bool right = inputs_ >= 1 && inputs_ < most_kernel_arguments && PyContextVar_CheckExact(variable_.get());
+  Ref* const kept[] = {&exchange_owner_, &tensor_types_, &keys_of_, &keys_of_calls_, &raw_,
+                       &function_modes_, &grad_enabled_, &device_,  &stream_,        &empty_,
+                       &empty_names_,    &entries_,      &variable_};
+  for (int i = 0; i < 13; ++i) *kept[i] = Ref::to(given[i]);
+  exchange_ = static_cast<const Exchange*>(PyCapsule_GetPointer(exchange_owner_.get(), "dlpack_exchange_api"));
+  if (!exchange_) return false;
+  bool right = exchange_->major == 1 && exchange_->read && inputs_ >= 1 && inputs_ < most_kernel_arguments &&
+               PyContextVar_CheckExact(variable_.get());
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(entries_.get()); ++i) {
     PyObject* const each = PyTuple_GET_ITEM(entries_.get(), i);
     right = right && PyTuple_Check(each) && PyTuple_GET_SIZE(each) == 2 && PyDict_Check(PyTuple_GET_ITEM(each, 0));
   }
   if (!right) {
-    PyErr_SetString(PyExc_ValueError, "want 1 to 63 inputs, entries of (dict, key), and a context variable");
+    PyErr_SetString(PyExc_ValueError,
+                    "want DLPack 1.x that reads tensors, 1 to 63 inputs, entries of (dict, key), a context variable");
     return false;
   }
-  const std::pair<Ref*, const char*> names_of_tensors[] = {
-      {&data_ptr_, "data_ptr"},           {&dtype_, "dtype"}, {&get_device_, "get_device"},
-      {&requires_grad_, "requires_grad"}, {&shape_, "shape"}, {&stride_, "stride"}};
-  for (const auto& [name, text] : names_of_tensors) {
-    *name = Ref(PyUnicode_InternFromString(text));
-    if (!*name) return false;
-  }
-  return true;
+  requires_grad_ = Ref(PyUnicode_InternFromString("requires_grad"));
+  return bool(requires_grad_);
 }
 
 bool Launches::is_tensor(PyObject* object) const {
@@ -181,38 +187,40 @@ bool Launches::is_tensor(PyObject* object) const {
 
 bool Launches::read(PyObject* const* arguments, Py_ssize_t count, Call& read) const {
   // The cheapest first, as most of what is not repeated goes no further.
-  if (count < inputs_ || !is_tensor(arguments[0])) return false;
-  if (!integer(method(arguments[0], get_device_), read.device) || int64_t(read.device) < first_device_) return false;
-  read.device_number = call(device_);
+  Tensor first;
+  if (count < inputs_ || !is_tensor(arguments[0]) || exchange_->read(arguments[0], &first)) return false;
+  if (first.device_type != device_type_) return false;
+  read.device = call(device_);
   uint64_t current;
-  if (!integer(read.device_number, current) || current != read.device) return false;
-  read.word(read.device);
+  if (!integer(read.device, current) || current != uint64_t(first.device)) return false;
   const Ref differentiable = call(grad_enabled_);
   if (!differentiable) return false;
+  read.word(current);
   for (Py_ssize_t i = 0; i < inputs_; ++i) {
     read.addresses[i] = 0;
     read.word(arguments[i] != Py_None);
     if (arguments[i] == Py_None) continue;
-    if (i) {
-      uint64_t device;
-      if (!is_tensor(arguments[i]) || !integer(method(arguments[i], get_device_), device) || device != read.device)
-        return false;
-    }
-    if (differentiable.get() != Py_False && attribute(arguments[i], requires_grad_).get() != Py_False) return false;
-    if (!integer(method(arguments[i], data_ptr_), read.addresses[i]) || read.addresses[i] < least_address) return false;
-    read.word(read.addresses[i] % alignment);
-    if (!read_tensor(arguments[i], read)) return false;
+    if (!is_tensor(arguments[i])) return false;
+    if (differentiable.get() != Py_False && Ref(PyObject_GetAttr(arguments[i], requires_grad_.get())).get() != Py_False)
+      return false;
+    if (!read_tensor(arguments[i], current, read, read.addresses[i])) return false;
   }
   for (Py_ssize_t i = inputs_; i < count; ++i) read.identity(arguments[i]);
-  return read_surroundings(read);
+  return read_surroundings(read) && read.size <= Call::most_words;
 }
 
-bool Launches::read_tensor(PyObject* tensor, Call& read) const {
-  const Ref dtype = attribute(tensor, dtype_);
-  if (!dtype) return false;
-  read.identity(dtype.get());
-  if (!read.words(attribute(tensor, shape_)) || !read.words(method(tensor, stride_))) return false;
-  const Ref keys = call(keys_of_, tensor);
+bool Launches::read_tensor(PyObject* object, uint64_t device, Call& read, uint64_t& address) const {
+  Tensor tensor;
+  if (exchange_->read(object, &tensor) || tensor.device_type != device_type_ || uint64_t(tensor.device) != device)
+    return false;
+  address = reinterpret_cast<uintptr_t>(tensor.data) + tensor.offset;
+  if (address < least_address) return false;
+  read.word(address % alignment);
+  read.word(tensor.dtype);
+  read.word(uint64_t(tensor.rank));
+  for (int32_t i = 0; i < tensor.rank; ++i) read.word(uint64_t(tensor.shape[i]));
+  for (int32_t i = 0; i < tensor.rank; ++i) read.word(uint64_t(tensor.strides[i]));
+  const Ref keys = call(keys_of_, object);
   return keys && read.word(call(raw_, keys.get()));
 }
 
@@ -236,7 +244,7 @@ PyObject* Launches::repeat(PyObject* const* arguments, Py_ssize_t count) {
   missed_.clear();
   Call call_now;
   if (!read(arguments, count, call_now)) return nullptr;
-  const auto found = table_.find(call_now.key);
+  const auto found = table_.find(call_now.key());
   if (found == table_.end()) {
     missed_.assign(arguments, arguments + count);
     return nullptr;
@@ -251,9 +259,10 @@ PyObject* Launches::repeat(PyObject* const* arguments, Py_ssize_t count) {
   uint64_t stream, values[most_kernel_arguments];
   std::copy(entry->arguments.begin(), entry->arguments.end(), values);
   std::copy_n(call_now.addresses, inputs_, values);
-  if (!output || !integer(method(output.get(), data_ptr_), values[entry->output]) ||
-      !integer(call(stream_, call_now.device_number.get()), stream))
+  Tensor made_tensor;
+  if (!output || exchange_->read(output.get(), &made_tensor) || !integer(call(stream_, call_now.device.get()), stream))
     return nullptr;
+  values[entry->output] = reinterpret_cast<uintptr_t>(made_tensor.data) + made_tensor.offset;
   if (start(entry->kernel, reinterpret_cast<void*>(stream), values, Py_ssize_t(entry->arguments.size())))
     return nullptr;
   return output.release();
@@ -296,7 +305,7 @@ bool Launches::keep(PyObject* const* arguments, Py_ssize_t count, PyObject* laun
     entry->held.push_back(Ref::to(owner));
   }
   if (table_.size() >= most_entries) clear();
-  table_[call_now.key] = entry;
+  table_[call_now.key()] = entry;
   return true;
 }
 

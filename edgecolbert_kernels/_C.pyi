@@ -81,16 +81,18 @@ class Launches:
     """Launches by the calls that they came to. A call is `inputs` tensors or None, then settings, the same number always.
 
     The first tensor is never None. Settings count by identity, tensors by everything but their values: type (one of
-    `tensor_types`), device, requires_grad where `grad_enabled()`, dtype, shape, strides, dispatch keys
-    (`raw(keys_of(tensor))`), and their addresses modulo 16. So do `raw(keys_of_calls())`, `function_modes()` and, by identity,
-    the value of the context variable and those in dictionaries, given as (dictionary, key).
+    `tensor_types`), device (of `device_type`), requires_grad where `grad_enabled()`, dtype, shape, strides, dispatch keys
+    (`raw(keys_of(tensor))`), and their addresses modulo 16. So do `raw(keys_of_calls())`, `function_modes()` and, by
+    identity, the value of the context variable and those in dictionaries, given as (dictionary, key). `exchange` is the
+    capsule of DLPack's functions that reads tensors; ValueError if it does not.
     """
 
     def __init__(
         self,
         *,
         inputs: int,
-        first_device: int,
+        device_type: int,
+        exchange: object,
         tensor_types: tuple[type, ...],
         keys_of: Callable[[Any], Any],
         keys_of_calls: Callable[[], Any],
@@ -108,8 +110,8 @@ class Launches:
     def repeat(self, *call: Any) -> Any:
         """A new tensor that the launch of this call writes to, started on the current stream.
 
-        None where the call is not known, an input requires a gradient, is on a device that is not the current one or has a
-        number below `first_device`, has no storage, or where anything fails, such as an allocation or the driver.
+        None where the call is not known, an input requires a gradient, is on a device other than the current one, has no
+        storage, or where anything fails, such as an allocation or the driver.
         """
 
     def missed(self, *call: Any) -> bool:

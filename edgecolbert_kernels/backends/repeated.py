@@ -8,6 +8,7 @@ be asked from Python, where the tracer sees it.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -20,11 +21,16 @@ from edgecolbert_kernels.backends import _VARIABLE_KEY, _chosen, _environment, n
 INPUTS = 8
 
 
-def make(first_device: int = 0) -> Any:
-    """An empty table, for tensors on devices of this number or a higher one: -1 is the CPU."""
+# As DLPack numbers types of devices.
+CPU, CUDA = 1, 2
+
+
+def make(device_type: int = CUDA) -> Any:
+    """An empty table, for tensors on devices of one type. AttributeError or ValueError where PyTorch offers too little."""
     return native.module().Launches(
         inputs=INPUTS,
-        first_device=first_device,
+        device_type=device_type,
+        exchange=torch._C._dlpack_exchange_api(),
         tensor_types=(torch.Tensor, torch.nn.Parameter),
         keys_of=torch._C._dispatch_keys,
         keys_of_calls=torch._C._dispatch_tls_local_include_set,
@@ -40,10 +46,11 @@ def make(first_device: int = 0) -> Any:
     )
 
 
-# None without the compiled module, and on a PyTorch that has no CUDA.
+# None without the compiled module, and where PyTorch has no CUDA or does not hand out how it reads its tensors.
 table: Any = None
-if torch.version.cuda is not None and hasattr(native.module(), "Launches") and type(_environment) is dict:
-    table = make()
+if torch.version.cuda is not None and native.module() is not None and type(_environment) is dict:
+    with suppress(AttributeError, ValueError):
+        table = make()
 
 
 def remember(backend: ModuleType, inputs: tuple[Any, ...], options: tuple[bool, str, str], out_dtype: Any) -> None:
