@@ -242,9 +242,9 @@ bool Launches::read_surroundings(Call& read) const {
 
 PyObject* Launches::repeat(PyObject* const* arguments, Py_ssize_t count) {
   missed_.clear();
-  Call call_now;
-  if (!read(arguments, count, call_now)) return nullptr;
-  const auto found = table_.find(call_now.key());
+  Call asked;
+  if (!read(arguments, count, asked)) return nullptr;
+  const auto found = table_.find(asked.key());
   if (found == table_.end()) {
     missed_.assign(arguments, arguments + count);
     return nullptr;
@@ -258,9 +258,9 @@ PyObject* Launches::repeat(PyObject* const* arguments, Py_ssize_t count) {
   Ref output(PyObject_Vectorcall(empty_.get(), made, positional, empty_names_.get()));
   uint64_t stream, values[most_kernel_arguments];
   std::copy(entry->arguments.begin(), entry->arguments.end(), values);
-  std::copy_n(call_now.addresses, inputs_, values);
+  std::copy_n(asked.addresses, inputs_, values);
   Tensor made_tensor;
-  if (!output || exchange_->read(output.get(), &made_tensor) || !integer(call(stream_, call_now.device.get()), stream))
+  if (!output || exchange_->read(output.get(), &made_tensor) || !integer(call(stream_, asked.device.get()), stream))
     return nullptr;
   values[entry->output] = reinterpret_cast<uintptr_t>(made_tensor.data) + made_tensor.offset;
   if (start(entry->kernel, reinterpret_cast<void*>(stream), values, Py_ssize_t(entry->arguments.size())))
@@ -274,8 +274,8 @@ bool Launches::missed(PyObject* const* arguments, Py_ssize_t count) const {
 
 bool Launches::keep(PyObject* const* arguments, Py_ssize_t count, PyObject* launch) {
   const auto entry = std::make_shared<Entry>();
-  Call call_now(&entry->held);
-  if (!read(arguments, count, call_now)) return false;
+  Call asked(&entry->held);
+  if (!read(arguments, count, asked)) return false;
   if (launch != Py_None) {
     unsigned long long address, function;
     Py_ssize_t output;
@@ -305,7 +305,7 @@ bool Launches::keep(PyObject* const* arguments, Py_ssize_t count, PyObject* laun
     entry->held.push_back(Ref::to(owner));
   }
   if (table_.size() >= most_entries) clear();
-  table_[call_now.key()] = entry;
+  table_[asked.key()] = entry;
   return true;
 }
 

@@ -46,7 +46,7 @@ def make(device_type: int = CUDA) -> Any:
     )
 
 
-# None without the compiled module, and where PyTorch has no CUDA or does not hand out how it reads its tensors.
+# None without the compiled module, and where PyTorch has no CUDA or does not hand out how it reads its tensors (before 2.10).
 table: Any = None
 if torch.version.cuda is not None and native.module() is not None and type(_environment) is dict:
     with suppress(AttributeError, ValueError):

@@ -160,7 +160,7 @@ def score(
             scores, _ = backend.forward(
                 Q, D, q_mask, d_mask, cu_q, cu_d, query_index, document_index, normalize, mask_mode, precision, False
             )
-            if repeated.table is not None and scores.dtype is dtype:
+            if repeated.table is not None and backend is not cpu and scores.dtype is dtype:
                 repeated.remember(backend, (Q, D, *batch), options, out_dtype)
     elif in_derivative():
         scores, _ = Transformed.apply(Q, D, *batch, *options)
