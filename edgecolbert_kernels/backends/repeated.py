@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from edgecolbert_kernels.backends import _VARIABLE_KEY, _chosen, _environment, native
+from edgecolbert_kernels.backends import _VARIABLE_KEY, _chosen, _environment, cuda_driver, native
 
 # Q, D, q_mask, d_mask, cu_q, cu_d, query_index, document_index.
 INPUTS = 8
-
 
 # As DLPack numbers types of devices.
 CPU, CUDA = 1, 2
@@ -46,9 +45,10 @@ def make(device_type: int = CUDA) -> Any:
     )
 
 
-# None without the compiled module, and where PyTorch has no CUDA or does not hand out how it reads its tensors (before 2.10).
+# None without the compiled module or CUDA's driver, and where PyTorch does not hand out how it reads its tensors (2.11 does).
+# Settled at once, whether there is a GPU or not: code that was traced before the first call on one stays as it is.
 table: Any = None
-if torch.version.cuda is not None and native.module() is not None and type(_environment) is dict:
+if torch.version.cuda is not None and cuda_driver.launch() is not None and type(_environment) is dict:
     with suppress(AttributeError, ValueError):
         table = make()
 
