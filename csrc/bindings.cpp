@@ -10,6 +10,7 @@
 #include "cpu/driver.h"
 #include "cpu/parallel.h"
 #include "cuda_launch.h"
+#include "cuda_repeat.h"
 
 namespace py = pybind11;
 using namespace edgecolbert;
@@ -231,6 +232,9 @@ PyMethodDef direct[] = {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of edgecolbert_kernels. Use the package's functions: these trust their arguments.";
   if (PyModule_AddFunctions(m.ptr(), direct)) throw py::error_already_set();
+  PyObject* const launches = launches_type();
+  if (!launches) throw py::error_already_set();
+  m.add_object("Launches", py::reinterpret_steal<py::object>(launches));
   m.def("built_isas", &built_isas, "Instruction sets compiled in, best first.");
   m.def("available_isas", &available_isas, "Of these, what this CPU runs, best first.");
   m.def(

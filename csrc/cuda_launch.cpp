@@ -1,15 +1,7 @@
 #include "cuda_launch.h"
 
-#include <cstdint>
-
 namespace edgecolbert {
 namespace {
-
-// As cuda.h has it: the function, the grid, the block, shared bytes, the stream, addresses of the arguments, and null.
-using Launch = int (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
-                       void**);
-
-constexpr Py_ssize_t most_arguments = 64;
 
 // Any integer modulo 2^64. A failure shows in PyErr_Occurred, which is asked once, after all of them.
 uint64_t bits(PyObject* integer) { return PyLong_AsUnsignedLongLongMask(integer); }
@@ -18,6 +10,19 @@ void* pointer(PyObject* integer) { return reinterpret_cast<void*>(bits(integer))
 
 }  // namespace
 
+int start(const CudaKernel& kernel, void* stream, uint64_t* arguments, Py_ssize_t count) {
+  const unsigned* const grid = kernel.grid;
+  if (!grid[0] || !grid[1] || !grid[2]) return 0;
+  void* addresses[most_kernel_arguments];
+  for (Py_ssize_t i = 0; i < count; ++i) addresses[i] = &arguments[i];
+  // It waits where the stream's queue is full.
+  PyThreadState* const state = PyEval_SaveThread();
+  const int failure = kernel.launch(kernel.function, grid[0], grid[1], grid[2], kernel.threads, 1, 1, kernel.shared,
+                                    stream, addresses, nullptr);
+  PyEval_RestoreThread(state);
+  return failure;
+}
+
 PyObject* cuda_launch(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count != 7 || !PyTuple_Check(arguments[2]) || PyTuple_GET_SIZE(arguments[2]) != 3 ||
       !PyTuple_Check(arguments[6])) {
@@ -25,35 +30,25 @@ PyObject* cuda_launch(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     return nullptr;
   }
   const Py_ssize_t size = PyTuple_GET_SIZE(arguments[6]);
-  if (size > most_arguments) {
-    PyErr_Format(PyExc_ValueError, "a kernel with %zd arguments; want at most %zd", size, most_arguments);
+  if (size > most_kernel_arguments) {
+    PyErr_Format(PyExc_ValueError, "a kernel with %zd arguments; want at most %zd", size, most_kernel_arguments);
     return nullptr;
   }
-  const auto launch = reinterpret_cast<Launch>(pointer(arguments[0]));
-  void* const function = pointer(arguments[1]);
-  unsigned grid[3];
-  for (int i = 0; i < 3; ++i) grid[i] = unsigned(bits(PyTuple_GET_ITEM(arguments[2], i)));
-  const unsigned threads = unsigned(bits(arguments[3])), shared = unsigned(bits(arguments[4]));
+  CudaKernel kernel;
+  kernel.launch = reinterpret_cast<CudaLaunch>(pointer(arguments[0]));
+  kernel.function = pointer(arguments[1]);
+  for (int i = 0; i < 3; ++i) kernel.grid[i] = unsigned(bits(PyTuple_GET_ITEM(arguments[2], i)));
+  kernel.threads = unsigned(bits(arguments[3]));
+  kernel.shared = unsigned(bits(arguments[4]));
   void* const stream = pointer(arguments[5]);
-  uint64_t values[most_arguments];
-  void* addresses[most_arguments];
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    values[i] = bits(PyTuple_GET_ITEM(arguments[6], i));
-    addresses[i] = &values[i];
-  }
+  uint64_t values[most_kernel_arguments];
+  for (Py_ssize_t i = 0; i < size; ++i) values[i] = bits(PyTuple_GET_ITEM(arguments[6], i));
   if (PyErr_Occurred()) return nullptr;
-  if (!launch) {
+  if (!kernel.launch) {
     PyErr_SetString(PyExc_ValueError, "the address of cuLaunchKernel is 0");
     return nullptr;
   }
-  int failure = 0;
-  if (grid[0] && grid[1] && grid[2]) {
-    // It waits where the stream's queue is full.
-    PyThreadState* const state = PyEval_SaveThread();
-    failure = launch(function, grid[0], grid[1], grid[2], threads, 1, 1, shared, stream, addresses, nullptr);
-    PyEval_RestoreThread(state);
-  }
-  if (failure) {
+  if (const int failure = start(kernel, stream, values, size)) {
     PyErr_Format(PyExc_RuntimeError, "cuLaunchKernel failed with CUDA error %d", failure);
     return nullptr;
   }

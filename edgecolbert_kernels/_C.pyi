@@ -8,6 +8,10 @@ with addresses as integers and strides in elements; dtype 0 float32, 1 float16, 
 float32 `scales[count]`); see `csrc/cpu/driver.h`.
 """
 
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
 def built_isas() -> list[str]: ...
 def available_isas() -> list[str]: ...
 def get_isa() -> str: ...
@@ -72,3 +76,51 @@ def cuda_launch(
     The kernel takes each of its arguments, at most 64, in 8 bytes. A grid with a 0 starts nothing. RuntimeError with the
     CUDA error's number where the driver refuses.
     """
+
+class Launches:
+    """Launches by the calls that they came to. A call is `inputs` tensors or None, then settings, the same number always.
+
+    The first tensor is never None. Settings count by identity, tensors by everything but their values: type (one of
+    `tensor_types`), device (of `device_type`), requires_grad where `grad_enabled()`, dtype, shape, strides, dispatch keys
+    (`raw(keys_of(tensor))`), and their addresses modulo 16. So do `raw(keys_of_calls())`, `function_modes()` and, by
+    identity, the value of the context variable and those in dictionaries, given as (dictionary, key). `exchange` is the
+    capsule of DLPack's functions that reads tensors; ValueError if it does not.
+    """
+
+    def __init__(
+        self,
+        *,
+        inputs: int,
+        device_type: int,
+        exchange: object,
+        tensor_types: tuple[type, ...],
+        keys_of: Callable[[Any], Any],
+        keys_of_calls: Callable[[], Any],
+        raw: Callable[[Any], int],
+        function_modes: Callable[[], int],
+        grad_enabled: Callable[[], bool],
+        device: Callable[[], int],
+        stream: Callable[[int], int],
+        empty: Callable[..., Any],
+        empty_names: tuple[str, ...],
+        entries: tuple[tuple[dict[Any, Any], Any], ...],
+        variable: ContextVar[Any],
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    def repeat(self, *call: Any) -> Any:
+        """A new tensor that the launch of this call writes to, started on the current stream.
+
+        None where the call is not known, an input requires a gradient, is on a device other than the current one, has no
+        storage, or where anything fails, such as an allocation or the driver.
+        """
+
+    def missed(self, *call: Any) -> bool:
+        """Whether the last call of `repeat` was with these very objects, and was not known."""
+
+    def keep(self, *call: Any) -> bool:
+        """From now on `repeat` of this call does the launch that comes last, as in `cuda_driver.Launch`; nothing with None.
+
+        False where such a call is not repeated in any case. 4096 are kept; after that it begins anew.
+        """
+
+    def clear(self) -> None: ...

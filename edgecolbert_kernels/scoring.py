@@ -113,6 +113,10 @@ def maxsim(
         ValueError: a shape does not fit, devices differ, or an option is unknown.
         BackendUnsupported: the backend that was asked for cannot run this call.
     """
+    if _repeat is not None and not _tensors.is_compiling():
+        scores = _repeat(Q, D, q_mask, d_mask, None, None, None, None, normalize, mask_mode, precision, out_dtype)
+        if scores is not None:
+            return scores
     checks.options(mask_mode, precision)
     options = normalize, mask_mode, precision
     if isinstance(D, Stored):
@@ -195,6 +199,12 @@ def maxsim_varlen(
     Returns:
         `[Nq, Nd]`.
     """
+    if _repeat is not None and cu_seqlens_q is not None and cu_seqlens_d is not None and not _tensors.is_compiling():
+        scores = _repeat(
+            Q, D, q_mask, d_mask, cu_seqlens_q, cu_seqlens_d, None, None, normalize, mask_mode, precision, out_dtype
+        )
+        if scores is not None:
+            return scores
     checks.options(mask_mode, precision)
     xp = _side(Q, D)
     Q, q_mask = _array(xp, "Q", Q, q_mask, (2,), "[Tq, d]")
@@ -232,6 +242,12 @@ def maxsim_indexed(
     Returns:
         `[P]`.
     """
+    if _repeat is not None and query_index is not None and document_index is not None and not _tensors.is_compiling():
+        scores = _repeat(
+            Q, D, q_mask, d_mask, None, None, query_index, document_index, normalize, mask_mode, precision, out_dtype
+        )
+        if scores is not None:
+            return scores
     checks.options(mask_mode, precision)
     if isinstance(D, Stored):
         options = normalize, mask_mode, precision
@@ -389,6 +405,8 @@ def _first(xp: Any, X: Any, other: Any) -> Array:
 # The two sides, imported when first needed: with them come numpy and torch.
 _arrays: Any = None
 _tensors: Any = None
+# `repeated.table.repeat`, where there is such a table. Set once, with the tensors' side: whoever traces a call may rely on it.
+_repeat: Any = None
 
 
 def _side(*inputs: Any) -> Any:
@@ -427,7 +445,9 @@ def _load_arrays() -> Any:
 
 
 def _load_tensors() -> Any:
-    global _tensors
+    global _tensors, _repeat
     from edgecolbert_kernels.ops import tensors as _tensors
 
+    table = _tensors.repeated.table
+    _repeat = None if table is None else table.repeat
     return _tensors

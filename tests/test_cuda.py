@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
 import edgecolbert_kernels as ek
 from cases import STORAGES, embeddings, grid, holes, packed, ragged
 from conftest import GPU
-from edgecolbert_kernels.backends import ON_GPU, choose
+from edgecolbert_kernels import scoring
+from edgecolbert_kernels.backends import ON_GPU, choose, repeated
 from layouts import LAYOUTS, flat, gradients
 from test_backward import output_gradient
 
@@ -109,6 +112,129 @@ def test_stream():
         scores = ek.maxsim(Q, late)
     stream.synchronize()
     assert torch.equal(scores, wanted)
+
+
+@pytest.fixture
+def repeats(monkeypatch):
+    """Notes, call by call, whether the compiled module answered what it had answered before."""
+    from edgecolbert_kernels.backends.triton import launch
+
+    ek.maxsim(*batch()[:2])
+    if scoring._repeat is None:
+        pytest.skip("this PyTorch does not hand out how it reads its tensors")
+    if not launch._direct:
+        pytest.skip("the compiled kernels of this Triton are not known")
+    seen = []
+
+    def repeat(*call):
+        scores = repeated.table.repeat(*call)
+        seen.append(scores is not None)
+        return scores
+
+    repeated.clear()
+    monkeypatch.setattr(scoring, "_repeat", repeat)
+    return seen
+
+
+def rerank():
+    return embeddings(32, 48, dtype=torch.float16, seed=1).cuda(), batch()[1]
+
+
+REPEATED = {
+    "rerank": lambda: (ek.maxsim, rerank(), {}),
+    "masks": lambda: (ek.maxsim, rerank(), {"q_mask": holes(1, 32, seed=4)[0].cuda(), "d_mask": batch()[2]}),
+    "masked with zeros": lambda: (ek.maxsim, rerank(), {"d_mask": batch()[2], "mask_mode": "zero"}),
+    "bfloat16": lambda: (ek.maxsim, batch(torch.bfloat16)[:2], {"out_dtype": torch.float32}),
+    "batch": lambda: (ek.maxsim, batch()[:2], {"d_mask": batch()[2], "normalize": True}),
+    "own documents": lambda: (ek.maxsim, (batch()[0], batch()[1].repeat(6, 1, 1, 1)), {}),
+    "packed": lambda: (
+        ek.maxsim_varlen,
+        [x.half().cuda() if x.is_floating_point() else x.cuda() for x in varlen()],
+        {},
+    ),
+    "chosen pairs": lambda: (
+        ek.maxsim_indexed,
+        (*batch()[:2], torch.tensor([0, 5, 2]).cuda(), torch.tensor([7, 1, 1]).cuda()),
+        {},
+    ),
+}
+
+
+def varlen():
+    (Q, cu_q), (D, cu_d) = packed(ragged((5, 9), 48)), packed(ragged((7, 0, 30), 48))
+    return Q, D, cu_q, cu_d
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize("call", REPEATED)
+def test_repeated_calls(call, name, repeats):
+    """The same scores the first time, the second and the third, of the values that the inputs have then."""
+    function, inputs, options = REPEATED[call]()
+    with ek.backend(name):
+        first, second, third = (function(*inputs, **options) for _ in range(3))
+        assert repeats == [False, True, True]
+        assert torch.equal(first, second) and torch.equal(first, third)
+        assert len({each.data_ptr() for each in (first, second, third)}) == 3
+        inputs[1].neg_()
+        fourth = function(*inputs, **options)
+        repeated.clear()
+        assert torch.equal(fourth, function(*inputs, **options)) and not torch.equal(fourth, first)
+    assert repeats[3:] == [True, False]
+
+
+def test_repeated_calls_on_a_stream(repeats):
+    Q, D = rerank()
+    wanted = ek.maxsim(Q, 2 * D)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late = D * 2
+        scores = ek.maxsim(Q, late)
+    stream.synchronize()
+    assert repeats == [False, True] and torch.equal(scores, wanted)
+
+
+def test_repeated_calls_in_a_graph(repeats):
+    Q, D = rerank()
+    ek.maxsim(Q, D)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        scores = ek.maxsim(Q, D)
+    assert repeats == [False, True]
+    D.neg_()
+    graph.replay()
+    repeated.clear()
+    assert torch.equal(scores, ek.maxsim(Q, D))
+
+
+def test_repeated_calls_in_a_new_thread(repeats):
+    """Which has no context of the driver's until someone makes one."""
+    Q, D = rerank()
+    wanted, found = ek.maxsim(Q, D), []
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: found.extend(ek.maxsim(Q, D) for _ in range(2)))
+        thread.start()
+        thread.join()
+    assert len(found) == 4 and all(torch.equal(each, wanted) for each in found)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_repeated_calls_on_another_device(repeats):
+    """Functions belong to a device, and are started where it is the current one."""
+    Q, D = rerank()
+    wanted = ek.maxsim(Q, D).cpu()
+    other = Q.to("cuda:1"), D.to("cuda:1")
+    for _ in range(2):
+        assert torch.equal(ek.maxsim(*other).cpu(), wanted)
+    assert not any(repeats)
+    with torch.cuda.device(1):
+        for _ in range(3):
+            scores = ek.maxsim(*other)
+            assert scores.device == other[0].device and torch.equal(scores.cpu(), wanted)
+        assert torch.equal(ek.maxsim(Q, D).cpu(), wanted)
+    assert repeats == [False, False, False, False, True, True, False]
+    assert torch.equal(ek.maxsim(Q, D).cpu(), wanted) and repeats[-1]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from functools import cache, partial
+from typing import Any, NamedTuple
 
 from edgecolbert_kernels.backends import native
 
-Start = Callable[[int, tuple[int, int, int], int, int, int, tuple[int, ...]], None]
+# Of a function, grid, threads, shared bytes, stream and arguments; the driver's address is filled in.
+Start = partial[None]
 
 LIBRARY = "libcuda.so.1"
 
 
+class Launch(NamedTuple):
+    """One that can be repeated, as `_C.Launches` keeps it."""
+
+    address: int
+    function: int
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+    # 0 for those that are addresses: the inputs' come first, `output` is the place of the result's.
+    arguments: tuple[int, ...]
+    output: int
+    # What `torch.empty` makes the result of: sizes, dtype and device.
+    made: tuple[Any, ...]
+    # Whoever keeps the function loaded.
+    owner: object
+
+
 @cache
 def launch() -> Start | None:
-    """`_C.cuda_launch` of a function, grid, threads, shared bytes, stream and arguments, with the driver's address filled in.
+    """`_C.cuda_launch` with the driver's address filled in.
 
     None without the compiled module or a driver. A function belongs to a device's context, which the calling thread must
     have made its own.

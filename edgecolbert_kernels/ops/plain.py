@@ -31,7 +31,10 @@ _keys_of_calls, _function_modes = torch._C._dispatch_tls_local_include_set, torc
 
 
 def plain(*inputs: Tensor | None) -> bool:
-    """Whether an eager call with these inputs may hand their addresses to a kernel: they are on one device besides."""
+    """Whether an eager call with these inputs may hand their addresses to a kernel: they are on one device besides.
+
+    What is asked here, `backends.repeated` names to the compiled module as well.
+    """
     if (
         _is_compiling()
         or _keys_of_calls().raw_repr() not in _CALL_KEYS

@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from edgecolbert_kernels import arrays, checks
-from edgecolbert_kernels.backends import choose, cpu, select
+from edgecolbert_kernels.backends import choose, cpu, repeated, select
 from edgecolbert_kernels.ops import arguments
 from edgecolbert_kernels.ops.function import Direct, Transformed
 from edgecolbert_kernels.ops.maxsim import forward_op
 from edgecolbert_kernels.ops.plain import in_derivative, plain, refuse_tangents
+
+is_compiling = torch.compiler.is_compiling
 
 
 def tokens(name: str, seen: Any) -> Tensor:
@@ -158,6 +160,8 @@ def score(
             scores, _ = backend.forward(
                 Q, D, q_mask, d_mask, cu_q, cu_d, query_index, document_index, normalize, mask_mode, precision, False
             )
+            if repeated.table is not None and backend is not cpu and scores.dtype is dtype:
+                repeated.remember(backend, (Q, D, *batch), options, out_dtype)
     elif in_derivative():
         scores, _ = Transformed.apply(Q, D, *batch, *options)
     else:

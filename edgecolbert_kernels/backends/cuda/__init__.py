@@ -11,7 +11,7 @@ from typing import Any
 
 from edgecolbert_kernels.backends import triton
 
-_PARTS = {"forward": "scoring", "backward": "gradients", "backward_recompute": "gradients"}
+_PARTS = {"forward": "scoring", "launch_of": "scoring", "backward": "gradients", "backward_recompute": "gradients"}
 # Kernels that read inside their buffers whatever boundaries, indices and argmax say.
 GUARDED = True
 MOST_CANDIDATES = triton.MOST_CANDIDATES

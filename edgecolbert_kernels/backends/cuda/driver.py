@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,15 @@ class Kernel:
         places = (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
         block = self.threads, 1, 1, shared, ctypes.c_void_p(stream)
         _check(_driver().cuLaunchKernel(ctypes.c_void_p(function), *grid, *block, places, None))
+
+    def repeated(
+        self, device: int, grid: tuple[int, int, int], arguments: tuple[int, ...], output: int, made: tuple[Any, ...]
+    ) -> cuda_driver.Launch | None:
+        """What `start` did without shared memory; None where it was not done here, or not by the compiled module."""
+        function, launch = self._loaded.get(device), cuda_driver.launch()
+        if function is None or launch is None:
+            return None
+        return cuda_driver.Launch(launch.args[0], function, grid, self.threads, 0, arguments, output, made, self)
 
     def _load(self, device: int) -> int:
         major, minor = torch.cuda.get_device_capability(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from edgecolbert_kernels.backends import layout, native
 from edgecolbert_kernels.backends.cuda import driver
 from edgecolbert_kernels.backends.cuda.driver import Kernel
+from edgecolbert_kernels.backends.cuda_driver import Launch
 from edgecolbert_kernels.backends.triton import scoring as triton
 from edgecolbert_kernels.backends.triton.launch import LARGE, check_storage
 from edgecolbert_kernels.backends.triton.scoring import strides
@@ -23,6 +24,8 @@ MOST_STEPS = 8
 WARP_TOKENS, WARP_TOKENS_MASKED = 160, 320
 WARPS_EACH = 8
 MOST_WARPS = 8
+# The kernel's arguments that are addresses, which come first; the last of them is the scores'.
+ADDRESSES = 10
 
 
 class _Plan(NamedTuple):
@@ -62,6 +65,54 @@ def forward(
     return triton.forward(Q, D, *batch, normalize, mask_mode, precision, with_argmax, scales)
 
 
+def launch_of(
+    Q: Tensor,
+    D: Tensor,
+    q_mask: Tensor | None,
+    d_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_d: Tensor | None,
+    query_index: Tensor | None,
+    document_index: Tensor | None,
+    normalize: bool,
+    mask_mode: str,
+    precision: str,
+) -> Launch | None:
+    """As `triton.launch_of`."""
+    key = _key(Q, D, q_mask, d_mask, cu_q, cu_d, query_index, mask_mode, None)
+    plan = None if normalize or not _aligned(Q.data_ptr(), D.data_ptr()) else _plans.get(key)
+    if plan is None:
+        batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
+        return triton.launch_of(Q, D, *batch, normalize, mask_mode, precision)
+    arguments, made = (0,) * ADDRESSES + plan.sizes, (*plan.shape, torch.float32, Q.device)
+    return plan.kernel.repeated(Q.device.index, plan.grid, arguments, ADDRESSES - 1, made) if plan.grid[0] else None
+
+
+def _key(
+    Q: Tensor,
+    D: Tensor,
+    q_mask: Tensor | None,
+    d_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_d: Tensor | None,
+    query_index: Tensor | None,
+    mask_mode: str,
+    scales: Tensor | None,
+) -> tuple[Any, ...]:
+    return (
+        (Q.dtype, Q.shape, Q.stride()),
+        (D.dtype, D.shape, D.stride()),
+        (Q.device, mask_mode, q_mask is None, d_mask is None, scales is None),
+        None if cu_q is None else cu_q.shape[0],
+        None if cu_d is None else cu_d.shape[0],
+        None if query_index is None else query_index.shape[0],
+    )
+
+
+def _aligned(q: int, d: int) -> bool:
+    return q % 8 == 0 and d % 16 == 0
+
+
 def _rerank(
     Q: Tensor,
     D: Tensor,
@@ -75,14 +126,7 @@ def _rerank(
     scales: Tensor | None,
 ) -> Tensor | None:
     """None where the kernel does not fit."""
-    key = (
-        (Q.dtype, Q.shape, Q.stride()),
-        (D.dtype, D.shape, D.stride()),
-        (Q.device, mask_mode, q_mask is None, d_mask is None, scales is None),
-        None if cu_q is None else cu_q.shape[0],
-        None if cu_d is None else cu_d.shape[0],
-        None if query_index is None else query_index.shape[0],
-    )
+    key = _key(Q, D, q_mask, d_mask, cu_q, cu_d, query_index, mask_mode, scales)
     try:
         plan = _plans[key]
     except KeyError:
@@ -92,7 +136,7 @@ def _rerank(
     if plan is None:
         return None
     q, d = Q.data_ptr(), D.data_ptr()
-    if q % 8 or d % 16:
+    if not _aligned(q, d):
         return None
     if q < LARGE or d < LARGE:
         check_storage((Q, D), (q, d))

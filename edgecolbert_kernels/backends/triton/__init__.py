@@ -15,6 +15,7 @@ from typing import Any
 # What a backend offers, by the file that has it.
 _PARTS = {
     "forward": "scoring",
+    "launch_of": "scoring",
     "backward": "gradients",
     "backward_recompute": "gradients",
     "distill": "distillation",

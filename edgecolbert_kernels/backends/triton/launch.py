@@ -61,6 +61,15 @@ class Kernel:
         where = *grid, stream, self._function, self._compiled.packed_metadata, None, None, None
         self._compiled.run(*where, *arguments[: -len(SCRATCH)], *self._constants)
 
+    def repeated(
+        self, grid: tuple[int, int, int], arguments: tuple[int, ...], output: int, made: tuple[Any, ...]
+    ) -> cuda_driver.Launch | None:
+        """What `start` does; None where that is not the driver's launch."""
+        if self._launch is None:
+            return None
+        how = grid, self._threads, self._shared, arguments, output, made, self
+        return cuda_driver.Launch(self._launch.args[0], self._function, *how)
+
 
 def takes_eight_bytes_each(compiled: Any) -> bool:
     """Whether a compiled kernel takes all of its arguments, then SCRATCH, 8 bytes each, and is launched as usual."""
@@ -152,12 +161,12 @@ class Variant:
 class Launch:
     """A launch that is repeated: device, grid and integers are settled, and addresses come with every call."""
 
-    __slots__ = ("_device", "_grid", "_integers", "_kernels", "_key", "_tail", "_variant")
+    __slots__ = ("_device", "_grid", "_integers", "_kernels", "_key", "_pointers", "_tail", "_variant")
 
     def __init__(self, variant: Variant, device: int, programs: int, pointers: int, integers: tuple[int, ...]):
         """Of `variant.launch(programs, 1, ...)` with so many pointers, of which no other than the first two need alignment."""
         self._variant, self._device, self._grid = variant, device, (programs, 1, 1)
-        self._integers, self._tail = integers, (*integers, *SCRATCH)
+        self._pointers, self._integers, self._tail = pointers, integers, (*integers, *SCRATCH)
         self._kernels, self._key = variant.kernels, variant.alignment(device, (0,) * pointers + self._tail)
 
     def start(self, addresses: tuple[int, ...], tensors: tuple[Tensor | None, ...]) -> None:
@@ -170,6 +179,13 @@ class Launch:
         if first < LARGE or second < LARGE:
             check_storage(tensors, addresses)
         kernel.start(self._grid, torch._C._cuda_getCurrentRawStream(self._device), addresses + self._tail)
+
+    def repeated(self, addresses: tuple[int, int], output: int, made: tuple[Any, ...]) -> cuda_driver.Launch | None:
+        """What `start` does with tensors aligned as these; None where it looks at more than addresses."""
+        kernel = self._kernels.get(self._key)
+        if kernel is None or (addresses[0] | addresses[1]) & 15:
+            return None
+        return kernel.repeated(self._grid, (0,) * self._pointers + self._tail, output, made)
 
 
 def check_storage(tensors: Sequence[Tensor | None], addresses: Sequence[int]) -> None:

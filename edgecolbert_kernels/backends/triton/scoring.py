@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from edgecolbert_kernels.backends import layout, native
+from edgecolbert_kernels.backends import cuda_driver, layout, native, repeated
 from edgecolbert_kernels.backends.triton import config
 from edgecolbert_kernels.backends.triton.launch import INTERPRETED, MOST_PROGRAMS, Launch, Variant
 from edgecolbert_kernels.backends.triton.score_kernel import score
@@ -23,6 +23,7 @@ MANY_MAXIMA = 1 << 18
 
 # Arguments of both kernels that are addresses, which come first.
 POINTERS = 12
+SCORES = 10
 _ALIGNED = (0, 1, 12, 13, 14, 15, 16)  # q_ptr, d_ptr and the strides of both kernels
 # That are kept; a call is some hundred bytes.
 MOST_CALLS = 4096
@@ -65,6 +66,33 @@ def forward(
     )
     assert scores is not None
     return scores, argmax
+
+
+def launch_of(
+    Q: Tensor,
+    D: Tensor,
+    q_mask: Tensor | None,
+    d_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_d: Tensor | None,
+    query_index: Tensor | None,
+    document_index: Tensor | None,
+    normalize: bool,
+    mask_mode: str,
+    precision: str,
+) -> cuda_driver.Launch | None:
+    """What `forward` of these did a moment ago without an argmax, if it was one launch that they alone decide."""
+    strides = Q.stride(), D.stride()
+    # Float32 is multiplied as PyTorch's switch says at every call.
+    if strides[0][-1] != 1 or strides[1][-1] != 1 or torch.float32 in (Q.dtype, D.dtype):
+        return None
+    options = Q.device, normalize, mask_mode, precision, False, False
+    given = q_mask is None, d_mask is None, True, True
+    call = _calls.get(_key(Q, Q.dtype, strides[0], D, D.dtype, strides[1], options, given, cu_q, cu_d, query_index))
+    if call is None or len(call.launches) != 1:
+        return None
+    made = (*call.shape, torch.float32, Q.device)
+    return call.launches[0].repeated((Q.data_ptr(), D.data_ptr()), SCORES, made)
 
 
 def winners(
@@ -151,15 +179,9 @@ def _launch(
         q_strides, d_strides = Q.stride(), D.stride()
     q_dtype, d_dtype, device = Q.dtype, D.dtype, Q.device
     tf32 = (q_dtype is torch.float32 or d_dtype is torch.float32) and tf32_allowed()
-    key = (
-        (q_dtype, Q.shape, q_strides),
-        (d_dtype, D.shape, d_strides),
-        (device, normalize, mask_mode, precision, tf32, with_argmax),
-        (q_mask is None, d_mask is None, scales is None, grad is None),
-        None if cu_q is None else cu_q.shape[0],
-        None if cu_d is None else cu_d.shape[0],
-        None if query_index is None else query_index.shape[0],
-    )
+    options = device, normalize, mask_mode, precision, tf32, with_argmax
+    given = q_mask is None, d_mask is None, scales is None, grad is None
+    key = _key(Q, q_dtype, q_strides, D, d_dtype, d_strides, options, given, cu_q, cu_d, query_index)
     call = _calls.get(key)
     shape = layout.scores_shape(Q, D, cu_q, cu_d, query_index) if call is None else call.shape
     # Sizes one by one take PyTorch less time than a tuple.
@@ -190,6 +212,30 @@ def _launch(
     for launch in call.launches:
         launch.start(addresses, (Q, D, *optional))
     return scores, argmax
+
+
+def _key(
+    Q: Tensor,
+    q_dtype: torch.dtype,
+    q_strides: tuple[int, ...],
+    D: Tensor,
+    d_dtype: torch.dtype,
+    d_strides: tuple[int, ...],
+    options: tuple[Any, ...],
+    given: tuple[bool, ...],
+    cu_q: Tensor | None,
+    cu_d: Tensor | None,
+    query_index: Tensor | None,
+) -> tuple[Any, ...]:
+    return (
+        (q_dtype, Q.shape, q_strides),
+        (d_dtype, D.shape, d_strides),
+        options,
+        given,
+        None if cu_q is None else cu_q.shape[0],
+        None if cu_d is None else cu_d.shape[0],
+        None if query_index is None else query_index.shape[0],
+    )
 
 
 def _launches(plan: _Plan, Q: Tensor, D: Tensor) -> tuple[Launch, ...]:
@@ -294,6 +340,7 @@ def forget() -> None:
     """Choose blocks anew."""
     _calls.clear()
     _variants.clear()
+    repeated.clear()
 
 
 def capability(device: int | None) -> int:
