@@ -14,6 +14,7 @@ import edgecolbert_kernels as ek
 from cases import STORAGES, embeddings, grid, holes, padded, ragged, storage_name
 from conftest import ON_GPU
 from edgecolbert_kernels import reference
+from edgecolbert_kernels.backends import contrastive_torch
 from edgecolbert_kernels.ops import tiles
 from losses import assert_as_near, leaf, value_and_gradients
 
@@ -354,11 +355,12 @@ def test_small_output_gradients(engine, regime, small_tiles, scale, temperature)
 def score_gradients(monkeypatch, problem_, grad, skip):
     """The gradient of every score in float32, with what is negligible skipped, or with nothing skipped."""
     loss, state = tiles.forward(problem_, tiles.Plan(False, True))
-    weights = tiles._Weights(grad.expand(loss.shape), problem_, state, torch.float32)
+    weights = contrastive_torch.Weights(
+        grad.expand(loss.shape), problem_, state.rows, state.columns, torch.float32, False
+    )
     if not skip:
         weights.rounding, weights.negligible = -1.0, -torch.ones_like(weights.negligible)
-    everything = slice(0, problem_.D.shape[0])
-    return weights.of(tiles._Entries(problem_, state.scores, everything, weights.rows.limit), everything, False)
+    return weights.of(state.scores, slice(0, problem_.D.shape[0]))
 
 
 @pytest.mark.parametrize("temperature", [0.02, 0.1, 0.3])
