@@ -1,6 +1,7 @@
 """`edgecolbert::contrastive_forward` and `edgecolbert::contrastive_backward`: schema, implementation, fake and autograd.
 
-The forward returns the loss of every query and what the backward needs, of which `tiles.State` is the account.
+The forward returns the loss of every query and what the backward needs, of which `tiles.State` is the account. `losses` is
+how the package calls it: past the dispatcher where tensors are plain.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 from edgecolbert_kernels import checks
 from edgecolbert_kernels.backends import layout
 from edgecolbert_kernels.ops import arguments, tiles
-from edgecolbert_kernels.ops.plain import no_derivative
+from edgecolbert_kernels.ops.plain import in_derivative, no_derivative, plain, refuse_tangents
 
 _PROBLEM = (
     "Tensor Q, Tensor D, Tensor? q_mask, Tensor? d_mask, Tensor target, Tensor? exclude, Tensor temperature, "
@@ -33,6 +34,39 @@ _library.define("contrastive_forward" + _FORWARD, tags=(torch.Tag.pt2_compliant_
 _library.define("contrastive_backward" + _BACKWARD, tags=(torch.Tag.pt2_compliant_tag,))
 forward_op = torch.ops.edgecolbert.contrastive_forward.default
 backward_op = torch.ops.edgecolbert.contrastive_backward.default
+
+
+def losses(*args: Any) -> Tensor:
+    """`[Nq]`, of the forward op's arguments."""
+    Q, D, temperature = args[0], args[1], args[_TENSORS - 1]
+    if plain(*args[:_TENSORS]):
+        needs_grad = torch.is_grad_enabled() and (Q.requires_grad or D.requires_grad or temperature.requires_grad)
+        loss: Tensor = Contrastive.apply(*args) if needs_grad else _forward(*args)[0]
+        return loss
+    if in_derivative():
+        raise no_derivative("functorch")
+    refuse_tangents(Q, D, temperature)
+    return forward_op(*args)[0]
+
+
+class Contrastive(torch.autograd.Function):
+    """The loss of plain tensors. Without `setup_context`, for which PyTorch inspects the signature at every call."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        problem = _problem(args[:_PROBLEM_SIZE])
+        loss, state = tiles.forward(problem, tiles.plan(problem.Q, problem.D, *args[_PROBLEM_SIZE:]))
+        ctx.save_for_backward(*problem[:_TENSORS], *state)
+        ctx.options = problem[_TENSORS:]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or not plain(grad):
+            return _differentiate(ctx, grad)
+        saved = ctx.saved_tensors
+        problem, state = tiles.Problem(*saved[:_TENSORS], *ctx.options), tiles.State(*saved[_TENSORS:])
+        return _in_place(*tiles.backward(grad, problem, state, *_needs(ctx)))
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
@@ -84,12 +118,21 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[6]
+    saved, needs = ctx.saved_tensors, _needs(ctx)
     grads = backward_op(grad, *saved[:_TENSORS], *ctx.options, *saved[_TENSORS:], *needs)
-    grad_queries, grad_documents, grad_temperature = (
-        each if need else None for each, need in zip(grads, needs, strict=True)
-    )
+    return _in_place(*(each if need else None for each, need in zip(grads, needs, strict=True)))
+
+
+def _needs(ctx: Any) -> tuple[bool, bool, bool]:
+    """Whether Q, D and the temperature want a gradient."""
+    needs = ctx.needs_input_grad
+    return needs[0], needs[1], needs[_TENSORS - 1]
+
+
+def _in_place(
+    grad_queries: Tensor | None, grad_documents: Tensor | None, grad_temperature: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """One for each of the forward's arguments."""
     none = (None,) * (_PROBLEM_SIZE - _TENSORS + 2)
     return grad_queries, grad_documents, None, None, None, None, grad_temperature, *none
 

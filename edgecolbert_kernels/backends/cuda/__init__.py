@@ -11,7 +11,13 @@ from typing import Any
 
 from edgecolbert_kernels.backends import triton
 
-_PARTS = {"forward": "scoring", "backward": "gradients", "backward_recompute": "gradients"}
+_PARTS = {
+    "forward": "cuda.scoring",
+    "backward": "cuda.gradients",
+    "backward_recompute": "cuda.gradients",
+    "RowSums": "triton.contrastive",
+    "Weights": "triton.contrastive",
+}
 # Kernels that read inside their buffers whatever boundaries, indices and argmax say.
 GUARDED = True
 
@@ -25,7 +31,7 @@ def supports(op: str, device: str, dtype: str) -> str | None:
 def __getattr__(name: str) -> Any:
     if name not in _PARTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_PARTS[name]}"), name)
+    found = globals()[name] = getattr(importlib.import_module(f"edgecolbert_kernels.backends.{_PARTS[name]}"), name)
     return found
 
 

@@ -13,7 +13,13 @@ from functools import cache
 from typing import Any
 
 # What a backend offers, by the file that has it.
-_PARTS = {"forward": "scoring", "backward": "gradients", "backward_recompute": "gradients"}
+_PARTS = {
+    "forward": "scoring",
+    "backward": "gradients",
+    "backward_recompute": "gradients",
+    "RowSums": "contrastive",
+    "Weights": "contrastive",
+}
 OLDEST = (8, 0)
 # Kernels that read inside their buffers whatever boundaries, indices and argmax say.
 GUARDED = True
