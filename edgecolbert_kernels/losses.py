@@ -142,7 +142,7 @@ def contrastive_loss(
     if reduction == "sum":
         return losses.sum()
     if every_query and weight is None:
-        return losses.sum() / max(1, losses.shape[0])
+        return losses.mean() if losses.numel() else losses.sum()
     counted = target.any(1) if target.dtype == torch.bool else target >= 0
     factors = counted.to(losses.dtype) if weight is None else counted * weight.to(losses.dtype)
     return losses.sum() / factors.sum().clamp_min(torch.finfo(losses.dtype).tiny)

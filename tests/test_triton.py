@@ -14,7 +14,7 @@ import pytest
 HERE = Path(__file__).parent
 TESTS = [
     f"{name}::{test}"
-    for name in ("interpreted_kernels.py", "interpreted_rows.py")
+    for name in ("interpreted_kernels.py", "interpreted_rows.py", "interpreted_contrastive.py")
     for test in re.findall(r"^def (test_\w+)", (HERE / name).read_text(), re.MULTILINE)
 ]
 

@@ -87,7 +87,7 @@ def forward(problem: Problem, kept: Plan) -> tuple[Tensor, State]:
         argmax = argmax if found is None else found
     sums = source.arithmetic.RowSums(problem, _limit(problem, source), source.dtype)
     for some in source.tiles(kept.keep_scores and sums.TAKES_EVERYTHING):
-        sums.add(scores[:, some] if kept.keep_scores else source.score(some)[0], some)
+        sums.add(_columns(scores, some) if kept.keep_scores else source.score(some)[0], some)
     loss, rows, columns = sums.finish()
     return loss, State(rows, columns, scores, argmax)
 
@@ -105,8 +105,8 @@ def backward(
     grad_documents = torch.empty_like(problem.D, memory_format=torch.contiguous_format) if need_documents else None
     for some in source.tiles(everything is not None and weights.TAKES_EVERYTHING):
         with_argmax = need_tokens and not source.recomputes
-        tile, argmax = (state.scores[:, some], None) if keep_scores else source.score(some, with_argmax=with_argmax)
-        gradient = weights.of(tile, some, None if everything is None else everything[:, some])
+        tile, argmax = (_columns(state.scores, some), None) if keep_scores else source.score(some, with_argmax=with_argmax)
+        gradient = weights.of(tile, some, None if everything is None else _columns(everything, some))
         if everything is None and need_tokens:
             found = source.backward(gradient, some, argmax, sums, need_documents)
             if grad_documents is not None and found is not None:
@@ -158,6 +158,9 @@ class _Source:
                 report(min(start + size, count), count)
 
     def documents(self, some: slice) -> tuple[Tensor, Tensor | None]:
+        # A view of everything costs microseconds as well.
+        if some.start in (None, 0) and some.stop in (None, self.D.shape[0]):
+            return self.D, self.d_mask
         return self.D[some], None if self.d_mask is None else self.d_mask[some]
 
     def score(
@@ -199,6 +202,10 @@ class _Source:
         batch = self.q_mask, self.d_mask, None, None, None, None
         needs = need_queries, need_documents
         return self.backend.backward(gradient, self.Q, self.D, argmax, *batch, *self.options, *needs)
+
+
+def _columns(table: Tensor, some: slice) -> Tensor:
+    return table if some.stop - some.start == table.shape[1] else table[:, some]
 
 
 def _limit(problem: Problem, source: _Source) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Softmax sums and score gradients of the contrastive loss on a GPU: from tensors to launches of `contrastive_kernels`.
 
-`RowSums` and `Weights` have the interface of those in `contrastive_torch`, in one launch a tile and pass where those take
-some twenty (two where a number of a column needs all of its rows). Nothing here waits for the device.
+`RowSums` and `Weights` have the interface of those in `contrastive_torch`, in a launch or two a tile and pass where those take
+some twenty (one more where a number of a column needs all of its rows first). Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from edgecolbert_kernels.backends.triton.contrastive_kernels import (
 )
 from edgecolbert_kernels.backends.triton.launch import Variant
 
-# Scores that a program holds at a time: eight a thread.
-BLOCK = 1024
+# Scores that a program holds at a time: four a thread, with eight there are spills.
+BLOCK = 512
 # Columns and rows of a block where a program owns columns: a warp reads 128 bytes of a row.
-COLUMNS, ROWS = 32, 32
+COLUMNS, ROWS = 32, BLOCK // 32
 # Columns of a block where it owns rows: few, so that a tile of few documents fills it, or many.
-WIDTHS = (64, 256, 1024)
+WIDTHS = (32, 128, BLOCK)
 # Pieces of a column, each a program's, so that a few columns of many rows fill a device.
 MOST_CHUNKS = 128
 FEWEST_ROWS = 128
@@ -224,4 +224,5 @@ def bits(number: float) -> int:
 @cache
 def _variant(function: Any, dtypes: tuple[torch.dtype, torch.dtype | None], constants: tuple[Any, ...]) -> Variant:
     """Of a kernel, for dtypes of the temperature and the limit."""
-    return Variant(function, constants, 4, 1, ())
+    # By itself the compiler spills in `row_sums`, for a fifth program on a multiprocessor.
+    return Variant(function, constants, 4, 1, (), function is row_sums)
