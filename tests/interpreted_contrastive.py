@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import edgecolbert_kernels as ek
-from cases import embeddings, holes
+from cases import embeddings
 from conftest import INTERPRETED
 from edgecolbert_kernels import reference
 from edgecolbert_kernels.backends import contrastive_torch
-from edgecolbert_kernels.backends.contrastive_torch import Problem
 from edgecolbert_kernels.backends.triton import contrastive
 from losses import assert_as_near, value_and_gradients
+from score_tables import case, run
 
 SIZES = (1, 2, 3, 7, 16, 17, 33, 300)
 PAIRS = [*zip(SIZES, SIZES[3:] + SIZES[:3], strict=True), (33, 33), (1, 1), (2, 3)]
@@ -27,50 +27,6 @@ NAN, INF = float("nan"), float("inf")
 
 def test_interpreted():
     assert INTERPRETED
-
-
-def case(num_queries, num_documents, kind="plain", temperature=0.3, seed=0):
-    """A problem, its scores and the margin's limits. By `kind`: what the words in it say."""
-    scores = embeddings(num_queries, num_documents, seed=seed, norm=None)
-    target = torch.arange(num_queries) % num_documents
-    if "ignored" in kind:
-        target = torch.where(torch.arange(num_queries) % 3 == 1, -1, target)
-    if "several" in kind:
-        target = holes(num_queries, num_documents, seed=seed + 1, keep=0.2)
-        target[num_queries // 2] = False
-    exclude = limit = None
-    if "excluded" in kind:
-        exclude = holes(num_queries, num_documents, seed=seed + 2, keep=0.4)
-    if "nothing left" in kind:
-        exclude, target = torch.ones(num_queries, num_documents, dtype=torch.bool), target.clone()
-        target[::2] = -1
-    if "margin" in kind:
-        limit = embeddings(num_queries, seed=seed + 3, norm=None)
-    smoothing = 1.0 if "smoothing alone" in kind else 0.2 if "smoothed" in kind else 0.0
-    Q, D = torch.empty(num_queries, 1, 1), torch.empty(num_documents, 1, 1)
-    numbers = torch.tensor(temperature, dtype=torch.float64), smoothing, 0.9 if "margin" in kind else None
-    return Problem(Q, D, None, None, target, exclude, *numbers, "symmetric" in kind, False, "exclude"), scores, limit
-
-
-def run(module, problem, scores, limit, dtype=torch.float32, size=None, grad=None):
-    """Loss, gradients of the scores and the temperature, and the sums, by tiles of `size` documents."""
-    scores, (num_queries, num_documents) = scores.to(dtype), scores.shape
-    size = size or max(1, num_documents)
-    tiles = [slice(n, min(n + size, num_documents)) for n in range(0, num_documents, size)]
-    sums = module.RowSums(problem, None if limit is None else limit.to(dtype), dtype)
-    for some in tiles:
-        sums.add(scores[:, some], some)
-    loss, rows, columns = sums.finish()
-    if grad is None:
-        grad = embeddings(num_queries, seed=9, norm=None)
-    weights = module.Weights(grad.to(dtype), problem, rows, columns, dtype, True)
-    gradient = torch.full_like(scores, NAN)
-    for n, some in enumerate(tiles):
-        if n % 2:
-            weights.of(scores[:, some], some, gradient[:, some])
-        else:
-            gradient[:, some] = weights.of(scores[:, some], some)
-    return loss, gradient, weights.temperature_gradient(), rows, columns
 
 
 def check(problem, scores, limit, size=None, of=0.0):
@@ -156,7 +112,7 @@ def test_large_scores_and_small_temperatures(temperature):
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
-@pytest.mark.parametrize("kind", ["plain", "symmetric", "smoothed, ignored", "excluded"])
+@pytest.mark.parametrize("kind", ["plain", "symmetric", "smoothed, ignored", "excluded", "margin"])
 def test_special_values(kind, value):
     """The loss is not finite where PyTorch's is not, and gradients are its where those are finite."""
     for row, column in ((1, 1), (2, 5), (4, 0)):

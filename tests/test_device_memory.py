@@ -80,9 +80,19 @@ class Kernels:
         )
 
 
-@pytest.fixture
-def kernels(monkeypatch):
-    backend = Kernels()
+class AllKernels(Kernels):
+    """With those of the loss, which allocate what they do, and are not started."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        contrastive = pytest.importorskip("edgecolbert_kernels.backends.triton.contrastive", exc_type=ImportError)
+        monkeypatch.setattr(contrastive.Variant, "launch", lambda *_: None)
+        self.RowSums, self.Weights = contrastive.RowSums, contrastive.Weights
+
+
+@pytest.fixture(params=["loss in PyTorch", "loss in kernels"])
+def kernels(request, monkeypatch):
+    backend = AllKernels(monkeypatch) if "kernels" in request.param else Kernels()
     monkeypatch.setattr(tiles, "select", lambda *_: backend)
     return backend
 

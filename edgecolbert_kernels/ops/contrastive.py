@@ -40,9 +40,12 @@ def losses(*args: Any) -> Tensor:
     """`[Nq]`, of the forward op's arguments."""
     Q, D, temperature = args[0], args[1], args[_TENSORS - 1]
     if plain(*args[:_TENSORS]):
-        needs_grad = torch.is_grad_enabled() and (Q.requires_grad or D.requires_grad or temperature.requires_grad)
-        loss: Tensor = Contrastive.apply(*args) if needs_grad else _forward(*args)[0]
-        return loss
+        problem = _problem(args[:_PROBLEM_SIZE])
+        kept = tiles.plan(Q, D, *args[_PROBLEM_SIZE:])
+        if torch.is_grad_enabled() and (Q.requires_grad or D.requires_grad or temperature.requires_grad):
+            loss: Tensor = Contrastive.apply(Q, D, temperature, problem, kept)
+            return loss
+        return tiles.forward(problem, kept)[0]
     if in_derivative():
         raise no_derivative("functorch")
     refuse_tangents(Q, D, temperature)
@@ -53,20 +56,23 @@ class Contrastive(torch.autograd.Function):
     """The loss of plain tensors. Without `setup_context`, for which PyTorch inspects the signature at every call."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        problem = _problem(args[:_PROBLEM_SIZE])
-        loss, state = tiles.forward(problem, tiles.plan(problem.Q, problem.D, *args[_PROBLEM_SIZE:]))
+    def forward(
+        ctx: Any, Q: Tensor, D: Tensor, temperature: Tensor, problem: tiles.Problem, kept: tiles.Plan
+    ) -> Tensor:
+        loss, state = tiles.forward(problem, kept)
         ctx.save_for_backward(*problem[:_TENSORS], *state)
         ctx.options = problem[_TENSORS:]
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        inputs, state = (*saved[:_TENSORS], *ctx.options), saved[_TENSORS:]
         if torch.is_grad_enabled() or not plain(grad):
-            return _differentiate(ctx, grad)
-        saved = ctx.saved_tensors
-        problem, state = tiles.Problem(*saved[:_TENSORS], *ctx.options), tiles.State(*saved[_TENSORS:])
-        return _in_place(*tiles.backward(grad, problem, state, *_needs(ctx)))
+            grads = _wanted(backward_op(grad, *inputs, *state, *needs), needs)
+        else:
+            grads = tiles.backward(grad, tiles.Problem(*inputs), tiles.State(*state), *needs)
+        return *grads, None, None
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
@@ -118,23 +124,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    saved, needs = ctx.saved_tensors, _needs(ctx)
+    saved, needed = ctx.saved_tensors, ctx.needs_input_grad
+    needs = needed[0], needed[1], needed[_TENSORS - 1]
     grads = backward_op(grad, *saved[:_TENSORS], *ctx.options, *saved[_TENSORS:], *needs)
-    return _in_place(*(each if need else None for each, need in zip(grads, needs, strict=True)))
-
-
-def _needs(ctx: Any) -> tuple[bool, bool, bool]:
-    """Whether Q, D and the temperature want a gradient."""
-    needs = ctx.needs_input_grad
-    return needs[0], needs[1], needs[_TENSORS - 1]
-
-
-def _in_place(
-    grad_queries: Tensor | None, grad_documents: Tensor | None, grad_temperature: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """One for each of the forward's arguments."""
+    grad_queries, grad_documents, grad_temperature = _wanted(grads, needs)
     none = (None,) * (_PROBLEM_SIZE - _TENSORS + 2)
     return grad_queries, grad_documents, None, None, None, None, grad_temperature, *none
+
+
+def _wanted(grads: tuple[Tensor, ...], needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
+    return tuple(each if need else None for each, need in zip(grads, needs, strict=True))
 
 
 def _differentiate_twice(ctx: Any, *grads: Tensor) -> None:
@@ -151,8 +150,10 @@ def _problem(args: tuple[Any, ...]) -> tiles.Problem:
         if target.numel() and tiles.looked_at(problem.Q):
             checks.target(int(target.max()), problem.D.shape[0])
     exclude = None if problem.exclude is None else problem.exclude.to(torch.bool)
-    if tiles.looked_at(problem.Q) and not float(problem.temperature) > 0:
-        raise checks.not_positive("temperature", float(problem.temperature))
+    if tiles.looked_at(problem.Q):
+        temperature = float(problem.temperature.detach())
+        if not temperature > 0:
+            raise checks.not_positive("temperature", temperature)
     return problem._replace(q_mask=q_mask, d_mask=d_mask, target=target, exclude=exclude)
 
 

@@ -81,14 +81,15 @@ def plan(Q: Tensor, D: Tensor, save_scores: bool | None, max_saved_bytes: int) -
 def forward(problem: Problem, kept: Plan) -> tuple[Tensor, State]:
     """The loss of every query `[Nq]`, 0 for one without a positive."""
     source = _Source(problem)
-    scores, argmax = source.empty(), source.Q.new_empty(0, dtype=torch.int32)
-    if kept.keep_scores:
-        scores, found = source.score(slice(None), with_argmax=kept.keep_argmax)
-        argmax = argmax if found is None else found
+    scores, argmax = source.score(slice(None), with_argmax=kept.keep_argmax) if kept.keep_scores else (None, None)
     sums = source.arithmetic.RowSums(problem, _limit(problem, source), source.dtype)
     for some in source.tiles(kept.keep_scores and sums.TAKES_EVERYTHING):
-        sums.add(_columns(scores, some) if kept.keep_scores else source.score(some)[0], some)
+        sums.add(source.score(some)[0] if scores is None else _columns(scores, some), some)
     loss, rows, columns = sums.finish()
+    if scores is None:
+        scores = source.empty()
+    if argmax is None:
+        argmax = source.Q.new_empty(0, dtype=torch.int32)
     return loss, State(rows, columns, scores, argmax)
 
 
@@ -105,7 +106,9 @@ def backward(
     grad_documents = torch.empty_like(problem.D, memory_format=torch.contiguous_format) if need_documents else None
     for some in source.tiles(everything is not None and weights.TAKES_EVERYTHING):
         with_argmax = need_tokens and not source.recomputes
-        tile, argmax = (_columns(state.scores, some), None) if keep_scores else source.score(some, with_argmax=with_argmax)
+        tile, argmax = (
+            (_columns(state.scores, some), None) if keep_scores else source.score(some, with_argmax=with_argmax)
+        )
         gradient = weights.of(tile, some, None if everything is None else _columns(everything, some))
         if everything is None and need_tokens:
             found = source.backward(gradient, some, argmax, sums, need_documents)

@@ -14,13 +14,7 @@ import torch
 from torch import Tensor
 
 from edgecolbert_kernels.backends.contrastive_torch import Columns, Problem, Rows
-from edgecolbert_kernels.backends.triton.contrastive_kernels import (
-    column_finish,
-    column_sums,
-    column_weights,
-    row_sums,
-    score_gradients,
-)
+from edgecolbert_kernels.backends.triton import contrastive_kernels
 from edgecolbert_kernels.backends.triton.launch import Variant
 
 # Scores that a program holds at a time: four a thread, with eight there are spills.
@@ -67,7 +61,7 @@ class RowSums:
         means = self._add_columns(scores, some.start) if self.problem.symmetric else None
         given = self.inputs
         constants = *given.flags, self.smoothing, self.problem.symmetric, BLOCK // self.width, self.width
-        _variant(row_sums, given.dtypes, constants).launch(
+        _variant("row_sums", given.dtypes, constants).launch(
             -(-self.num_rows // (BLOCK // self.width)),
             1,
             (scores, *given.tensors, self.columns, self.columns if means is None else means, self.state, self.loss),
@@ -101,13 +95,13 @@ class RowSums:
         given, blocks = self.inputs, -(-num_columns // COLUMNS)
         partial = torch.empty((4, chunks, num_columns), dtype=torch.float64, device=scores.device)
         means = partial.new_empty(num_columns) if self.smoothing else None
-        _variant(column_sums, given.dtypes, (*given.flags, self.smoothing, ROWS, COLUMNS)).launch(
+        _variant("column_sums", given.dtypes, (*given.flags, self.smoothing, ROWS, COLUMNS)).launch(
             blocks,
             chunks,
             (scores, *given.of_columns, partial),
             (scores.stride(0), *given.strides, start, self.num_rows, num_columns, chunk),
         )
-        _variant(column_finish, given.dtypes, (self.smoothing, ROWS, COLUMNS)).launch(
+        _variant("column_finish", given.dtypes, (self.smoothing, ROWS, COLUMNS)).launch(
             blocks,
             1,
             (partial, self.problem.temperature, self.columns, means),
@@ -165,7 +159,7 @@ class Weights:
         )
         options = *given.flags, problem.label_smoothing > 0, problem.symmetric
         for need_slope, write in ((slopes is not None, False), (False, True)):
-            variant = _variant(score_gradients, given.dtypes, (*options, need_slope, write, ROWS, COLUMNS))
+            variant = _variant("score_gradients", given.dtypes, (*options, need_slope, write, ROWS, COLUMNS))
             variant.launch(blocks, chunks, tensors, integers)
         return out
 
@@ -180,7 +174,7 @@ class Weights:
     def _column_weights(self) -> Tensor:
         weights = torch.empty(self.num_documents, dtype=torch.float64, device=self.grad.device)
         given = self.inputs
-        _variant(column_weights, given.dtypes, (given.flags[0], ROWS, COLUMNS)).launch(
+        _variant("column_weights", given.dtypes, (given.flags[0], ROWS, COLUMNS)).launch(
             -(-self.num_documents // COLUMNS),
             1,
             (self.grad, given.target, given.positives, weights),
@@ -222,7 +216,7 @@ def bits(number: float) -> int:
 
 
 @cache
-def _variant(function: Any, dtypes: tuple[torch.dtype, torch.dtype | None], constants: tuple[Any, ...]) -> Variant:
-    """Of a kernel, for dtypes of the temperature and the limit."""
+def _variant(name: str, dtypes: tuple[torch.dtype, torch.dtype | None], constants: tuple[Any, ...]) -> Variant:
+    """Of a kernel, by its name, whose hash is no call of Python; for dtypes of the temperature and the limit."""
     # By itself the compiler spills in `row_sums`, for a fifth program on a multiprocessor.
-    return Variant(function, constants, 4, 1, (), function is row_sums)
+    return Variant(getattr(contrastive_kernels, name), constants, 4, 1, (), name == "row_sums")

@@ -282,7 +282,7 @@ def column_sums(
     largest = tl.full([COLUMNS], -INF, tl.float32)
     for begin in range(part * chunk, end, ROWS):
         row = begin + tl.arange(0, ROWS)
-        score, positive, candidate = _entries(
+        score, _, candidate = _entries(
             scores, score_stride, target, target_stride, target_step, exclude, exclude_stride, exclude_step, limit,
             start, row, column, end, num_columns, TABLE, EXCLUDE, LIMIT,
         )  # fmt: skip
@@ -293,7 +293,7 @@ def column_sums(
     all_scores = tl.zeros([COLUMNS], tl.float64)
     for begin in range(part * chunk, end, ROWS):
         row = begin + tl.arange(0, ROWS)
-        score, positive, candidate = _entries(
+        score, _, candidate = _entries(
             scores, score_stride, target, target_stride, target_step, exclude, exclude_stride, exclude_step, limit,
             start, row, column, end, num_columns, TABLE, EXCLUDE, LIMIT,
         )  # fmt: skip
@@ -363,8 +363,10 @@ def column_finish(
         tl.store(means + column, all_scores / tl.maximum(candidates, 1.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["grad", "target", "positives", "weights"]
-            + ["grad_stride", "target_stride", "target_step", "num_rows", "num_documents", "share_bits"])  # fmt: skip
+@triton.jit(do_not_specialize=[
+    "grad", "target", "positives", "weights",
+    "grad_stride", "target_stride", "target_step", "num_rows", "num_documents", "share_bits",
+])  # fmt: skip
 def column_weights(
     grad,
     target,
