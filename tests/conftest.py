@@ -75,10 +75,9 @@ def tiles_on_gpu(make):
         return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, tree)
 
     class Carried:
-        TAKES_EVERYTHING = make.TAKES_EVERYTHING
-
         def __init__(self, *arguments):
             self.carried = make(*moved(arguments, "cuda"))
+            self.takes_everything = self.carried.takes_everything
 
         def add(self, *arguments):
             self.carried.add(*moved(arguments, "cuda"))

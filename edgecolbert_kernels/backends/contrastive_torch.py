@@ -85,8 +85,8 @@ class _Entries:
 class RowSums:
     """The rows' running sums over the tiles, in float64 once a tile is summed."""
 
-    # What a tile takes grows with its scores, of which several copies come and go.
-    TAKES_EVERYTHING = False
+    # Whether a tile may be all of the scores: here several copies of it come and go.
+    takes_everything = False
 
     def __init__(self, problem: Problem, limit: Tensor | None, dtype: torch.dtype):
         self.problem, self.limit, self.dtype = problem, limit, dtype
@@ -168,7 +168,7 @@ class RowSums:
 class Weights:
     """Gradients of the losses to the scores, tile by tile; those that cannot matter are 0."""
 
-    TAKES_EVERYTHING = False
+    takes_everything = False
 
     def __init__(
         self, grad: Tensor, problem: Problem, rows: Tensor, columns: Tensor, dtype: torch.dtype, need_temperature: bool

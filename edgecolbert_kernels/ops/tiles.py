@@ -83,7 +83,7 @@ def forward(problem: Problem, kept: Plan) -> tuple[Tensor, State]:
     source = _Source(problem)
     scores, argmax = source.score(slice(None), with_argmax=kept.keep_argmax) if kept.keep_scores else (None, None)
     sums = source.arithmetic.RowSums(problem, _limit(problem, source), source.dtype)
-    for some in source.tiles(kept.keep_scores and sums.TAKES_EVERYTHING):
+    for some in source.tiles(kept.keep_scores and sums.takes_everything):
         sums.add(source.score(some)[0] if scores is None else _columns(scores, some), some)
     loss, rows, columns = sums.finish()
     if scores is None:
@@ -104,7 +104,7 @@ def backward(
     everything = torch.empty_like(state.scores) if keep_argmax and need_tokens else None
     sums = source.sums() if need_queries and everything is None else None
     grad_documents = torch.empty_like(problem.D, memory_format=torch.contiguous_format) if need_documents else None
-    for some in source.tiles(everything is not None and weights.TAKES_EVERYTHING):
+    for some in source.tiles(everything is not None and weights.takes_everything):
         with_argmax = need_tokens and not source.recomputes
         tile, argmax = (
             (_columns(state.scores, some), None) if keep_scores else source.score(some, with_argmax=with_argmax)

@@ -34,11 +34,10 @@ STATE = 8
 class RowSums:
     """The rows' running sums over the tiles, in float64."""
 
-    # A tile may be all of the scores: besides some numbers a row and column it takes no memory.
-    TAKES_EVERYTHING = True
-
     def __init__(self, problem: Problem, limit: Tensor | None, dtype: torch.dtype):
         self.problem, self.limit = problem, limit
+        # Whether a tile may be all of the scores. Columns take memory for each of their pieces.
+        self.takes_everything = not problem.symmetric
         self.num_rows, self.num_documents = problem.Q.shape[0], problem.D.shape[0]
         self.inputs = _Inputs(problem, limit)
         self.smoothing = problem.label_smoothing > 0
@@ -113,7 +112,7 @@ class RowSums:
 class Weights:
     """Gradients of the losses to the scores, tile by tile; those that cannot matter are 0."""
 
-    TAKES_EVERYTHING = True
+    takes_everything = True
 
     def __init__(
         self, grad: Tensor, problem: Problem, rows: Tensor, columns: Tensor, dtype: torch.dtype, need_temperature: bool
@@ -218,5 +217,5 @@ def bits(number: float) -> int:
 @cache
 def _variant(name: str, dtypes: tuple[torch.dtype, torch.dtype | None], constants: tuple[Any, ...]) -> Variant:
     """Of a kernel, by its name, whose hash is no call of Python; for dtypes of the temperature and the limit."""
-    # By itself the compiler spills in `row_sums`, for a fifth program on a multiprocessor.
-    return Variant(getattr(contrastive_kernels, name), constants, 4, 1, (), name == "row_sums")
+    # By itself the compiler spills some of them, for one more program on a multiprocessor.
+    return Variant(getattr(contrastive_kernels, name), constants, 4, 1, (), True)
