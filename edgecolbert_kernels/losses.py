@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from edgecolbert_kernels import checks, scoring
-from edgecolbert_kernels.ops import arguments, distillation, tensors
-from edgecolbert_kernels.ops.contrastive import forward_op
-from edgecolbert_kernels.ops.plain import in_derivative, no_derivative, refuse_tangents
+from edgecolbert_kernels.ops import arguments, contrastive, distillation, tensors
 
 MAX_SAVED_BYTES = 256 << 20
 REDUCTIONS = ("mean", "sum", "none")
@@ -105,10 +103,11 @@ def contrastive_loss(
         checks.same_batch(Q.shape, D.shape)
         group = D.shape[1]
         D, d_mask = D.flatten(0, 1), None if d_mask is None else d_mask.flatten(0, 1)
+    every_query = target is None
     if target is None:
-        target = torch.arange(Q.shape[0], device=Q.device) * group
         if D.shape[0] < Q.shape[0] * group or not group:
             raise checks.wrong_shape("D", D.shape, f"at least {Q.shape[0]} documents, the first query's positive first")
+        target = torch.arange(0, Q.shape[0] * group, group, device=Q.device)
     _tensor("target", target, Q)
     if exclude is not None:
         _tensor("exclude", exclude, Q)
@@ -117,12 +116,9 @@ def contrastive_loss(
     temperature = _temperature("temperature", temperature, Q)
     if not isinstance(temperature, Tensor):
         temperature = torch.full((), temperature, dtype=torch.float64, device=Q.device)
-    if in_derivative():
-        raise no_derivative("functorch")
-    refuse_tangents(Q, D, temperature)
     if not (torch.is_grad_enabled() and any(X.requires_grad for X in (Q, D, temperature))):
         save_scores, max_saved_bytes = False, 0
-    losses = forward_op(
+    losses = contrastive.losses(
         Q,
         D,
         q_mask,
@@ -137,7 +133,7 @@ def contrastive_loss(
         mask_mode,
         save_scores,
         max_saved_bytes,
-    )[0]
+    )
     if weight is not None:
         checks.shape("weight", _tensor("weight", weight, Q).shape, losses.shape, "one factor for each query")
         losses = losses * weight.to(losses.dtype)
@@ -145,6 +141,8 @@ def contrastive_loss(
         return losses
     if reduction == "sum":
         return losses.sum()
+    if every_query and weight is None:
+        return losses.mean() if losses.numel() else losses.sum()
     counted = target.any(1) if target.dtype == torch.bool else target >= 0
     factors = counted.to(losses.dtype) if weight is None else counted * weight.to(losses.dtype)
     return losses.sum() / factors.sum().clamp_min(torch.finfo(losses.dtype).tiny)

@@ -18,6 +18,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 import edgecolbert_kernels as ek
 import edgecolbert_kernels.ops
@@ -67,12 +68,41 @@ def on_gpu(function):
 SUMS = 13  # arguments of a backward before `sum_queries`, at least
 
 
+def tiles_on_gpu(make):
+    """A backend's `RowSums` or `Weights` of CPU tensors, with its work done on the GPU; what it writes to is brought back."""
+
+    def moved(tree, device):
+        return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, tree)
+
+    class Carried:
+        def __init__(self, *arguments):
+            self.carried = make(*moved(arguments, "cuda"))
+            self.takes_everything = self.carried.takes_everything
+
+        def add(self, *arguments):
+            self.carried.add(*moved(arguments, "cuda"))
+
+        def finish(self):
+            return moved(self.carried.finish(), "cpu")
+
+        def of(self, scores, some, out=None):
+            found = self.carried.of(scores.cuda(), some).cpu()
+            return found if out is None else out.copy_(found)
+
+        def temperature_gradient(self):
+            return self.carried.temperature_gradient().cpu()
+
+    return Carried
+
+
 def use(name, monkeypatch):
     """The context of an engine, which is not an instruction set."""
     if name in ON_GPU and not INTERPRETED:
         module = ON_GPU[name]
         for attribute in ("forward", "backward", "backward_recompute", "distill"):
             monkeypatch.setattr(module, attribute, on_gpu(getattr(module, attribute)))
+        for attribute in ("RowSums", "Weights"):
+            monkeypatch.setattr(module, attribute, tiles_on_gpu(getattr(module, attribute)))
         supports = module.supports
         monkeypatch.setattr(module, "supports", lambda op, device, dtype: supports(op, "cuda", dtype))
     return ek.backend(name)

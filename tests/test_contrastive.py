@@ -14,7 +14,8 @@ import edgecolbert_kernels as ek
 from cases import STORAGES, embeddings, grid, holes, padded, ragged, storage_name
 from conftest import ON_GPU
 from edgecolbert_kernels import reference
-from edgecolbert_kernels.ops import tiles
+from edgecolbert_kernels.backends import contrastive_torch
+from edgecolbert_kernels.ops import contrastive, tiles
 from losses import assert_as_near, leaf, value_and_gradients
 
 OP = torch.ops.edgecolbert
@@ -354,11 +355,12 @@ def test_small_output_gradients(engine, regime, small_tiles, scale, temperature)
 def score_gradients(monkeypatch, problem_, grad, skip):
     """The gradient of every score in float32, with what is negligible skipped, or with nothing skipped."""
     loss, state = tiles.forward(problem_, tiles.Plan(False, True))
-    weights = tiles._Weights(grad.expand(loss.shape), problem_, state, torch.float32)
+    weights = contrastive_torch.Weights(
+        grad.expand(loss.shape), problem_, state.rows, state.columns, torch.float32, False
+    )
     if not skip:
         weights.rounding, weights.negligible = -1.0, -torch.ones_like(weights.negligible)
-    everything = slice(0, problem_.D.shape[0])
-    return weights.of(tiles._Entries(problem_, state.scores, everything, weights.rows.limit), everything, False)
+    return weights.of(state.scores, slice(0, problem_.D.shape[0]))
 
 
 @pytest.mark.parametrize("temperature", [0.02, 0.1, 0.3])
@@ -591,6 +593,28 @@ def test_compile_with_inductor():
             value.backward()
             results.append((value.detach(), projection.weight.grad.clone(), log_temperature.grad.clone()))
         torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("name", ["plain", "several, symmetric", "margin, symmetric", "weighted, ignored"])
+def test_plain_tensors_go_past_the_dispatcher(backend, regime, name, monkeypatch):
+    """Eager calls run without the op, traced ones by it, to the same bits; saved tensors are checked for changes."""
+    called, options = [], {**OPTIONS[name], **regime}
+    with monkeypatch.context() as patch:
+        for op in ("forward_op", "backward_op"):
+            function = getattr(contrastive, op)
+            patch.setattr(contrastive, op, lambda *args, op=op, function=function: called.append(op) or function(*args))
+        direct = value_and_gradients(ek.contrastive_loss, *problem(), **options)
+        assert not called
+        patch.setattr(contrastive, "plain", lambda *_: False)
+        by_the_op = value_and_gradients(ek.contrastive_loss, *problem(), **options)
+    assert called == ["forward_op", "backward_op"]
+    assert all(map(torch.equal, direct, by_the_op))
+    Q, D = (leaf(x) for x in problem()[:2])
+    loss = ek.contrastive_loss(Q, D, **options)
+    with torch.no_grad():
+        D += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_refused_derivatives(backend, regime):

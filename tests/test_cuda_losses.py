@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 import edgecolbert_kernels as ek
 from cases import embeddings, holes
 from conftest import CUDA, GPU, ON_GPU
 from edgecolbert_kernels import losses, reference
+from edgecolbert_kernels.backends import contrastive_torch, triton
 from losses import assert_as_near, value_and_gradients
+from score_tables import case, run
 
 pytestmark = pytest.mark.skipif(not GPU, reason="there is no GPU that the kernels run on")
 
@@ -33,6 +36,68 @@ def test_contrastive(dtype, options, regime):
     )
     found = value_and_gradients(ek.contrastive_loss, *batch(dtype), **options, **regime)
     assert_as_near([each.cpu() for each in found], exact, plain)
+
+
+@pytest.mark.parametrize("regime", REGIMES, ids=str)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["rows", "symmetric"])
+def test_contrastive_with_every_option(symmetric, regime):
+    """Several positives and excluded documents, in tensors; then ignored queries."""
+    given = {"symmetric": symmetric, "label_smoothing": 0.1, "temperature": 0.1}
+    for tensors in (
+        {"target": holes(24, 40, seed=5, keep=0.1), "exclude": holes(24, 40, seed=6, keep=0.3)},
+        {"target": torch.where(torch.arange(24) % 3 == 1, -1, torch.arange(24)), "margin": 0.9},
+    ):
+        exact, plain = (
+            value_and_gradients(
+                reference.contrastive_loss, *batch(torch.float16, device="cpu"), dtype=each, **given, **tensors
+            )
+            for each in (torch.float64, torch.float32)
+        )
+        moved = {key: x.cuda() if isinstance(x, torch.Tensor) else x for key, x in tensors.items()}
+        found = value_and_gradients(ek.contrastive_loss, *batch(torch.float16), **given, **moved, **regime)
+        assert_as_near([each.cpu() for each in found], exact, plain)
+
+
+@pytest.mark.parametrize("kind", ["plain", "symmetric, several, excluded, margin, smoothed"])
+@pytest.mark.parametrize("shape", [(1000, 5000), (3000, 700), (5, 40_000), (40_000, 5)], ids=str)
+def test_sums_and_gradients_of_large_tables(shape, kind):
+    """Whole and by tiles, against PyTorch's operations in float64."""
+    problem, scores, limit = case(*shape, kind, 0.1)
+    problem, scores, limit = tree_map(
+        lambda x: x.cuda() if isinstance(x, torch.Tensor) else x, (problem, scores, limit)
+    )
+    grad = embeddings(shape[0], seed=9, norm=None).cuda()
+    exact, plain = (
+        [each.cpu() for each in run(contrastive_torch, problem, scores, limit, dtype, grad=grad)[:3]]
+        for dtype in (torch.float64, torch.float32)
+    )
+    for size in (None, 333):
+        found = run(triton, problem, scores, limit, size=size, grad=grad)
+        assert_as_near([each.cpu() for each in found[:3]], exact, plain)
+
+
+def test_contrastive_in_a_graph():
+    """Captured once, forward and backward; replayed with other values."""
+    Q, D, *masks = batch(torch.float16)
+    Q.requires_grad_(), D.requires_grad_()
+
+    def step():
+        loss = ek.contrastive_loss(Q, D, *masks, temperature=0.1, symmetric=True)
+        return loss, *torch.autograd.grad(loss, (Q, D))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        Q.copy_(-Q)
+    graph.replay()
+    assert all(map(torch.equal, captured, step()))
 
 
 CANDIDATES = holes(8, 16, seed=6)

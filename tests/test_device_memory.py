@@ -80,9 +80,19 @@ class Kernels:
         )
 
 
-@pytest.fixture
-def kernels(monkeypatch):
-    backend = Kernels()
+class AllKernels(Kernels):
+    """With those of the loss, which allocate what they do, and are not started."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        contrastive = pytest.importorskip("edgecolbert_kernels.backends.triton.contrastive", exc_type=ImportError)
+        monkeypatch.setattr(contrastive.Variant, "launch", lambda *_: None)
+        self.RowSums, self.Weights = contrastive.RowSums, contrastive.Weights
+
+
+@pytest.fixture(params=["loss in PyTorch", "loss in kernels"])
+def kernels(request, monkeypatch):
+    backend = AllKernels(monkeypatch) if "kernels" in request.param else Kernels()
     monkeypatch.setattr(tiles, "select", lambda *_: backend)
     return backend
 
@@ -155,7 +165,7 @@ def test_tiles_grow_with_the_device(kernels):
     for size in (64, 1024, 24576):
         given = problem(size, size, 32, 180, 48)
         with torch.no_grad():
-            parts = list(tiles._Source(given).tiles())
+            parts = list(tiles._Source(given).tiles(False))
         assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
         assert parts[-1].stop == size
         bytes_of_document = size * 32 * 2

@@ -107,7 +107,14 @@ def kernels(*calls):
                 yield launch, triton_report.compiled(launch, 90)
 
 
-CALLS = ("1 query, d 48", "backward, d 48", "pack, d 48, fp16", "pack, d 48, int8", "unpack, d 48, int8")
+CALLS = (
+    "1 query, d 48",
+    "backward, d 48",
+    "pack, d 48, fp16",
+    "pack, d 48, int8",
+    "unpack, d 48, int8",
+    "contrastive loss, every option",
+)
 
 
 @compiled

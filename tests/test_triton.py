@@ -14,7 +14,12 @@ import pytest
 HERE = Path(__file__).parent
 TESTS = [
     f"{name}::{test}"
-    for name in ("interpreted_kernels.py", "interpreted_rows.py", "interpreted_distillation.py")
+    for name in (
+        "interpreted_kernels.py",
+        "interpreted_rows.py",
+        "interpreted_distillation.py",
+        "interpreted_contrastive.py",
+    )  # fmt: skip
     for test in re.findall(r"^def (test_\w+)", (HERE / name).read_text(), re.MULTILINE)
 ]
 

@@ -36,6 +36,7 @@ INSTRUCTIONS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.+?)\s*;", re.MULTILINE)
 STEP = 16  # dimensions of one tensor-core step on halves
 
 TYPES = {
+    "torch.float64": "fp64",
     "torch.float32": "fp32",
     "torch.float16": "fp16",
     "torch.bfloat16": "bf16",
@@ -98,7 +99,8 @@ def calls() -> Iterator[tuple[str, int | None, Callable[[], object]]]:
     """What the report is of: a name, d where the products run on tensor cores, and a call on meta tensors."""
     import torch
 
-    from edgecolbert_kernels.backends.triton import distillation, gradients, pack, scoring
+    from edgecolbert_kernels.backends.contrastive_torch import Problem
+    from edgecolbert_kernels.backends.triton import contrastive, distillation, gradients, pack, scoring
 
     def empty(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -212,6 +214,26 @@ def calls() -> Iterator[tuple[str, int | None, Callable[[], object]]]:
         for objective, how in (("kl", "minmax"), ("kl", "zscore"), ("margin_mse", "zscore")):
             name = f"distillation, {count} candidates, {objective}, {how}"
             yield name, None, distilled(128, count, objective, how, masked=objective != "kl" or count > 16)
+
+    def loss(num_documents: int, of_everything: bool) -> Callable[[], object]:
+        table, double = (128, num_documents), torch.float64
+        target, exclude = (mask(*table), mask(*table)) if of_everything else (empty(128, dtype=torch.int64), None)
+        options = (0.1, 0.95, True) if of_everything else (0.0, None, False)
+        Q, D, temperature = empty(128, 32, 48), empty(num_documents, 180, 48), empty(dtype=double)
+        problem = Problem(Q, D, None, None, target, exclude, temperature, *options, False, "exclude")
+        limit, scores, grad = (empty(*shape, dtype=single) for shape in ((128,), table, (128,)))
+
+        def both() -> None:
+            sums = contrastive.RowSums(problem, limit if of_everything else None, single)
+            sums.add(scores, slice(0, num_documents))
+            _, rows, columns = sums.finish()
+            weights = contrastive.Weights(grad, problem, rows, columns, single, of_everything)
+            weights.of(scores, slice(0, num_documents))
+
+        return both
+
+    yield "contrastive loss", None, loss(128, False)
+    yield "contrastive loss, every option", None, loss(4096, True)
 
 
 def launches(call: Callable[[], object], sm: int) -> list[Launch]:

@@ -1,6 +1,7 @@
 """`edgecolbert::contrastive_forward` and `edgecolbert::contrastive_backward`: schema, implementation, fake and autograd.
 
-The forward returns the loss of every query and what the backward needs, of which `tiles.State` is the account.
+The forward returns the loss of every query and what the backward needs, of which `tiles.State` is the account. `losses` is
+how the package calls it: past the dispatcher where tensors are plain.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 from edgecolbert_kernels import checks
 from edgecolbert_kernels.backends import layout
 from edgecolbert_kernels.ops import arguments, tiles
-from edgecolbert_kernels.ops.plain import no_derivative
+from edgecolbert_kernels.ops.plain import in_derivative, no_derivative, plain, refuse_tangents
 
 _PROBLEM = (
     "Tensor Q, Tensor D, Tensor? q_mask, Tensor? d_mask, Tensor target, Tensor? exclude, Tensor temperature, "
@@ -33,6 +34,45 @@ _library.define("contrastive_forward" + _FORWARD, tags=(torch.Tag.pt2_compliant_
 _library.define("contrastive_backward" + _BACKWARD, tags=(torch.Tag.pt2_compliant_tag,))
 forward_op = torch.ops.edgecolbert.contrastive_forward.default
 backward_op = torch.ops.edgecolbert.contrastive_backward.default
+
+
+def losses(*args: Any) -> Tensor:
+    """`[Nq]`, of the forward op's arguments."""
+    Q, D, temperature = args[0], args[1], args[_TENSORS - 1]
+    if plain(*args[:_TENSORS]):
+        problem = _problem(args[:_PROBLEM_SIZE])
+        kept = tiles.plan(Q, D, *args[_PROBLEM_SIZE:])
+        if torch.is_grad_enabled() and (Q.requires_grad or D.requires_grad or temperature.requires_grad):
+            loss: Tensor = Contrastive.apply(Q, D, temperature, problem, kept)
+            return loss
+        return tiles.forward(problem, kept)[0]
+    if in_derivative():
+        raise no_derivative("functorch")
+    refuse_tangents(Q, D, temperature)
+    return forward_op(*args)[0]
+
+
+class Contrastive(torch.autograd.Function):
+    """The loss of plain tensors. Without `setup_context`, for which PyTorch inspects the signature at every call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, Q: Tensor, D: Tensor, temperature: Tensor, problem: tiles.Problem, kept: tiles.Plan
+    ) -> Tensor:
+        loss, state = tiles.forward(problem, kept)
+        ctx.save_for_backward(*problem[:_TENSORS], *state)
+        ctx.options = problem[_TENSORS:]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        inputs, state = (*saved[:_TENSORS], *ctx.options), saved[_TENSORS:]
+        if torch.is_grad_enabled() or not plain(grad):
+            grads = _wanted(backward_op(grad, *inputs, *state, *needs), needs)
+        else:
+            grads = tiles.backward(grad, tiles.Problem(*inputs), tiles.State(*state), *needs)
+        return *grads, None, None
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
@@ -84,14 +124,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[6]
+    saved, needed = ctx.saved_tensors, ctx.needs_input_grad
+    needs = needed[0], needed[1], needed[_TENSORS - 1]
     grads = backward_op(grad, *saved[:_TENSORS], *ctx.options, *saved[_TENSORS:], *needs)
-    grad_queries, grad_documents, grad_temperature = (
-        each if need else None for each, need in zip(grads, needs, strict=True)
-    )
+    grad_queries, grad_documents, grad_temperature = _wanted(grads, needs)
     none = (None,) * (_PROBLEM_SIZE - _TENSORS + 2)
     return grad_queries, grad_documents, None, None, None, None, grad_temperature, *none
+
+
+def _wanted(grads: tuple[Tensor, ...], needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
+    return tuple(each if need else None for each, need in zip(grads, needs, strict=True))
 
 
 def _differentiate_twice(ctx: Any, *grads: Tensor) -> None:
@@ -108,8 +150,10 @@ def _problem(args: tuple[Any, ...]) -> tiles.Problem:
         if target.numel() and tiles.looked_at(problem.Q):
             checks.target(int(target.max()), problem.D.shape[0])
     exclude = None if problem.exclude is None else problem.exclude.to(torch.bool)
-    if tiles.looked_at(problem.Q) and not float(problem.temperature) > 0:
-        raise checks.not_positive("temperature", float(problem.temperature))
+    if tiles.looked_at(problem.Q):
+        temperature = float(problem.temperature.detach())
+        if not temperature > 0:
+            raise checks.not_positive("temperature", temperature)
     return problem._replace(q_mask=q_mask, d_mask=d_mask, target=target, exclude=exclude)
 
 

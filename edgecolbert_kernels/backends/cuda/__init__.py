@@ -11,7 +11,15 @@ from typing import Any
 
 from edgecolbert_kernels.backends import triton
 
-_PARTS = {"forward": "scoring", "launch_of": "scoring", "backward": "gradients", "backward_recompute": "gradients"}
+_PARTS = {
+    "forward": "cuda.scoring",
+    "launch_of": "cuda.scoring",
+    "backward": "cuda.gradients",
+    "backward_recompute": "cuda.gradients",
+    "RowSums": "triton.contrastive",
+    "Weights": "triton.contrastive",
+    "distill": "triton.distillation",
+}
 # Kernels that read inside their buffers whatever boundaries, indices and argmax say.
 GUARDED = True
 MOST_CANDIDATES = triton.MOST_CANDIDATES
@@ -23,14 +31,10 @@ def supports(op: str, device: str, dtype: str) -> str | None:
     return triton.supports(op, device, dtype) or _missing_compiler()
 
 
-def distill(*arguments: Any) -> Any:
-    return triton.distill(*arguments)
-
-
 def __getattr__(name: str) -> Any:
     if name not in _PARTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_PARTS[name]}"), name)
+    found = globals()[name] = getattr(importlib.import_module(f"edgecolbert_kernels.backends.{_PARTS[name]}"), name)
     return found
 
 

@@ -18,6 +18,8 @@ _PARTS = {
     "launch_of": "scoring",
     "backward": "gradients",
     "backward_recompute": "gradients",
+    "RowSums": "contrastive",
+    "Weights": "contrastive",
     "distill": "distillation",
 }
 OLDEST = (8, 0)
