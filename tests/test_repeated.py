@@ -68,7 +68,7 @@ class Here:
         from edgecolbert_kernels.backends.triton import launch
         from edgecolbert_kernels.backends.triton import scoring as triton
 
-        self.set(cuda, "_processors", lambda _: 132)
+        self.set(driver, "processors", lambda _: 132)
         self.set(cuda, "_plans", {})
         cuda._kernel.cache_clear()
         self.set(driver.Kernel, "_load", lambda *_: FUNCTION)
