@@ -241,7 +241,7 @@ def test_query_gradients_shared_and_not(emulator, processors, dim, dtype):
 
 def test_tiles(emulator, monkeypatch):
     """A document that is longer than a tile, and packed ones of which one is longer than all of its tiles."""
-    monkeypatch.setattr(gradients, "TILE_BYTES", 16 * 4 * 48)
+    monkeypatch.setattr(gradients, "MOST_ROWS", 16)
     Q, D = grid(20, 32, 48, dtype=F16, seed=1), grid(2, 70, 48, dtype=F32, seed=2)
     grad = output_gradient(20, 2)
     argmax, of_queries, of_documents = chosen(grad, Q, D)
