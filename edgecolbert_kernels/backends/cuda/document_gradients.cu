@@ -23,8 +23,8 @@
 #include "tokens.h"
 
 constexpr int WIDTH = LANES * EACH;
-// Rows that a group reads together: with those of the other groups 16, of which a lane keeps no more than 32 registers.
-constexpr int MOST_AHEAD = Q_TYPE == F32 ? 4 : 8;
+// Rows that a group reads together: with those of the other groups 16, as far as registers go.
+constexpr int MOST_AHEAD = Q_TYPE == F32 ? 4 : NORMALIZE ? 6 : 8;
 constexpr int WANTED = (16 + GROUPS - 1) / GROUPS;
 constexpr int AHEAD = !ALIGNED ? 1 : WANTED < MOST_AHEAD ? WANTED : MOST_AHEAD;
 // Items whose winners are on their way together.
@@ -35,7 +35,7 @@ constexpr int BATCH = 8;
 struct Items {
   i64* places;   // of the first token's row, in elements
   i64* entries;  // of its winner
-  i64* firsts;   // its number
+  i64* firsts;   // its number, for `normalize`
   float* weights;
   int* tokens;
 };
@@ -44,14 +44,15 @@ struct Items {
 struct Share {
   i64 number, end;  // of the item that a lane looks at next
   // What a lane has: the rest of a query, from token c on.
-  i64 query = 0, first_row = 0, entry = 0, tokens = 0, c = 0;
+  i64 place = 0, entry = 0, tokens = 0, c = 0;
+  [[maybe_unused]] i64 first_row = 0;
   float weight = 0.0f;
 
   // Lists up to `most` from `begin` on, and returns how many. A query is `pieces` numbers; a longer one of packed ones
   // goes round.
   template <typename Look>
-  __device__ __forceinline__ int list(const Items& items, int begin, int most, i64 pieces, i64 stride_n, i64 stride_t,
-                                      int lane, const Look& look) {
+  __device__ __forceinline__ int list(const Items& items, int begin, int most, i64 pieces, i64 stride_t, int lane,
+                                      const Look& look) {
     int count = 0;
     while (count < most) {
       const u32 active = __ballot_sync(ALL, c < tokens);
@@ -64,12 +65,10 @@ struct Share {
       }
       const int at = count + __popc(active & ((1u << lane) - 1));
       if (c < tokens && at < most) {
-#if Q_PACKED
-        items.places[begin + at] = (first_row + c) * stride_t;
-#else
-        items.places[begin + at] = query * stride_n + c * stride_t;
+        items.places[begin + at] = place + c * stride_t, items.entries[begin + at] = entry + c;
+#if NORMALIZE
+        items.firsts[begin + at] = first_row + c;
 #endif
-        items.entries[begin + at] = entry + c, items.firsts[begin + at] = first_row + c;
         items.weights[begin + at] = weight;
         items.tokens[begin + at] = tokens - c < 32 ? static_cast<int>(tokens - c) : 32;
         c += 32 * pieces;
@@ -150,13 +149,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
     if (query < 0 || query >= num_queries) return;
     const float g = grad[pair];
     if (g == 0.0f) return;
-    share.weight = g, share.query = query, share.c = share.number % pieces * 32;
+    share.weight = g, share.c = share.number % pieces * 32;
 #if Q_PACKED
     share.first_row = boundary(q_bounds, query, q_length);
     share.tokens = boundary(q_bounds, query + 1, q_length) - share.first_row;
+    share.place = share.first_row * row_stride;
     share.entry = share.first_row * num_documents + document * share.tokens;
 #else
-    share.first_row = query * q_length, share.tokens = q_length, share.entry = pair * q_length;
+    share.first_row = query * q_length, share.tokens = q_length;
+    share.place = query * q_stride_n, share.entry = pair * q_length;
 #endif
   };
 
@@ -189,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
       // How many of a warp's entries name each token.
       const int mine = warp * most;
       int* my_counts = counts + warp * tile;
-      const int count = share.list(items, mine, most, pieces, q_stride_n, q_stride_t, lane, look);
+      const int count = share.list(items, mine, most, pieces, row_stride, lane, look);
       for (int n = lane; n < rows; n += 32) my_counts[n] = 0;
 #if MULTI
       const bool rest = share.more();
