@@ -168,7 +168,13 @@ def test_candidates_and_pairs():
 @pytest.mark.parametrize("documents", ["padded", "packed"])
 @pytest.mark.parametrize("dim", DIMENSIONS)
 def test_gradients(dim, documents):
-    for query_length, num_queries, count, length in ((1, 1, 1, 1), (31, 5, 6, 17), (33, 70, 3, 300), (70, 40, 2, 700)):
+    for query_length, num_queries, count, length in (
+        (1, 1, 1, 1),
+        (31, 5, 6, 17),
+        (33, 70, 3, 300),
+        (70, 40, 2, 700),
+        (33, 1100, 2, 40),
+    ):
         for query_dtype, dtype in ((torch.float16, torch.bfloat16), (torch.float32, torch.float16)):
             Q = grid(num_queries, query_length, dim, dtype=query_dtype, seed=1)
             D = grid(count, length, dim, dtype=dtype, seed=2)
