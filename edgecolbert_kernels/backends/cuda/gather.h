@@ -66,13 +66,16 @@ __device__ __forceinline__ void add(float (&sum)[EACH], float by, const Raw<TYPE
   }
 }
 
-// The groups' sums, in the lanes of the first.
+// The groups' sums, in the lanes of the first: each time the second half is added to the first.
 __device__ __forceinline__ void add_groups(float (&sum)[EACH], int lane) {
 #pragma unroll
-  for (int n = 0; n < EACH; ++n) {
-    const float mine = sum[n];
+  for (int groups = GROUPS, half = (GROUPS + 1) / 2; groups > 1; groups = half, half = (half + 1) / 2) {
+    const bool has = lane < (groups - half) * LANES;
 #pragma unroll
-    for (int other = 1; other < GROUPS; ++other) sum[n] += __shfl_sync(ALL, mine, (lane + other * LANES) & 31);
+    for (int n = 0; n < EACH; ++n) {
+      const float other = __shfl_sync(ALL, sum[n], (lane + half * LANES) & 31);
+      if (has) sum[n] += other;
+    }
   }
 }
 
