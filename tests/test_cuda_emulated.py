@@ -239,9 +239,12 @@ def test_query_gradients_shared_and_not(emulator, processors, dim, dtype):
         assert torch.equal(found, right)
 
 
-def test_tiles(emulator, monkeypatch):
-    """A document that is longer than a tile, and packed ones of which one is longer than all of its tiles."""
-    monkeypatch.setattr(gradients, "TILE_BYTES", 16 * 4 * 48)
+@pytest.mark.parametrize("items", [2, 128])
+def test_tiles(emulator, monkeypatch, items):
+    """A document that is longer than a tile, and packed ones of which one is longer than all of its tiles; queries that are
+    sorted in turn, and at once."""
+    monkeypatch.setattr(gradients, "MOST_ROWS", 16)
+    monkeypatch.setattr(gradients, "MOST_ITEMS", items)
     Q, D = grid(20, 32, 48, dtype=F16, seed=1), grid(2, 70, 48, dtype=F32, seed=2)
     grad = output_gradient(20, 2)
     argmax, of_queries, of_documents = chosen(grad, Q, D)
@@ -258,6 +261,30 @@ def test_tiles(emulator, monkeypatch):
     assert torch.equal(first[1], of_documents.float())
     assert torch.equal(second[0], rows.grad.half())
     assert torch.equal(second[1], packed.grad.float())
+
+
+@pytest.mark.parametrize("items, dim, dtype", [(128, 48, F16), (4, 160, F32)], ids=str)
+def test_document_gradients_are_sums_in_one_order(emulator, monkeypatch, items, dim, dtype):
+    """Of values that are not exact, so that another order shows: tokens that most chose, that some did, and that none did;
+    gradients of which most are 0, all of a document's, or tiny."""
+    monkeypatch.setattr(gradients, "MOST_ITEMS", items)
+    generator = torch.Generator().manual_seed(5)
+    Q, D = torch.randn(70, 40, dim, generator=generator).to(dtype), torch.zeros(4, 300, dim)
+    grad = torch.randn(70, 4, generator=generator)
+    grad[:, 1] *= torch.rand(70, generator=generator) < 0.05
+    grad[:, 2] = 0
+    grad[:, 3] *= 1e-30
+    argmax = torch.randint(0, 250, (70, 4, 40), generator=generator)
+    argmax[torch.rand(argmax.shape, generator=generator) < 0.6] = 7
+    argmax[:, 3, :35] = 290
+    ((_, found),) = emulator([backward(grad, Q, D, argmax.short(), needs=(False, True))])
+    for document in range(4):
+        right = torch.zeros(300, dim, dtype=torch.float64)
+        added = (grad[:, document, None, None] * Q.double()).flatten(0, 1)
+        right.index_add_(0, argmax[:, document].flatten(), added)
+        atol = 1e-6 * right.abs().max().item()
+        torch.testing.assert_close(found[document].double(), right, rtol=1e-5, atol=atol)
+        assert not found[document][right.abs().sum(-1) == 0].any()
 
 
 def test_gradients_of_own_candidates_and_pairs(emulator):
@@ -310,7 +337,7 @@ def test_nan_reaches_only_what_it_chose(emulator):
     assert not of_queries.isnan().any()
 
 
-@pytest.mark.parametrize("dim", [3, 48, 64])
+@pytest.mark.parametrize("dim", [3, 48, 130])
 def test_gradients_through_normalize(emulator, dim):
     Q, D = grid(20, 32, dim, dtype=F32, seed=1), grid(2, 15, dim, dtype=F32, seed=2)
     Q[2, 3], D[1, 4] = 0, 0

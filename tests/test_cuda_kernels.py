@@ -28,8 +28,8 @@ RERANK = {
     "D_PACKED": 0, "D_MASK": 0, "ZERO": 0, "Q_MASK": 0, "SCALED": 0,
 }  # fmt: skip
 GRADIENTS = {
-    "DIM": 48, "SLICE": 48, "WARPS": 6, "COPIES": 6, "LAYOUT": 0, "Q_TYPE": 0, "D_TYPE": 0, "WIDE_ARGMAX": 0, "Q_PACKED": 0,
-    "D_PACKED": 0, "NORMALIZE": 0, "TILED": 0, "Q_STRIDE": 48, "PAIRED": 1,
+    "DIM": 48, "SLICE": 48, "WARPS": 8, "LAYOUT": 0, "Q_TYPE": 0, "D_TYPE": 0, "WIDE_ARGMAX": 0, "Q_PACKED": 0,
+    "D_PACKED": 0, "NORMALIZE": 0, "MULTI": 0, "ALIGNED": 1, "Q_STRIDE": 48,
 }  # fmt: skip
 QUERIES = {
     "DIM": 48, "SLICE": 48, "TOKENS": 4, "WARPS": 8, "SHARES": 1, "LAYOUT": 0, "Q_TYPE": 0, "D_TYPE": 0, "WIDE_ARGMAX": 0,
@@ -41,9 +41,12 @@ VARIANTS = [
     ("rerank.cu", {**RERANK, "LAYOUT": 2, "INT8": 1, "D_PACKED": 1, "SCALED": 1}),
     ("rerank.cu", {**RERANK, "D_MASK": 1, "ZERO": 1, "Q_MASK": 1, "Q_PACKED": 1}),
     ("document_gradients.cu", GRADIENTS),
-    ("document_gradients.cu", {**GRADIENTS, "DIM": 33, "SLICE": 34, "Q_TYPE": 2, "PAIRED": 0, "Q_STRIDE": 0, "NORMALIZE": 1}),
-    ("document_gradients.cu", {**GRADIENTS, "LAYOUT": 1, "Q_TYPE": 1, "D_TYPE": 1, "WIDE_ARGMAX": 1, "WARPS": 4, "COPIES": 1}),
-    ("document_gradients.cu", {**GRADIENTS, "LAYOUT": 2, "D_TYPE": 2, "Q_PACKED": 1, "D_PACKED": 1, "TILED": 1}),
+    ("document_gradients.cu", {**GRADIENTS, "DIM": 33, "SLICE": 33, "Q_TYPE": 2, "ALIGNED": 0, "Q_STRIDE": 0, "NORMALIZE": 1}),
+    ("document_gradients.cu", {**GRADIENTS, "LAYOUT": 1, "Q_TYPE": 1, "D_TYPE": 1, "WIDE_ARGMAX": 1, "WARPS": 4}),
+    ("document_gradients.cu", {**GRADIENTS, "LAYOUT": 2, "D_TYPE": 2, "Q_PACKED": 1, "D_PACKED": 1, "MULTI": 1}),
+    ("document_gradients.cu", {**GRADIENTS, "DIM": 128, "SLICE": 128, "Q_STRIDE": 128, "D_TYPE": 1, "Q_TYPE": 1}),
+    ("document_gradients.cu", {**GRADIENTS, "DIM": 128, "SLICE": 128, "Q_STRIDE": 128, "MULTI": 1, "NORMALIZE": 1}),
+    ("document_gradients.cu", {**GRADIENTS, "DIM": 256, "SLICE": 256, "Q_STRIDE": 256, "Q_TYPE": 2, "MULTI": 1}),
     ("query_gradients.cu", QUERIES),
     ("query_gradients.cu", {**QUERIES, "DIM": 128, "SLICE": 128, "D_STRIDE": 128, "SHARES": 8, "D_TYPE": 1, "LAYOUT": 1}),
     ("query_gradients.cu", {**QUERIES, "D_TYPE": 2, "WIDE_ARGMAX": 1, "SHARES": 2, "SUM": 1, "NORMALIZE": 1, "WARPS": 6}),
@@ -165,7 +168,13 @@ def test_candidates_and_pairs():
 @pytest.mark.parametrize("documents", ["padded", "packed"])
 @pytest.mark.parametrize("dim", DIMENSIONS)
 def test_gradients(dim, documents):
-    for query_length, num_queries, count, length in ((1, 1, 1, 1), (31, 5, 6, 17), (33, 70, 3, 300), (70, 40, 2, 700)):
+    for query_length, num_queries, count, length in (
+        (1, 1, 1, 1),
+        (31, 5, 6, 17),
+        (33, 70, 3, 300),
+        (70, 40, 2, 700),
+        (33, 1100, 2, 40),
+    ):
         for query_dtype, dtype in ((torch.float16, torch.bfloat16), (torch.float32, torch.float16)):
             Q = grid(num_queries, query_length, dim, dtype=query_dtype, seed=1)
             D = grid(count, length, dim, dtype=dtype, seed=2)

@@ -123,6 +123,23 @@ inline bool __any_sync(unsigned mask, bool x, int line = __builtin_LINE()) {
   return emulated::ballot("__any_sync", line, mask, x) != 0;
 }
 
+// The lanes that gave the same.
+inline unsigned __match_any_sync(unsigned mask, int x, int line = __builtin_LINE()) {
+  const emulated::Warp& warp = emulated::meet("__match_any_sync", line, mask, &x, sizeof x);
+  unsigned found = 0;
+  for (int lane = 0; lane < emulated::LANES; ++lane) {
+    if (mask >> lane & 1 && warp.given<int>(lane) == x) found |= 1u << lane;
+  }
+  return found;
+}
+
+// Of shared memory, where no two threads run at once.
+inline int atomicAdd(int* at, int by) {
+  const int before = *at;
+  *at += by;
+  return before;
+}
+
 template <typename T>
 T __ldg(const T* at) {
   return emulated::loaded<T>(at);

@@ -17,14 +17,20 @@ from edgecolbert_kernels.backends.triton.scoring import rows, strides, winners
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 # Warps of a block, and at least, where its work allows.
 MOST_WARPS, FEWEST_WARPS = 8, 4
-# Dimensions of a token that a block takes: of a query's eight a lane, of a document's two.
-QUERY_SLICE, DOCUMENT_SLICE = 256, 64
+# Dimensions of a token that a block takes, eight a lane.
+SLICE = 256
 # Tokens of a query that a warp has, where there are enough of them for so many warps on every multiprocessor.
 TOKENS, WARPS_EACH = 4, 16
-# Of shared memory for a warp's sums: less makes more warps, more makes fewer looks at every winner.
-TILE_BYTES = 80_000
+# Bytes of one of the `Items` in `document_gradients.cu`, and of its 32 entries in the list.
+ITEM_BYTES = 32 + 64
+# Items of a warp that are sorted together: the sorted list counts its entries in 16 bits.
+MOST_ITEMS = 128
+# Tokens of a document that a block takes, and what they are not cut below to have more blocks.
+MOST_ROWS, FEWEST_ROWS = 512, 16
 # Of a multiprocessor's shared memory, what each block takes beside its own.
 RESERVED = 1024
+# What `document_gradients.cu` declares, and more.
+DECLARED = 256
 
 
 def backward(
@@ -46,19 +52,12 @@ def backward(
     sum_queries: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `triton.backward`. What a block must see whole for `normalize`, and does not, is that one's."""
-    width = Q.shape[-1] if normalize else 0
-    left = need_queries and width > QUERY_SLICE, need_documents and width > DOCUMENT_SLICE
-    grad_queries = grad_documents = None
-    if any(left):
+    if normalize and Q.shape[-1] > SLICE:
         batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
         options = normalize, mask_mode, precision
-        grad_queries, grad_documents = triton.backward(grad, Q, D, argmax, *batch, *options, *left, sum_queries)
+        return triton.backward(grad, Q, D, argmax, *batch, *options, need_queries, need_documents, sum_queries)
     call = _Call(grad, Q, D, argmax, cu_q, cu_d, query_index, document_index, normalize)
-    if need_queries and not left[0]:
-        grad_queries = call.queries(sum_queries)
-    if need_documents and not left[1]:
-        grad_documents = call.documents()
-    return grad_queries, grad_documents
+    return call.queries(sum_queries) if need_queries else None, call.documents() if need_documents else None
 
 
 def backward_recompute(
@@ -117,7 +116,7 @@ class _Call:
         self.cu_q, self.cu_d, self.query_index, self.document_index = cu_q, cu_d, query_index, document_index
         self.normalize = normalize
         # What a lane reads at once starts at a multiple of its bytes.
-        self.q_aligned = self.Q.data_ptr() % (2 * Q.itemsize) == 0
+        self.q_aligned = self.Q.data_ptr() % 16 == 0
         self.d_aligned = self.D.data_ptr() % 16 == 0 and argmax.data_ptr() % 16 == 0
         self.key = (
             (Q.dtype, Q.shape, self.Q.stride()),
@@ -186,8 +185,7 @@ class _Call:
         count, dim = self._num_queries(), self.D.shape[-1]
         if not count or not self.Q.shape[-2]:
             return None
-        slices = -(-dim // QUERY_SLICE)
-        width = dim if slices == 1 else -(-dim // (8 * slices)) * 8
+        slices, width = _slices(dim)
         # Packed queries may be longer than twice the mean; beyond what its blocks hold one goes round.
         length = self.Q.shape[-2] if self.cu_q is None else min(self.Q.shape[-2], 2 * -(-self.Q.shape[-2] // count))
         each = self._num_documents() if self.query_index is None else -(-self.query_index.shape[0] // count)
@@ -218,26 +216,36 @@ class _Call:
             count, pairs = num_documents * num_queries, 1
         if not count or not self.D.shape[-2]:
             return None
+        # Of a document, the most pairs and as many as are likely.
+        likely = pairs
         if self.query_index is not None:
-            pairs = -(-self.query_index.shape[0] // count)
+            pairs = self.query_index.shape[0]
+            likely = -(-pairs // count)
+        q_length = self.Q.shape[-2]
+        mean = q_length if self.cu_q is None else -(-q_length // max(1, num_queries))
+        pieces = max(1, -(-mean // 32))
+        # Of packed queries a warp may have all; nobody here knows their lengths.
+        most = pairs * pieces if self.cu_q is None else MOST_WARPS * (q_length // 32 + pairs)
         dim = self.D.shape[-1]
-        slices = -(-dim // DOCUMENT_SLICE)
-        width = -(-dim // (2 * slices)) * 2
+        slices, width = _slices(dim)
         # As of packed queries.
-        length = self.D.shape[-2] if self.cu_d is None else 2 * -(-self.D.shape[-2] // count)
-        tile, copies, shared = _blocks(length, 4 * width, pairs, *_memory(self.D.get_device()))
-        tiles = max(1, -(-length // tile))
+        length = self.D.shape[-2] if self.cu_d is None else min(self.D.shape[-2], 2 * -(-self.D.shape[-2] // count))
+        device = self.D.get_device()
+        block = _block(-(-width // 8) * 8, most, likely * pieces, *_memory(device))
+        wanted = 2 * driver.processors(device) // (count * slices)
+        tiles = max(-(-length // block.rows), min(wanted, length // FEWEST_ROWS))
+        rows = -(-length // tiles)
         q = strides(self.Q)
         constants |= {
             "SLICE": width,
-            "WARPS": max(FEWEST_WARPS, copies),
-            "COPIES": copies,
-            "TILED": tiles > 1,
+            "WARPS": block.warps,
+            "MULTI": block.multi,
+            "ALIGNED": self.q_aligned and not (dim % 8 or any(each * self.Q.itemsize % 16 for each in (q[0], q[2]))),
             "Q_STRIDE": dim if q[2] == dim else 0,
-            "PAIRED": self.q_aligned and not (dim % 2 or q[0] % 2 or q[2] % 2),
         }
         kernel = _kernel("document_gradients", tuple(constants.items()))
-        return _Plan(kernel, (count * tiles, slices), shared, (*self._sizes(), tiles, tile))
+        sizes = *self._sizes(), tiles, rows, block.items, pieces
+        return _Plan(kernel, (count * tiles, slices), block.shared(rows), sizes)
 
 
 @cache
@@ -259,17 +267,39 @@ def _share(queries: int, length: int, documents: int, fewest: int) -> tuple[int,
     return tokens, shares, max(shares, min(FEWEST_WARPS, shares * -(-length // tokens)))
 
 
-def _blocks(length: int, row: int, pairs: int, most: int, every: int) -> tuple[int, int, int]:
-    """Tokens of a tile, copies of its sums, a warp each, and their bytes, so that most of these warps are resident."""
-    largest = TILE_BYTES // row // 4 * 4
-    tiles = max(1, -(-length // largest))
-    tile = max(4, -(-length // (4 * tiles)) * 4)
-    limit = max(1, min(MOST_WARPS, -(-pairs // 4)))
-    fitting = [
-        (b, min(limit, min(most, every // b - RESERVED) // (row * (tile + 1)))) for b in range(1, MOST_WARPS + 1)
-    ]
-    warps = max(1, max(fitting, key=lambda found: (found[0] * found[1], -found[0]))[1])
-    return tile, warps, warps * (tile + 1) * row
+def _slices(dim: int) -> tuple[int, int]:
+    """Blocks that share the dimensions, and those of each."""
+    slices = -(-dim // SLICE)
+    return slices, dim if slices == 1 else -(-dim // (8 * slices)) * 8
+
+
+class _Block(NamedTuple):
+    """Of document gradients: warps, items of a warp at a time, whether it may have more, and tokens that there is room for."""
+
+    width: int
+    warps: int
+    items: int
+    multi: bool
+    rows: int
+
+    def shared(self, rows: int) -> int:
+        """Bytes, in the order of `document_gradients.cu`."""
+        sums = 4 * rows * self.width if self.multi else 0
+        rest = 4 * (self.warps * self.width + self.warps * rows + rows + 1)
+        return sums + rest + self.warps * self.items * ITEM_BYTES
+
+
+def _block(width: int, most: int, likely: int, largest: int, every: int) -> _Block:
+    """A document has up to `most` items, `likely` so many; two blocks are resident."""
+    room = min(largest, every // 2 - RESERVED) - DECLARED
+    warps = MOST_WARPS if likely > MOST_WARPS else FEWEST_WARPS
+    each = max(1, -(-most // warps))
+    fitting = min(MOST_ITEMS, room * 7 // 8 // (warps * ITEM_BYTES))
+    multi = each > fitting
+    items = max(1, min(fitting // 2, 2 * -(-likely // warps))) if multi else each
+    empty = _Block(width, warps, items, multi, 0)
+    fixed, row = empty.shared(0), empty.shared(1) - empty.shared(0)
+    return empty._replace(rows=max(1, min(MOST_ROWS, (room - fixed) // row)))
 
 
 @cache

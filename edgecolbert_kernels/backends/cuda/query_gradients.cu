@@ -13,12 +13,10 @@
 // four tokens lie in one aligned word).
 
 #include "common.h"
+#include "gather.h"
 #include "ptx.h"
 #include "tokens.h"
 
-constexpr int EACH = 8;  // dimensions of a lane
-constexpr int LANES = (SLICE + EACH - 1) / EACH;
-constexpr int GROUPS = 32 / LANES;
 constexpr int AHEAD = ALIGNED ? 2 : 1;
 
 #if SUM
@@ -26,63 +24,6 @@ typedef float out_t;
 #else
 typedef query_t out_t;
 #endif
-
-// A lane's dimensions of a row, as they lie in memory.
-struct Raw {
-#if D_TYPE == F32
-  uint4 words[2];
-#else
-  uint4 words[1];
-#endif
-};
-
-__device__ __forceinline__ Raw nothing() {
-  Raw raw;
-  for (uint4& each : raw.words) each = {0, 0, 0, 0};
-  return raw;
-}
-
-// `left` dimensions are there, where they are not eight.
-__device__ __forceinline__ Raw read(const document_t* row, [[maybe_unused]] int left) {
-  Raw raw;
-  if (DIM % SLICE && left <= 0) return nothing();
-#if ALIGNED
-  const uint4* words = reinterpret_cast<const uint4*>(row);
-  raw.words[0] = __ldg(words);
-#if D_TYPE == F32
-  raw.words[1] = __ldg(words + 1);
-#endif
-#else
-  u32 x[sizeof raw / 4];
-#pragma unroll
-  for (int n = 0; n < EACH; ++n) {
-    const document_t value = n < left ? row[n] : document_t(0);
-#if D_TYPE == F32
-    x[n] = __float_as_uint(value);
-#else
-    x[n / 2] = n % 2 ? x[n / 2] | static_cast<u32>(value) << 16 : value;
-#endif
-  }
-#pragma unroll
-  for (int n = 0; n < static_cast<int>(sizeof raw / 16); ++n)
-    raw.words[n] = {x[4 * n], x[4 * n + 1], x[4 * n + 2], x[4 * n + 3]};
-#endif
-  return raw;
-}
-
-__device__ __forceinline__ void add(float (&sum)[EACH], float by, const Raw& raw) {
-#pragma unroll
-  for (int n = 0; n < EACH; ++n) {
-    const uint4& four = raw.words[D_TYPE == F32 ? n / 4 : 0];
-    const int at = D_TYPE == F32 ? n % 4 : n / 2;
-    const u32 word = at == 0 ? four.x : at == 1 ? four.y : at == 2 ? four.z : four.w;
-#if D_TYPE == F32
-    sum[n] = fmaf(by, __uint_as_float(word), sum[n]);
-#else
-    sum[n] = fmaf(by, to_float<D_TYPE>(static_cast<u16>(n % 2 ? word >> 16 : word)), sum[n]);
-#endif
-  }
-}
 
 // A score of the query's.
 struct Scored {
@@ -215,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
       __syncwarp();
       const int count = __popc(active);
       for (int from = 0; from < count; from += AHEAD * GROUPS) {
-        Raw raw[AHEAD][TOKENS];
+        Raw<D_TYPE> raw[AHEAD][TOKENS];
         float weight[AHEAD][TOKENS];
 #pragma unroll
         for (int a = 0; a < AHEAD; ++a) {
@@ -230,28 +171,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
 #if NORMALIZE
             if (winner >= 0) weight[a][t] *= d_inverse[notes.first[line] + winner];
 #endif
-            raw[a][t] = nothing();
-            if (winner >= 0) raw[a][t] = read(rows + winner * row_stride, DIM - k);
+            raw[a][t] = nothing<D_TYPE>();
+            if (winner >= 0) raw[a][t] = read<D_TYPE>(rows + winner * row_stride, DIM - k);
           }
         }
 #pragma unroll
         for (int a = 0; a < AHEAD; ++a) {
 #pragma unroll
-          for (int t = 0; t < TOKENS; ++t) add(sum[t], weight[a][t], raw[a][t]);
+          for (int t = 0; t < TOKENS; ++t) add<D_TYPE>(sum[t], weight[a][t], raw[a][t]);
         }
       }
       __syncwarp();
     }
-    // The groups' sums, in the lanes of the first.
 #pragma unroll
-    for (int t = 0; t < TOKENS; ++t) {
-#pragma unroll
-      for (int n = 0; n < EACH; ++n) {
-        const float mine = sum[t][n];
-#pragma unroll
-        for (int other = 1; other < GROUPS; ++other) sum[t][n] += __shfl_sync(ALL, mine, (lane + other * LANES) & 31);
-      }
-    }
+    for (int t = 0; t < TOKENS; ++t) add_groups(sum[t], lane);
 #if SHARES > 1
     if (share && group == 0) {
 #pragma unroll
@@ -277,37 +210,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
     for (int t = 0; t < TOKENS; ++t) {
       if (token + t >= length) break;
       out_t* to = out + (out_base + token + t) * DIM + k;
-#if NORMALIZE && !SUM
-      // Through x / |x|: the part along x is taken out.
-      const query_t* from = q + q_base + (token + t) * q_stride_t + k;
-      float x[EACH], squares = 0.0f, product = 0.0f;
-      bool live = false;
-#pragma unroll
-      for (int n = 0; n < EACH; ++n) {
-        const bool there = group == 0 && k + n < DIM;
-        x[n] = there ? to_float<Q_TYPE>(from[n]) : 0.0f;
-        squares = fmaf(x[n], x[n], squares);
-        if (!there) continue;
-        product = fmaf(x[n], sum[t][n], product);
-        live |= sum[t][n] != 0.0f;
-      }
-      live = __any_sync(ALL, live);
-      squares = warp_sum(squares), product = warp_sum(product);
-      const float norm = sqrtf(squares), inverse = 1.0f / (norm < SMALLEST_NORM ? SMALLEST_NORM : norm);
-      const float along = norm < SMALLEST_NORM ? 0.0f : product * inverse;
-#pragma unroll
-      for (int n = 0; n < EACH; ++n) sum[t][n] = live ? (sum[t][n] - x[n] * (inverse * along)) * inverse : 0.0f;
-#endif
+#if SUM
       if (group) continue;
 #pragma unroll
       for (int n = 0; n < EACH; ++n) {
-        if (k + n >= DIM || lane * EACH + n >= SLICE) continue;
-#if SUM
-        to[n] += sum[t][n];
-#else
-        to[n] = rounded<Q_TYPE>(sum[t][n]);
-#endif
+        if (k + n < DIM) to[n] += sum[t][n];
       }
+#else
+      const int left = group ? 0 : DIM - k;
+#if NORMALIZE
+      through_norm<Q_TYPE>(sum[t], q + q_base + (token + t) * q_stride_t + k, left);
+#endif
+      write<Q_TYPE>(to, sum[t], left);
+#endif
     }
   }
 }
