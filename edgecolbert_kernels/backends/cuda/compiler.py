@@ -40,7 +40,9 @@ def compiled(source: str, constants: Mapping[str, int], capability: int) -> byte
     It may include the headers that lie there.
     """
     text, headers = (SOURCES / source).read_bytes(), _headers()
-    options = [f"--gpu-architecture=sm_{capability}", "--std=c++17", *(f"-D{n}={int(v)}" for n, v in constants.items())]
+    # Lambdas with an `auto` are functions of the host for NVRTC 13.0, unless it is told otherwise.
+    options = [f"--gpu-architecture=sm_{capability}", "--std=c++17", "--device-as-default-execution-space"]
+    options += [f"-D{name}={int(value)}" for name, value in constants.items()]
     key = hashlib.sha256(
         b"\0".join([_version(), text, *headers.values(), *(option.encode() for option in options)])
     ).hexdigest()

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 # Of a row's state: what `contrastive_torch.Rows` has, and behind it what only the forward needs.
 LARGEST, SUM, NEGATIVE, LIMITS, CANDIDATES, POSITIVE_SCORES, SCORES, COLUMN_LOSSES = map(tl.constexpr, range(8))
 
@@ -231,10 +230,10 @@ def row_sums(
             value = (value + column_losses / tl.maximum(count, 1.0)) / 2
         value = tl.where(count == 0.0, 0.0, value)
         # Nobody has looked at the values: what is no target or no temperature gives no loss.
-        value = tl.where(divisor > 0.0, value, NAN)
+        value = tl.where(divisor > 0.0, value, float("nan"))
         if not TABLE:
             wanted_document = tl.load(target + row * target_stride, mask=there, other=-1)
-            value = tl.where(wanted_document < num_documents, value, NAN)
+            value = tl.where(wanted_document < num_documents, value, float("nan"))
         most = tl.zeros([ROWS], tl.float64)
         if LIMIT:
             most = tl.load(limit + row, mask=there, other=0.0).to(tl.float64)
