@@ -287,6 +287,20 @@ def test_document_gradients_are_sums_in_one_order(emulator, monkeypatch, items, 
         assert not found[document][right.abs().sum(-1) == 0].any()
 
 
+@pytest.mark.parametrize(
+    "memory", [(232_448, 233_472), (166_912, 167_936), (101_376, 102_400), (65_536, 65_536)], ids=str
+)
+def test_two_blocks_of_document_gradients_are_resident(memory):
+    """Of compute capability 9.0, 8.0, 8.6 and a smaller one; the sorted list counts entries in 16 bits."""
+    for width in (8, 48, 128, 256):
+        for most, likely in ((0, 0), (1, 1), (16, 16), (2048, 1), (1024, 1024), (10**6, 10**6)):
+            block = gradients._block(width, most, likely, *memory)
+            assert block.rows >= 1
+            assert 2 * (block.shared(block.rows) + gradients.RESERVED) <= memory[1]
+            assert 32 * block.warps * block.items <= 1 << 16
+            assert block.multi or block.warps * block.items >= most
+
+
 def test_gradients_of_own_candidates_and_pairs(emulator):
     Q, D = grid(3, 40, 48, dtype=F16, seed=1), grid(3, 4, 9, 48, dtype=F16, seed=2)
     grad = output_gradient(3, 4)
