@@ -12,6 +12,7 @@ import torch
 import edgecolbert_kernels as ek
 import oracle
 from cases import DIMENSIONS, LENGTHS, STORAGES, embeddings, grid, packed, padded, ragged, storage_name, to_float64
+from conftest import ON_GPU
 
 STORAGE_PAIRS = list(itertools.product(STORAGES, STORAGES))
 SHORT_LENGTHS = (0, 1, 2, 11, 12, 13, 31, 33)  # padding these to the longest costs little
@@ -132,13 +133,15 @@ def rounding_case(dim, q_dtype, d_dtype, norm):
 def test_exact_rounding(engine, dim, norm):
     """Each score within the bound of fp32 accumulation, and together no worse than twice PyTorch's fp32 and a rounding.
 
-    PyTorch gets the storage widened to fp32, which is far better than what it does in fp16 and bf16 themselves.
+    PyTorch gets the storage widened to fp32, which is far better than what it does in fp16 and bf16 themselves. Tensor cores
+    add in fp32 too, but cut off where others round, which is half the precision.
     """
+    times = 4 if engine in ON_GPU else 2
     for q_dtype, d_dtype in STORAGE_PAIRS:
         queries, documents, scores, eager, bound, _ = rounding_case(dim, q_dtype, d_dtype, norm)
         error = (ek.maxsim(queries, documents).double() - scores).abs()
         assert (error <= bound).all(), f"{q_dtype} x {d_dtype}: {error.max()}"
-        allowed = 2 * (eager - scores).abs().sum() + oracle.UNIT_ROUNDOFF["float32"] * scores.abs().sum()
+        allowed = times * (eager - scores).abs().sum() + oracle.UNIT_ROUNDOFF["float32"] * scores.abs().sum()
         assert error.sum() <= allowed, f"{q_dtype} x {d_dtype}: {error.sum()} > {allowed}"
 
 
