@@ -54,9 +54,9 @@ echo "== native sweep"
 
 echo "== tests"
 # Training, other libraries' adapters and processes are Python over the kernels that the other tests cover; GPU kernels,
-# interpreted and emulated, are not instrumented; pytrec_eval, which the two others call, frees what `new` gave. A child forked
+# interpreted and emulated, are not instrumented, nor is the engine that is PyTorch; pytrec_eval, which the two others call, frees what `new` gave. A child forked
 # while another thread allocates may hang: this runtime's allocator holds its locks over a fork.
-LD_PRELOAD=$preload python -m pytest tests -n auto --ignore=tests/test_objects.py --ignore=tests/test_layers.py \
+LD_PRELOAD=$preload python -m pytest tests -n auto -k "not ([torch- or [torch])" --ignore=tests/test_objects.py --ignore=tests/test_layers.py \
   --ignore=tests/test_no_torch.py --ignore=tests/test_demo.py --ignore-glob='*/test_training_*.py' \
   --ignore-glob='*/test_triton*.py' --ignore-glob='*/test_cuda*.py' --ignore-glob='*/test_device*.py' \
   --ignore-glob='*/test_gpu*.py' --ignore-glob='*/test_patch_*.py' --ignore=tests/test_distributed.py \
