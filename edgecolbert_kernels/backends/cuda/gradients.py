@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from edgecolbert_kernels.backends import layout, native
+from edgecolbert_kernels.backends import layout, native, plans
 from edgecolbert_kernels.backends.cuda import driver
 from edgecolbert_kernels.backends.cuda.driver import Kernel
 from edgecolbert_kernels.backends.triton import gradients as triton
@@ -94,7 +94,6 @@ class _Plan(NamedTuple):
 
 
 _plans: dict[Any, _Plan | None] = {}
-MOST_PLANS = 4096
 
 
 class _Call:
@@ -118,19 +117,13 @@ class _Call:
         # What a lane reads at once starts at a multiple of its bytes.
         self.q_aligned = self.Q.data_ptr() % 16 == 0
         self.d_aligned = self.D.data_ptr() % 16 == 0 and argmax.data_ptr() % 16 == 0
-        self.key = (
-            (Q.dtype, Q.shape, self.Q.stride()),
-            (D.dtype, D.shape, self.D.stride()),
-            (Q.device, argmax.dtype, normalize, self.q_aligned, self.d_aligned),
-            None if cu_q is None else cu_q.shape[0],
-            None if cu_d is None else cu_d.shape[0],
-            None if query_index is None else query_index.shape[0],
-        )
+        options = argmax.dtype, normalize, self.q_aligned, self.d_aligned
+        self.key = plans.key(self.Q, self.D, cu_q, cu_d, query_index), options
 
     def queries(self, sums: Tensor | None) -> Tensor:
         out = _empty(self.Q, self.cu_q) if sums is None else sums
         key = "queries", sums is None, self.key
-        plan = _plans[key] if key in _plans else self._keep(key, self._plan_queries(sums is not None))
+        plan = _plans[key] if key in _plans else plans.keep(_plans, key, self._plan_queries(sums is not None))
         if plan is not None:
             order, first = triton.owners(self.query_index, self._num_queries())
             inverse = _inverse_norms(self.D) if self.normalize else None
@@ -143,19 +136,13 @@ class _Call:
     def documents(self) -> Tensor:
         out = _empty(self.D, self.cu_d)
         key = "documents", self.key
-        plan = _plans[key] if key in _plans else self._keep(key, self._plan_documents())
+        plan = _plans[key] if key in _plans else plans.keep(_plans, key, self._plan_documents())
         if plan is not None:
             order, first = triton.owners(self.document_index, self._num_documents())
             inverse = _inverse_norms(self.Q) if self.normalize else None
             tensors = self.Q, self.D, self.grad, self.argmax, inverse, self.cu_q, self.cu_d
             plan.kernel.launch(plan.grid, plan.shared, (*tensors, order, first, self.query_index, out), plan.integers)
         return out
-
-    def _keep(self, key: Any, plan: _Plan | None) -> _Plan | None:
-        if len(_plans) >= MOST_PLANS:
-            _plans.clear()
-        _plans[key] = plan
-        return plan
 
     def _num_queries(self) -> int:
         return (self.Q.shape[0] if self.Q.ndim == 3 else 1) if self.cu_q is None else self.cu_q.shape[0] - 1

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from edgecolbert_kernels.backends import layout, native
+from edgecolbert_kernels.backends import layout, native, plans
 from edgecolbert_kernels.backends.cuda import driver
 from edgecolbert_kernels.backends.cuda.driver import Kernel
 from edgecolbert_kernels.backends.cuda_driver import Launch
@@ -37,8 +37,7 @@ class _Plan(NamedTuple):
     sizes: tuple[int, ...]
 
 
-_plans: dict[object, _Plan | None] = {}
-MOST_PLANS = 4096
+_plans: dict[Any, _Plan | None] = {}
 
 
 def forward(
@@ -99,14 +98,8 @@ def _key(
     mask_mode: str,
     scales: Tensor | None,
 ) -> tuple[Any, ...]:
-    return (
-        (Q.dtype, Q.shape, Q.stride()),
-        (D.dtype, D.shape, D.stride()),
-        (Q.device, mask_mode, q_mask is None, d_mask is None, scales is None),
-        None if cu_q is None else cu_q.shape[0],
-        None if cu_d is None else cu_d.shape[0],
-        None if query_index is None else query_index.shape[0],
-    )
+    options = mask_mode, q_mask is None, d_mask is None, scales is None
+    return plans.key(Q, D, cu_q, cu_d, query_index), options
 
 
 def _aligned(q: int, d: int) -> bool:
@@ -130,9 +123,7 @@ def _rerank(
     try:
         plan = _plans[key]
     except KeyError:
-        if len(_plans) >= MOST_PLANS:
-            _plans.clear()
-        plan = _plans[key] = _plan(Q, D, q_mask, d_mask, cu_q, cu_d, query_index, mask_mode, scales)
+        plan = plans.keep(_plans, key, _plan(Q, D, q_mask, d_mask, cu_q, cu_d, query_index, mask_mode, scales))
     if plan is None:
         return None
     q, d = Q.data_ptr(), D.data_ptr()
@@ -140,7 +131,7 @@ def _rerank(
         return None
     if q < LARGE or d < LARGE:
         check_storage((Q, D), (q, d))
-    device = key[2][0]
+    device = Q.device
     scores = torch.empty(*plan.shape, dtype=torch.float32, device=device)
     if plan.grid[0]:
         arguments = (

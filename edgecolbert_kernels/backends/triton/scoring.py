@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from edgecolbert_kernels.backends import cuda_driver, layout, native, repeated
+from edgecolbert_kernels.backends import cuda_driver, layout, native, plans, repeated
 from edgecolbert_kernels.backends.triton import config
 from edgecolbert_kernels.backends.triton.launch import INTERPRETED, MOST_PROGRAMS, Launch, Variant
 from edgecolbert_kernels.backends.triton.score_kernel import score
@@ -27,8 +27,6 @@ WINDOW_BYTES = 8 << 20
 POINTERS = 12
 SCORES = 10
 _ALIGNED = (0, 1, 12, 13, 14, 15, 16)  # q_ptr, d_ptr and the strides of both kernels
-# That are kept; a call is some hundred bytes.
-MOST_CALLS = 4096
 _calls: dict[Any, _Call] = {}
 _variants: dict[Any, Variant] = {}
 
@@ -84,13 +82,11 @@ def launch_of(
     precision: str,
 ) -> cuda_driver.Launch | None:
     """What `forward` of these did a moment ago without an argmax, if it was one launch that they alone decide."""
-    strides = Q.stride(), D.stride()
     # Float32 is multiplied as PyTorch's switch says at every call.
-    if strides[0][-1] != 1 or strides[1][-1] != 1 or torch.float32 in (Q.dtype, D.dtype):
+    if Q.stride(-1) != 1 or D.stride(-1) != 1 or torch.float32 in (Q.dtype, D.dtype):
         return None
-    options = Q.device, normalize, mask_mode, precision, False, False
-    given = q_mask is None, d_mask is None, True, True
-    call = _calls.get(_key(Q, Q.dtype, strides[0], D, D.dtype, strides[1], options, given, cu_q, cu_d, query_index))
+    options = _options(Q, D, q_mask, d_mask, None, None, normalize, mask_mode, precision, False)
+    call = _calls.get((plans.key(Q, D, cu_q, cu_d, query_index), options))
     if call is None or len(call.launches) != 1:
         return None
     made = (*call.shape, torch.float32, Q.device)
@@ -174,16 +170,9 @@ def _launch(
     with_argmax: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Scores, unless there is a gradient, and an argmax."""
-    # Every attribute of a tensor costs a tenth of a microsecond, so none is read twice.
-    q_strides, d_strides = Q.stride(), D.stride()
-    if q_strides[-1] != 1 or d_strides[-1] != 1:
-        Q, D = rows(Q), rows(D)
-        q_strides, d_strides = Q.stride(), D.stride()
-    q_dtype, d_dtype, device = Q.dtype, D.dtype, Q.device
-    tf32 = (q_dtype is torch.float32 or d_dtype is torch.float32) and tf32_allowed()
-    options = device, normalize, mask_mode, precision, tf32, with_argmax
-    given = q_mask is None, d_mask is None, scales is None, grad is None
-    key = _key(Q, q_dtype, q_strides, D, d_dtype, d_strides, options, given, cu_q, cu_d, query_index)
+    Q, D, device = rows(Q), rows(D), Q.device
+    options = _options(Q, D, q_mask, d_mask, scales, grad, normalize, mask_mode, precision, with_argmax)
+    key = plans.key(Q, D, cu_q, cu_d, query_index), options
     call = _calls.get(key)
     shape = layout.scores_shape(Q, D, cu_q, cu_d, query_index) if call is None else call.shape
     # Sizes one by one take PyTorch less time than a tuple.
@@ -191,11 +180,9 @@ def _launch(
     argmax = empty_argmax(Q, D, shape, cu_q, cu_d) if with_argmax else None
     optional = q_mask, d_mask, cu_q, cu_d, query_index, document_index, scales, grad, scores, argmax
     if call is None:
-        if len(_calls) >= MOST_CALLS:
-            _calls.clear()
-        plan = _plan(Q, D, *optional, normalize, mask_mode, precision, tf32)
-        call = _calls[key] = _Call(shape, _launches(plan, Q, D))
-    if d_dtype is torch.float8_e4m3fn:
+        plan = _plan(Q, D, *optional, normalize, mask_mode, precision, options[0])
+        call = plans.keep(_calls, key, _Call(shape, _launches(plan, Q, D)))
+    if D.dtype is torch.float8_e4m3fn:
         D = D.view(torch.uint8)
     addresses = (
         Q.data_ptr(),
@@ -216,28 +203,18 @@ def _launch(
     return scores, argmax
 
 
-def _key(
+def _options(
     Q: Tensor,
-    q_dtype: torch.dtype,
-    q_strides: tuple[int, ...],
     D: Tensor,
-    d_dtype: torch.dtype,
-    d_strides: tuple[int, ...],
-    options: tuple[Any, ...],
-    given: tuple[bool, ...],
-    cu_q: Tensor | None,
-    cu_d: Tensor | None,
-    query_index: Tensor | None,
+    q_mask: Tensor | None,
+    d_mask: Tensor | None,
+    scales: Tensor | None,
+    grad: Tensor | None,
+    *options: Any,
 ) -> tuple[Any, ...]:
-    return (
-        (q_dtype, Q.shape, q_strides),
-        (d_dtype, D.shape, d_strides),
-        options,
-        given,
-        None if cu_q is None else cu_q.shape[0],
-        None if cu_d is None else cu_d.shape[0],
-        None if query_index is None else query_index.shape[0],
-    )
+    """What else a call depends on; PyTorch's switch for float32 may differ from call to call."""
+    tf32 = torch.float32 in (Q.dtype, D.dtype) and tf32_allowed()
+    return tf32, q_mask is None, d_mask is None, scales is None, grad is None, *options
 
 
 def _launches(plan: _Plan, Q: Tensor, D: Tensor) -> tuple[Launch, ...]:
