@@ -49,9 +49,6 @@ GOALS = (
 
 
 def facts(device: torch.device, peaks: dict[str, float], quick: bool) -> dict[str, Any]:
-    shared = {
-        key: value for key, value in machine.facts().items() if key not in ("maxsim_cpu", "isa", "compiler", "load")
-    }
     properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return {
         "suite": "gpu",
@@ -62,7 +59,7 @@ def facts(device: torch.device, peaks: dict[str, float], quick: bool) -> dict[st
         "flash_maxsim": machine.version("flash-maxsim"),
         "peak": {name: float(f"{value:.4g}") for name, value in peaks.items()},
         "quick": quick,
-        **shared,
+        **machine.gpu_facts(),
     }
 
 

@@ -127,6 +127,11 @@ def facts() -> dict[str, object]:
     }
 
 
+def gpu_facts() -> dict[str, object]:
+    """The same for a run on a GPU, without what is of the CPU's kernels, none of which is timed."""
+    return {key: value for key, value in facts().items() if key not in ("maxsim_cpu", "isa", "compiler", "load")}
+
+
 def set_threads(threads: int) -> None:
     """Thread count of PyTorch and of the kernels, which follow it on tensors and the variable on arrays."""
     torch.set_num_threads(threads)

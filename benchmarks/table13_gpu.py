@@ -117,10 +117,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # Nothing of the CPU's kernels, as none runs.
-    facts = {
-        key: value for key, value in machine.facts().items() if key not in ("maxsim_cpu", "isa", "compiler", "load")
-    }
+    facts = machine.gpu_facts()
     rows = []
     with torch.inference_mode():
         for size in options.sizes:
