@@ -231,16 +231,19 @@ def plain_table(rows: Rows) -> str:
 
 def gpu_table(rows: Rows) -> str:
     lines = [
-        "| case | contender | device, ms | wall, ms | TFLOP/s | of the bandwidth | GB | device time over that of | error |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| case | contender | device, ms | wall, ms | TFLOP/s | of the bandwidth | of a copy | GB | device time over that of "
+        "| error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         rate = number(row["TFLOP/s"]["p50"]) if "TFLOP/s" in row else ""
-        share = f"{row['percent_of_memory']['p50']:.0f} %" if "percent_of_memory" in row else ""
+        share, of_copy = (
+            f"{row[name]['p50']:.0f} %" if name in row else "" for name in ("percent_of_memory", "percent_of_copy")
+        )
         ratio = ", ".join(f"{name} {value['p50']:.3g}x" for name, value in row.get("ratio", {}).items())
         lines.append(
             f"| {row['case']} | {row['contender']} | {spread(row)} | {number(row['wall']['p50'])} | {rate} | {share} "
-            f"| {row.get('GB') or ''} | {ratio} | {row.get('error', '')} |"
+            f"| {of_copy} | {row.get('GB') or ''} | {ratio} | {row.get('error', '')} |"
         )
     return "\n".join(lines)
 

@@ -127,4 +127,19 @@ __device__ __forceinline__ void write(typename Stored<TYPE>::type* row, const fl
   }
 }
 
+// Added to such a row, of float32.
+__device__ __forceinline__ void add_to(float* row, float (&sum)[EACH], int left) {
+  if constexpr (DIM % EACH == 0) {
+    if (left <= 0) return;
+    const uint4* words = reinterpret_cast<const uint4*>(row);
+    add<F32>(sum, 1.0f, {words[0], words[1]});
+  } else {
+#pragma unroll
+    for (int n = 0; n < EACH; ++n) {
+      if (n < left) sum[n] += row[n];
+    }
+  }
+  write<F32>(row, sum, left);
+}
+
 #endif

@@ -210,14 +210,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
     for (int t = 0; t < TOKENS; ++t) {
       if (token + t >= length) break;
       out_t* to = out + (out_base + token + t) * DIM + k;
-#if SUM
-      if (group) continue;
-#pragma unroll
-      for (int n = 0; n < EACH; ++n) {
-        if (k + n < DIM) to[n] += sum[t][n];
-      }
-#else
       const int left = group ? 0 : DIM - k;
+#if SUM
+      bool any = false;
+#pragma unroll
+      for (int n = 0; n < EACH; ++n) any |= sum[t][n] != 0.0f;
+      if (any) add_to(to, sum[t], left);
+#else
 #if NORMALIZE
       through_norm<Q_TYPE>(sum[t], q + q_base + (token + t) * q_stride_t + k, left);
 #endif

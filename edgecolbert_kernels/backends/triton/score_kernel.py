@@ -16,6 +16,7 @@ from edgecolbert_kernels.backends.triton.tokens import (
     inverse_norm,
     kept_range,
     nan_max,
+    place,
     read,
     square_sum,
     values,
@@ -78,9 +79,8 @@ def score(
 ):
     program = tl.program_id(0).to(tl.int64) + first_program
     if LAYOUT == EVERY:
-        blocks = tl.cdiv(num_queries, GROUP)
-        first_query = (program % blocks) * GROUP
-        document = program // blocks
+        block, document = place(program, tl.cdiv(num_queries, GROUP), num_documents)
+        first_query = block * GROUP
         count = tl.minimum(num_queries - first_query, GROUP).to(tl.int32)
         d_base = document * d_stride_n
         d_mask_base = document * d_length

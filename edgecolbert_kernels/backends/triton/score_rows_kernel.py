@@ -15,6 +15,7 @@ from edgecolbert_kernels.backends.triton.tokens import (
     inverse_norm,
     kept_range,
     nan_max,
+    place,
     read,
     square_sum,
     values,
@@ -78,20 +79,10 @@ def score_rows(
     ZERO: tl.constexpr,  # masked similarities count as 0
     ARGMAX: tl.constexpr,
     SKIP: tl.constexpr,  # only the argmax, and only where the gradient is not 0
-    WINDOW: tl.constexpr,  # blocks of queries that take turns over the documents; 0: all of them
 ):
     program = tl.program_id(0).to(tl.int64) + first_program
-    blocks = tl.cdiv(num_queries, GROUP)
-    if WINDOW > 0:
-        # So many of the queries' blocks with every document, then the next, so that they are still in the cache.
-        first_block = program // (WINDOW * num_documents) * WINDOW
-        width = tl.minimum(blocks - first_block, WINDOW)
-        within = program - first_block * num_documents
-        first_query = (first_block + within % width) * GROUP
-        document = within // width
-    else:
-        first_query = (program % blocks) * GROUP
-        document = program // blocks
+    block, document = place(program, tl.cdiv(num_queries, GROUP), num_documents)
+    first_query = block * GROUP
     count = tl.minimum(num_queries - first_query, GROUP).to(tl.int32)
     slot = tl.arange(0, SLOTS)
     score_index = (first_query + slot) * num_documents + document

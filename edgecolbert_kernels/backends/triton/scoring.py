@@ -20,8 +20,6 @@ MOST_COLUMNS = 128
 # every multiprocessor still has several programs.
 FEWEST_ROWS, MOST_ROWS = 64, 256
 MANY_MAXIMA = 1 << 18
-# Bytes of queries that stay in a second-level cache, beside documents.
-WINDOW_BYTES = 8 << 20
 
 # Arguments of both kernels that are addresses, which come first.
 POINTERS = 12
@@ -276,9 +274,7 @@ def _plan(
     options = normalize, zero, argmax is not None, grad is not None
     if as_rows:
         given = [each is not None for each in (q_mask, d_mask, cu_d, scales)]
-        window = max(1, WINDOW_BYTES // (group * tokens * dim * Q.itemsize))
-        window = 0 if window * group >= num_queries else window
-        constants = (dim, *config.pieces(dim)[:3], *sizes, compute, e4m3, *given, *options, window)
+        constants = (dim, *config.pieces(dim)[:3], *sizes, compute, e4m3, *given, *options)
     else:
         given = [each is not None for each in (q_mask, d_mask, cu_q, cu_d, scales)]
         constants = (which, dim, *config.pieces(dim), *sizes, compute, how, e4m3, *given, *options)

@@ -11,6 +11,8 @@ import triton.language as tl
 EVERY, OWN, INDEXED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SMALLEST_NORM = tl.constexpr(1e-12)
 LATEST = tl.constexpr(2**31 - 1)
+# Blocks of queries that take turns over the documents.
+TURNS = tl.constexpr(16)
 # Bytes of the mask that are looked at together.
 MASK_BLOCK = tl.constexpr(512)
 
@@ -18,6 +20,19 @@ MASK_BLOCK = tl.constexpr(512)
 @triton.jit
 def nan_max(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def place(program, blocks, num_documents):
+    """The block of queries and the document of a program: so many blocks go over all documents, then the next.
+
+    Otherwise all programs that run at a time would read one document, and wait for each other at the few lines of the
+    cache that it lies in.
+    """
+    first = program // (TURNS * num_documents) * TURNS
+    width = tl.minimum(blocks - first, TURNS)
+    within = program - first * num_documents
+    return first + within % width, within // width
 
 
 @triton.jit
