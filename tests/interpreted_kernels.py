@@ -228,7 +228,8 @@ def test_strides():
 
 @pytest.mark.parametrize(
     ("q_shape", "d_shape"),
-    [((0, 5, 8), (3, 4, 8)), ((2, 0, 8), (3, 4, 8)), ((2, 5, 8), (0, 4, 8)), ((2, 5, 8), (3, 0, 8)), ((2, 3, 8), (2, 0, 4, 8))],
+    [((0, 5, 8), (3, 4, 8)), ((2, 0, 8), (3, 4, 8)), ((2, 5, 8), (0, 4, 8)), ((2, 5, 8), (3, 0, 8)), ((2, 0, 8), (3, 0, 8)),
+     ((2, 3, 8), (2, 0, 4, 8)), ((2, 3, 8), (2, 3, 0, 8))],
 )  # fmt: skip
 def test_empty(q_shape, d_shape):
     Q, D = grid(*q_shape, seed=1).requires_grad_(), grid(*d_shape, seed=2).requires_grad_()

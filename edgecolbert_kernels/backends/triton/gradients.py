@@ -110,6 +110,8 @@ class _Call:
 
     def documents(self) -> Tensor:
         out = _empty(self.D, self.cu_d, self.D.dtype)
+        if not out.numel():
+            return out
         count = self.num_documents * (self.num_queries if self.which == native.OWN else 1)
         length = self.D.shape[-2] if self.cu_d is None else -(-self.D.shape[-2] // max(1, count))
         key = "documents", *self._key(), self.d_mask is None, _bucket(length), _bucket(self.Q.shape[-2])
@@ -119,14 +121,14 @@ class _Call:
         width, tile = variant.constants[2:6], variant.constants[6]
         tiles = max(1, -(-length // tile))
         order, first = owners(self.document_index, self.num_documents)
-        tensors = self._tensors(
-            self.d_mask, self.cu_q, self.cu_d, order, first, self.query_index, self._flags() if out.numel() else None
-        )
+        tensors = self._tensors(self.d_mask, self.cu_q, self.cu_d, order, first, self.query_index, self._flags())
         variant.launch(count * tiles, _groups(self.dim, width), [*tensors, out], (*self.strides, *self.sizes, tiles))
         return out
 
     def queries(self, sums: Tensor | None) -> Tensor:
         out = _empty(self.Q, self.cu_q, self.Q.dtype) if sums is None else sums
+        if not out.numel():
+            return out
         length = self.Q.shape[-2] if self.cu_q is None else -(-self.Q.shape[-2] // max(1, self.num_queries))
         # Tokens of a query that a program takes: few where there are few queries, so that the device is filled.
         tokens = 16 if self.num_queries * length >= 1 << 13 else 4

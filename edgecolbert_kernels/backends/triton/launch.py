@@ -153,7 +153,8 @@ class Variant:
         given = [tensor for tensor in tensors if tensor is not None]
         wide = [interpreter.widened(tensor.detach()) for tensor in given]
         passed = iter(wide)
-        some = [wide[0] if tensor is None else next(passed) for tensor in tensors]
+        # A null pointer, as on a device.
+        some = [wide[0].new_empty(0) if tensor is None else next(passed) for tensor in tensors]
         self.function[programs, rows](*some, *integers, *self.constants)
         interpreter.narrowed(wide, given)
 
