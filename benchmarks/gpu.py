@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu              # within 9 minutes: build, tests on CUDA, benchmarks, plots
     python -m benchmarks.gpu --quick      # within 2: no tests, fewer rounds, without the largest batch
+    python -m benchmarks.gpu --only loss  # the cases of that name, whose rows take the places of those before
     python -m benchmarks.gpu --dry-run    # on the CPU, tiny shapes, plain PyTorch: that the program runs, no numbers
 
 Contenders take turns (`gpu_clock.py`); what is measured is in `gpu_cases.py`. Rows go into results/gpu-<device>.jsonl, bars
@@ -149,6 +150,17 @@ def goals(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def replaced(before: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`before`, with the rows of every case that was measured again in their places."""
+    again: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        again.setdefault(row["case"], []).append(row)
+    measured, found = set(again), []
+    for row in before:
+        found += again.pop(row["case"], []) if row["case"] in measured else [row]
+    return found + [row for rest in again.values() for row in rest]
+
+
 def run_tests() -> dict[str, Any]:
     """The tests that a GPU takes part in."""
     command = [
@@ -229,14 +241,23 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def benchmark(
-    device: torch.device, quick: bool, tiny: bool, deadline: float, save: Callable[[list[dict[str, Any]]], None]
+    device: torch.device,
+    quick: bool,
+    tiny: bool,
+    only: Sequence[str],
+    deadline: float,
+    save: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
     """Rows of every case; `save` is handed those that there are after each."""
     clock = Clock(device)
     peaks = clock.peaks(tiny)
     print(f"peaks: {peaks['GB/s']:.4g} GB/s, {peaks['TFLOP/s']:.4g} TFLOP/s", flush=True)
     shared, rows = facts(device, peaks, quick), []
-    makers: list[Callable[[], Case]] = list(cases(device, quick, tiny))
+    makers: list[Callable[[], Case]] = [
+        make
+        for make in cases(device, quick, tiny)
+        if not only or any(text in make.args[0] for text in only)  # type: ignore[attr-defined]
+    ]
     for number, make in enumerate(makers, 1):
         left = deadline - time.monotonic()
         if left < 5:
@@ -269,6 +290,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, help="start no case after so many (default: 520, or 110 with --quick)")
     parser.add_argument("--no-tests", action="store_true", help="benchmarks alone")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="no tests, and cases whose name has it")
     parser.add_argument("--out", type=Path, help="where the rows go")
     options = parser.parse_args()
     if not options.dry_run and not torch.cuda.is_available():
@@ -276,7 +298,7 @@ def main() -> None:
     deadline = time.monotonic() + (options.seconds or SECONDS["quick" if options.quick else "full"])
     device = torch.device("cpu") if options.dry_run else torch.device("cuda", torch.cuda.current_device())
     tests: list[dict[str, Any]] = []
-    if not (options.dry_run or options.quick or options.no_tests):
+    if not (options.dry_run or options.quick or options.no_tests or options.only):
         build()
         tests = [run_tests()]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
@@ -284,11 +306,15 @@ def main() -> None:
     path = options.out or (None if options.dry_run else RESULTS / f"gpu-{slug}.jsonl")
     shared = {"suite": "gpu", **machine.facts()}
 
-    def save(rows: list[dict[str, Any]]) -> None:
-        if path is not None:
-            path.write_text("".join(json.dumps(each) + "\n" for each in [*({**shared, **t} for t in tests), *rows]))
+    before = [json.loads(line) for line in path.read_text().splitlines()] if options.only and path is not None else []
 
-    rows = benchmark(device, options.quick, options.dry_run, deadline, save)
+    def save(rows: list[dict[str, Any]]) -> None:
+        if path is None:
+            return
+        made = replaced(before, rows) if before else [*({**shared, **t} for t in tests), *rows]
+        path.write_text("".join(json.dumps(each) + "\n" for each in made))
+
+    rows = benchmark(device, options.quick, options.dry_run, options.only, deadline, save)
     if not options.dry_run:
         print("\n".join(goals(rows)), flush=True)
     if path is not None:
