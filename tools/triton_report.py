@@ -124,7 +124,13 @@ def calls() -> Iterator[tuple[str, int | None, Callable[[], object]]]:
         yield f"128 queries, d {dim}", dim, score(empty(128, 32, dim), empty(128, 300, dim))
     yield "1 query of 1024 tokens, d 128", 128, score(empty(1, 1024, 128), empty(1000, 1024, 128))
     yield "128 queries, d 48, bf16", 48, score(empty(128, 32, 48, dtype=bf16), empty(128, 300, 48, dtype=bf16))
-    yield "128 queries, d 48, fp32", None, score(empty(128, 32, 48, dtype=single), empty(128, 300, 48, dtype=single))
+    for suffix, precision in (("", "exact"), (", fast", "fast")):
+        documents = empty(128, 300, 48, dtype=single)
+        yield (
+            f"128 queries, d 48, fp32{suffix}",
+            None,
+            score(empty(128, 32, 48, dtype=single), documents, precision=precision),
+        )
     yield (
         "128 queries, d 48, documents masked",
         48,
@@ -171,14 +177,16 @@ def calls() -> Iterator[tuple[str, int | None, Callable[[], object]]]:
     yield "chosen pairs, d 48", 48, score(empty(128, 32, 48), empty(128, 180, 48), None, None, None, None, index, index)
     yield "32 queries, d 768", 768, score(empty(32, 32, 768), empty(128, 180, 768))
 
-    def gradient(dim: int, dtype: torch.dtype, normalize: bool = False, varlen: bool = False) -> Callable[[], object]:
+    def gradient(
+        dim: int, dtype: torch.dtype, normalize: bool = False, varlen: bool = False, precision: str = "exact"
+    ) -> Callable[[], object]:
         Q, D, grad = empty(128, 32, dim, dtype=dtype), empty(128, 180, dim, dtype=dtype), empty(128, 128, dtype=single)
         argmax = empty(128 * 128 * 32, dtype=torch.int32 if varlen else torch.int16)
         batch: tuple[torch.Tensor | None, ...] = (None,) * 6
         if varlen:
             Q, D = Q.flatten(0, 1), D.flatten(0, 1)
             batch = mask(128 * 32), mask(128 * 180), packed(128), packed(128), None, None
-        return lambda: gradients.backward(grad, Q, D, argmax, *batch, normalize, "exclude", "exact", True, True, None)
+        return lambda: gradients.backward(grad, Q, D, argmax, *batch, normalize, "exclude", precision, True, True, None)
 
     def recomputed(dim: int) -> Callable[[], object]:
         Q, D, grad = empty(128, 32, dim), empty(128, 180, dim), empty(128, 128, dtype=single)
@@ -189,6 +197,7 @@ def calls() -> Iterator[tuple[str, int | None, Callable[[], object]]]:
         yield f"backward, d {dim}", None, gradient(dim, half)
     yield "backward, d 48, bf16", None, gradient(48, bf16)
     yield "backward, d 48, fp32", None, gradient(48, single)
+    yield "backward, d 48, fp32, fast", None, gradient(48, single, precision="fast")
     yield "backward, d 48, normalised", None, gradient(48, half, normalize=True)
     yield "backward, packed, masked, d 48", None, gradient(48, half, varlen=True)
 

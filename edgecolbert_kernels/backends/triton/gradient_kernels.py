@@ -18,6 +18,7 @@ from edgecolbert_kernels.backends.triton.tokens import (
     SMALLEST_NORM,
     boundary,
     inverse_norm,
+    pick,
     read,
     square_sum,
 )
@@ -69,7 +70,7 @@ def add_piece(acc, onehot, piece, g, scale, NORMALIZE: tl.constexpr, COMPUTE: tl
     if NORMALIZE:
         unit = piece.to(tl.float32) * scale[:, None]
         if COMPUTE == tl.float32:
-            return acc + g * tl.dot(onehot.to(tl.float32), unit, input_precision=PRECISION)
+            return acc + g * pick(onehot.to(tl.float32), unit, PRECISION)
         else:
             # At most 1 in size, so two of float16 hold what float32 would.
             high = unit.to(tl.float16)
@@ -77,7 +78,7 @@ def add_piece(acc, onehot, piece, g, scale, NORMALIZE: tl.constexpr, COMPUTE: tl
             hot = onehot.to(tl.float16)
             return acc + g * tl.dot(hot, low, tl.dot(hot, high))
     else:
-        return acc + g * tl.dot(onehot.to(COMPUTE), piece.to(COMPUTE), input_precision=PRECISION)
+        return acc + g * pick(onehot.to(COMPUTE), piece.to(COMPUTE), PRECISION)
 
 
 @triton.jit

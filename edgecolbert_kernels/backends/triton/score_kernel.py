@@ -15,7 +15,9 @@ from edgecolbert_kernels.backends.triton.tokens import (
     boundary,
     inverse_norm,
     kept_range,
+    multiply_add,
     nan_max,
+    operand,
     place,
     read,
     square_sum,
@@ -157,17 +159,17 @@ def score(
             raw = read(q_ptrs, q_kept, 0, C0, DIM, True, C0 <= DIM)
             if NORMALIZE:
                 q_squares = square_sum(raw)
-            q0 = raw.to(COMPUTE).T
+            q0, q0_rest = operand(raw, COMPUTE, PRECISION)
             if C1 > 0:
                 raw = read(q_ptrs, q_kept, C0, C1, DIM, True, C0 + C1 <= DIM)
                 if NORMALIZE:
                     q_squares += square_sum(raw)
-                q1 = raw.to(COMPUTE).T
+                q1, q1_rest = operand(raw, COMPUTE, PRECISION)
             if C2 > 0:
                 raw = read(q_ptrs, q_kept, C0 + C1, C2, DIM, True, C0 + C1 + C2 <= DIM)
                 if NORMALIZE:
                     q_squares += square_sum(raw)
-                q2 = raw.to(COMPUTE).T
+                q2, q2_rest = operand(raw, COMPUTE, PRECISION)
         else:
             q_squares = tl.zeros([BN], tl.float32)
         best = tl.full([BM, BN], float("-inf"), tl.float32)
@@ -184,8 +186,8 @@ def score(
                 if not ZERO:
                     source = tl.where(d_kept, source, begin)
             d_ptrs = d_ptr + (d_base + source * d_stride_t)
+            similarity = tl.zeros([BM, BN], tl.float32)
             if LOOP:
-                similarity = tl.zeros([BM, BN], tl.float32)
                 d_squares = tl.zeros([BM], tl.float32)
                 q_squares *= 0
                 for k in range(0, DIM, C0):
@@ -194,24 +196,23 @@ def score(
                     if NORMALIZE:
                         d_squares += square_sum(d_raw)
                         q_squares += square_sum(q_raw)
-                    similarity = tl.dot(
-                        values(d_raw, COMPUTE, E4M3), q_raw.to(COMPUTE).T, similarity, input_precision=PRECISION
-                    )
+                    q, q_rest = operand(q_raw, COMPUTE, PRECISION)
+                    similarity = multiply_add(values(d_raw, COMPUTE, E4M3), q, q_rest, similarity, PRECISION)
             else:
                 d_raw = read(d_ptrs, d_kept, 0, C0, DIM, ZERO, C0 <= DIM)
                 if NORMALIZE:
                     d_squares = square_sum(d_raw)
-                similarity = tl.dot(values(d_raw, COMPUTE, E4M3), q0, input_precision=PRECISION)
+                similarity = multiply_add(values(d_raw, COMPUTE, E4M3), q0, q0_rest, similarity, PRECISION)
                 if C1 > 0:
                     d_raw = read(d_ptrs, d_kept, C0, C1, DIM, ZERO, C0 + C1 <= DIM)
                     if NORMALIZE:
                         d_squares += square_sum(d_raw)
-                    similarity = tl.dot(values(d_raw, COMPUTE, E4M3), q1, similarity, input_precision=PRECISION)
+                    similarity = multiply_add(values(d_raw, COMPUTE, E4M3), q1, q1_rest, similarity, PRECISION)
                 if C2 > 0:
                     d_raw = read(d_ptrs, d_kept, C0 + C1, C2, DIM, ZERO, C0 + C1 + C2 <= DIM)
                     if NORMALIZE:
                         d_squares += square_sum(d_raw)
-                    similarity = tl.dot(values(d_raw, COMPUTE, E4M3), q2, similarity, input_precision=PRECISION)
+                    similarity = multiply_add(values(d_raw, COMPUTE, E4M3), q2, q2_rest, similarity, PRECISION)
             if NORMALIZE:
                 similarity *= inverse_norm(d_squares)[:, None]
             if ZERO:

@@ -87,3 +87,50 @@ def square_sum(x):
 @triton.jit
 def inverse_norm(squares):
     return 1.0 / tl.maximum(tl.sqrt(squares), SMALLEST_NORM)
+
+
+@triton.jit
+def split(x):
+    """What TF32 holds of a float32, towards 0, and the rest: of an infinity none, and a NaN is all NaN."""
+    high = (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+    # One that only low bits tell from an infinity would become it.
+    high = tl.where(x == x, high, x * 0 + x)
+    return high, tl.where(tl.abs(x) < float("inf"), x - high, 0.0)
+
+
+@triton.jit
+def operand(x, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
+    """Query tokens as the columns of a product, and as "tf32x3" what they leave."""
+    if PRECISION == "tf32x3":
+        high, rest = split(x.to(tl.float32))
+        return high.T, rest.T
+    else:
+        columns = x.to(COMPUTE).T
+        return columns, columns
+
+
+@triton.jit
+def multiply_add(d, q, q_rest, c, PRECISION: tl.constexpr):
+    """c + d q. As "tf32x3" without the product of the rests, of which `q_rest` is the query's.
+
+    Rests have the signs of what they are left from, so that they overflow to the same side. Beside an infinity they make
+    NaN, where the high parts say all.
+    """
+    if PRECISION == "tf32x3":
+        high, rest = split(d)
+        small = tl.dot(high, q_rest, tl.dot(rest, q, input_precision="tf32"), input_precision="tf32")
+        return tl.dot(high, q, c + tl.where(small == small, small, 0.0), input_precision="tf32")
+    else:
+        return tl.dot(d, q, c, input_precision=PRECISION)
+
+
+@triton.jit
+def pick(onehot, x, PRECISION: tl.constexpr):
+    """Sums of rows of x, finite: the product of zeros and ones with it. As "tf32x3" its three parts are exact."""
+    if PRECISION == "tf32x3":
+        high, rest = split(x)
+        middle, low = split(rest)
+        found = tl.dot(onehot, middle, tl.dot(onehot, low, input_precision="tf32"), input_precision="tf32")
+        return tl.dot(onehot, high, found, input_precision="tf32")
+    else:
+        return tl.dot(onehot, x, input_precision=PRECISION)
