@@ -19,6 +19,7 @@ TESTS = [
         "interpreted_rows.py",
         "interpreted_distillation.py",
         "interpreted_contrastive.py",
+        "interpreted_fast.py",
     )
     for test in re.findall(r"^def (test_\w+)", (HERE / name).read_text(), re.MULTILINE)
 ]
