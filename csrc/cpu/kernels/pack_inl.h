@@ -5,7 +5,8 @@
 // it is overwritten. Rows one after the other, each with its own root and division, let the processor read and write
 // all the time; norms computed for several rows at once, or lines collected before they are written, were slower. int8
 // must see a document's last value before it rounds the first: it looks at a document while it rounds the one before,
-// whose rows are still in the second-level cache.
+// whose rows are still in the second-level cache. What it looks at is asked for earlier, and no further than into that
+// cache: the first has too few places for what is on its way, beside two streams of reads.
 #pragma once
 
 namespace {
@@ -36,8 +37,9 @@ template <bool past, class From, class To, class Transform>
 }
 
 // The kept tokens of a document, as contiguous elements. Holes and conversions keep the processor from running ahead on
-// its own, so rows are asked for before they are needed, behind the last one those of `next`.
-template <class From, class Dim>
+// its own, so rows are asked for before they are needed, behind the last one those of `next`; `far` is how those are
+// that int8 looks at.
+template <class From, class Dim, bool far = false>
 class Rows {
  public:
   Rows(const Tokens& tokens, const Tokens* next, Dim dim, char* buffer)
@@ -51,7 +53,8 @@ class Rows {
   // Asks for the row that comes kAheadBytes after row i.
   [[gnu::always_inline]] void ask_ahead(int64_t i) const {
     i += 1 + kAheadBytes / row_bytes();
-    if (i < tokens_.length) {
+    // Where none is left out, the next document mostly follows; nothing is read that is only asked for.
+    if (i < tokens_.length || (far && !tokens_.kept)) {
       ask(tokens_, i);
     } else if (next_ && i - tokens_.length < next_->length) {
       ask(*next_, i - tokens_.length);
@@ -59,7 +62,7 @@ class Rows {
   }
 
  private:
-  static constexpr int64_t kAheadBytes = 2048;
+  static constexpr int64_t kAheadBytes = far ? 6144 : 2048;
 
   int64_t row_bytes() const { return int64_t(sizeof(From)) * dim_; }
 
@@ -70,7 +73,7 @@ class Rows {
   [[gnu::always_inline]] void ask(const Tokens& tokens, int64_t i) const {
     if (tokens.dim_stride != int64_t(sizeof(From))) return;
     const char* const row = address(tokens, i);
-    for (int64_t k = 0; k < row_bytes(); k += 64) __builtin_prefetch(row + k);
+    for (int64_t k = 0; k < row_bytes(); k += 64) __builtin_prefetch(row + k, 0, far ? 2 : 3);
   }
 
   const Tokens tokens_;
@@ -88,6 +91,12 @@ class Look {
 
   [[gnu::always_inline]] void at(int64_t i) {
     rows_.ask_ahead(i);
+    if (!inverse_norms_) {
+      for_each_register(rows_[i], dim_, [&](int, Simd::F x) {
+        before_ = Simd::maximum_unsigned(before_, Simd::absolute_bits(x));
+      });
+      return;
+    }
     Simd::I largest = Simd::zero_integer();
     Simd::F squares = Simd::zero();
     for_each_register(rows_[i], dim_, [&](int, Simd::F x) {
@@ -95,7 +104,6 @@ class Look {
       squares = Simd::multiply_add(x, x, squares);
     });
     before_ = Simd::maximum_unsigned(before_, largest);
-    if (!inverse_norms_) return;
     const float norm = inverse_norms_[i] = inverse_norm_of(squares);
     const Simd::F normalized = Simd::multiply(Simd::from_bits(largest), Simd::broadcast(norm));
     after_ = Simd::maximum_unsigned(after_, Simd::bits(normalized));
@@ -107,7 +115,7 @@ class Look {
   }
 
  private:
-  const Rows<From, Dim> rows_;
+  const Rows<From, Dim, true> rows_;
   const Dim dim_;
   float* const inverse_norms_;
   Simd::I before_ = Simd::zero_integer(), after_ = Simd::zero_integer();  // bits
