@@ -92,9 +92,8 @@ class Look {
   [[gnu::always_inline]] void at(int64_t i) {
     rows_.ask_ahead(i);
     if (!inverse_norms_) {
-      for_each_register(rows_[i], dim_, [&](int, Simd::F x) {
-        before_ = Simd::maximum_unsigned(before_, Simd::absolute_bits(x));
-      });
+      for_each_register(rows_[i], dim_,
+                        [&](int, Simd::F x) { before_ = Simd::maximum_unsigned(before_, Simd::absolute_bits(x)); });
       return;
     }
     Simd::I largest = Simd::zero_integer();
