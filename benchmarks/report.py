@@ -102,8 +102,10 @@ def cell(target: Target, rows: Rows) -> str:
     if found is None:
         return "not measured"
     row, value = found
-    verdict = "yes" if target.reached(value["p50"]) else "**no**"
-    return f"{verdict}: {spread(value, target.unit)}" + (", busy" if busy(row, rows) else "")
+    reached = target.reached(value["p50"])
+    notes = ["busy" if busy(row, rows) else "", "" if reached else target.explained(rows)]
+    noted = "".join(f", {note}" for note in notes if note)
+    return f"{'yes' if reached else '**no**'}: {spread(value, target.unit)}{noted}"
 
 
 def belongs(target: Target, which: Machine) -> bool:
@@ -294,7 +296,8 @@ than in the machine's best row ("dispatched"), as another thread was on it. [In 
 
 SET_FOR = """\
 The numbers of one query and of int8 were set for a CPU with AVX-512 and VNNI; AVX2 has a line of its own. All were set for a
-core that is not shared with another thread."""
+core that is not shared with another thread. Where a multiple of another contender's speed is missed, beside it stands the share
+of its peak that would be needed; where a share of the bandwidth is, how a copy of as many bytes did in the same rounds."""
 
 
 def page(rows: Rows) -> str:

@@ -35,6 +35,7 @@ class Target:
     quantiles: Callable[[Row], Row] = itself
     at_most: bool = False
     on: str = ANY_CPU
+    fast: str = ""  # of a ratio, the contender whose speed it is
 
     def reached(self, value: float) -> bool:
         return value <= self.limit if self.at_most else value >= self.limit
@@ -51,6 +52,16 @@ class Target:
         except KeyError:  # the contender that it is a ratio to was not installed
             return None
 
+    def explained(self, rows: Sequence[Row]) -> str:
+        """What is known about a number that was missed."""
+        row, value = self.found(rows) or ({}, {})
+        share = (find(rows, (*self.at[:2], self.fast)) or {}).get("percent_of_peak")
+        if share:
+            return f"{share['p50'] * self.limit / value['p50']:.0f} % of its peak needed"
+        if self.unit == " %" and "percent_of_copy" in row:
+            return f"{row['percent_of_copy']['p50']:.0f} % of a copy"
+        return ""
+
 
 def find(rows: Sequence[Row], at: tuple[str, str, str]) -> Row | None:
     found = (row for row in rows if (row["suite"], row.get("case"), row.get("contender")) == at)
@@ -59,7 +70,7 @@ def find(rows: Sequence[Row], at: tuple[str, str, str]) -> Row | None:
 
 def _rerank(dim: int, slow: str, fast: str, limit: float) -> Target:
     at = ("rerank", f"d={dim}" + ", int8" * fast.startswith("int8"), slow)
-    return Target(f"1 query x 1000 x 300, d={dim}: {slow} / {fast}", "x", limit, at, over(fast))
+    return Target(f"1 query x 1000 x 300, d={dim}: {slow} / {fast}", "x", limit, at, over(fast), fast=fast)
 
 
 def column(name: str) -> Callable[[Row], Row]:
