@@ -194,7 +194,8 @@ def maxsim_varlen(
         q_mask: `[Tq]`.
         d_mask: `[Td]`.
 
-    The other arguments, dtypes and errors are those of `maxsim`.
+    The other arguments, dtypes and errors are those of `maxsim`; boundaries that are not such raise ValueError. On a GPU,
+    where looking at them would make the host wait, they are moved into the buffer.
 
     Returns:
         `[Nq, Nd]`.
@@ -236,8 +237,11 @@ def maxsim_indexed(
         D: `[Nd, Ld, d]`, a list of `[Ld, d]` or a PackedEmbeddings.
         query_index: `[P]` integers from 0 to Nq - 1, in any order, repeated at will.
         document_index: `[P]` integers from 0 to Nd - 1.
+        q_mask: the tokens of Q to keep, in the shape of Q without d; for a list, a list of `[Lq]`.
+        d_mask: the same for D.
 
-    The other arguments, dtypes and errors are those of `maxsim`; an index out of range raises IndexError.
+    The other arguments, dtypes and errors are those of `maxsim`; an index out of range raises IndexError. On a GPU, where
+    nobody looks at it first, its pair scores NaN and has no gradient.
 
     Returns:
         `[P]`.
