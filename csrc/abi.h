@@ -134,8 +134,9 @@ struct Peaks {
 // Kept tokens of one document, rounded to the packed storage: rows of `dim` elements back to back.
 struct StoreJob {
   Tokens source;
-  const Tokens* next;  // the document that this thread stores afterwards; null: none
-  DType source_dtype;  // not i8
+  const Tokens* next;   // the document that this thread stores afterwards; null: none
+  const Tokens* after;  // the one behind it, all of its tokens, to be asked for alone; null: none
+  DType source_dtype;   // not i8
   DType dtype;
   int32_t dim;
   bool normalize;

@@ -61,12 +61,16 @@ int64_t pack(const Kernels& kernels, const PackCall& call) {
   Buffer<float> norms(row_numbers * 2 * threads);
   std::atomic<int64_t> not_finite{source.count};
 
-  auto tokens_of = [&](int64_t j, int thread) {
+  auto whole = [&](int64_t j) {
     Tokens tokens{};
     tokens.data = source.start(j);
     tokens.token_stride = source.token_stride;
     tokens.dim_stride = source.dim_stride;
     tokens.length = source.tokens(j);
+    return tokens;
+  };
+  auto tokens_of = [&](int64_t j, int thread) {
+    Tokens tokens = whole(j);
     // Two lists a thread, of norms as well: the one of this document, and the one of the next.
     int32_t* const numbers = kept.data() + row_numbers * (2 * thread + j % 2);
     if (const uint8_t* const mask = source.mask_of(j)) {
@@ -98,11 +102,13 @@ int64_t pack(const Kernels& kernels, const PackCall& call) {
   parallel_for(runs, threads, [&](int64_t run, int thread) {
     const int64_t begin = source.count * run / runs, end = source.count * (run + 1) / runs;
     StoreJob job{};
-    Tokens next = tokens_of(begin, thread);
+    Tokens next = tokens_of(begin, thread), after{};
     for (int64_t j = begin; j < end; ++j) {
       job.source = next;
       if (j + 1 < end) next = tokens_of(j + 1, thread);
       job.next = j + 1 < end ? &next : nullptr;
+      if (j + 2 < end) after = whole(j + 2);
+      job.after = j + 2 < end ? &after : nullptr;
       store(j, thread, job);
     }
   });

@@ -53,8 +53,7 @@ class Rows {
   // Asks for the row that comes kAheadBytes after row i.
   [[gnu::always_inline]] void ask_ahead(int64_t i) const {
     i += 1 + kAheadBytes / row_bytes();
-    // Where none is left out, the next document mostly follows; nothing is read that is only asked for.
-    if (i < tokens_.length || (far && !tokens_.kept)) {
+    if (i < tokens_.length) {
       ask(tokens_, i);
     } else if (next_ && i - tokens_.length < next_->length) {
       ask(*next_, i - tokens_.length);
@@ -86,17 +85,18 @@ class Rows {
 template <class From, class Dim>
 class Look {
  public:
-  Look(const StoreJob& job, const Tokens& tokens, float* inverse_norms, Dim dim)
-      : rows_(tokens, nullptr, dim, job.buffer), dim_(dim), inverse_norms_(job.normalize ? inverse_norms : nullptr) {}
+  Look(const StoreJob& job, const Tokens& tokens, const Tokens* next, float* inverse_norms, Dim dim)
+      : rows_(tokens, next, dim, job.buffer), dim_(dim), inverse_norms_(job.normalize ? inverse_norms : nullptr) {}
 
   [[gnu::always_inline]] void at(int64_t i) {
     rows_.ask_ahead(i);
+    Simd::I largest = Simd::zero_integer();
     if (!inverse_norms_) {
       for_each_register(rows_[i], dim_,
-                        [&](int, Simd::F x) { before_ = Simd::maximum_unsigned(before_, Simd::absolute_bits(x)); });
+                        [&](int, Simd::F x) { largest = Simd::maximum_unsigned(largest, Simd::absolute_bits(x)); });
+      before_ = Simd::maximum_unsigned(before_, largest);
       return;
     }
-    Simd::I largest = Simd::zero_integer();
     Simd::F squares = Simd::zero();
     for_each_register(rows_[i], dim_, [&](int, Simd::F x) {
       largest = Simd::maximum_unsigned(largest, Simd::absolute_bits(x));
@@ -127,7 +127,7 @@ template <bool past, class From, class Dim>
 inline void store_int8(StoreJob& job, Dim dim) {
   const int64_t length = job.source.length, next_length = job.next ? job.next->length : 0;
   if (!job.looked) {
-    Look<From, Dim> look(job, job.source, job.inverse_norms, dim);
+    Look<From, Dim> look(job, job.source, job.next, job.inverse_norms, dim);
     for (int64_t i = 0; i < length; ++i) look.at(i);
     job.peaks = look.peaks();
   }
@@ -138,7 +138,7 @@ inline void store_int8(StoreJob& job, Dim dim) {
   job.scale = zero ? 0.0f : job.peaks.largest / 127.0f;
   const Simd::F inverse_scale = Simd::broadcast(zero ? 0.0f : 127.0f / job.peaks.largest);
   const Rows<From, Dim> rows(job.source, nullptr, dim, job.buffer);
-  Look<From, Dim> look(job, job.next ? *job.next : Tokens{}, job.next_inverse_norms, dim);
+  Look<From, Dim> look(job, job.next ? *job.next : Tokens{}, job.after, job.next_inverse_norms, dim);
   I8* out = reinterpret_cast<I8*>(job.out);
   for (int64_t i = 0; i < length; ++i, out += dim) {
     if (i < next_length) look.at(i);
