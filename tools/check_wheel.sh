@@ -19,6 +19,7 @@ trap '/bin/rm -rf "$scratch"' EXIT
 "$python" -m venv "$scratch/env"
 pip() { "$scratch/env/bin/python" -m pip --disable-pip-version-check install --quiet "$@"; }
 cd "$scratch"
+PATH=$scratch/env/bin:$PATH
 if [[ $file == *.whl ]]; then
   PATH=$scratch/env/bin
   if command -v cc || command -v g++ || command -v cmake; then echo "PATH still has a compiler"; exit 1; fi
