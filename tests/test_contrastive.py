@@ -17,6 +17,7 @@ from edgecolbert_kernels import reference
 from edgecolbert_kernels.backends import contrastive_torch
 from edgecolbert_kernels.ops import contrastive, tiles
 from losses import assert_as_near, assert_same, leaf, value_and_gradients
+from marks import inductor
 
 OP = torch.ops.edgecolbert
 REGIMES = {
@@ -572,6 +573,7 @@ def test_compile(backend, regime, name):
     assert all(map(torch.equal, found, wanted))
 
 
+@inductor
 def test_compile_with_inductor():
     """As a model's loss, with a float32 temperature that learns; dynamic sizes do not recompile for ever."""
     torch.compiler.reset()

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import edgecolbert_kernels as ek
 from cases import STORAGES, embeddings, grid, holes, packed, ragged, storage_name
 from layouts import LAYOUTS, flat, gradients
+from marks import inductor
 
 OP = torch.ops.edgecolbert
 
@@ -103,6 +104,7 @@ def test_compile(backend, layout):
     assert all(map(torch.equal, gradients(case, *case.leaves(), grad), wanted[1]))
 
 
+@inductor
 @pytest.mark.parametrize("masked", [False, True])
 def test_compile_with_inductor(masked):
     """As a part of a model, projections before it and a loss after it; dynamic sizes do not recompile for ever."""

@@ -37,7 +37,7 @@ CODE
 # shellcheck disable=SC2086
 pip $TORCH
 pip hypothesis psutil pytest
-/bin/cp -r "$root/tests" "$scratch/tests"
+/bin/cp -r "$root/tests" "$root/docs" "$scratch"
 printf '[pytest]\naddopts = --strict-markers\n' > "$scratch/pytest.ini"
 # shellcheck disable=SC2086
 cd tests && PYTHONPATH= python -m pytest -q -p no:cacheprovider $TESTS "$@"
