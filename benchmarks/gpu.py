@@ -163,53 +163,43 @@ def replaced(before: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -
 
 def run_tests() -> dict[str, Any]:
     """The tests that a GPU takes part in."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests",
-        "-q",
-        "-k",
-        "triton or cuda or gpu or device",
-        "-p",
-        "no:cacheprovider",
-    ]
-    workers = min(15, os.cpu_count() or 1)
+    command = [sys.executable, "-m", "pytest", "tests", "-q", "-p", "no:cacheprovider"]
+    command += ["-k", "triton or cuda or gpu or device"]
     if machine.version("pytest-xdist"):
-        command += ["-n", str(workers), "--dist", "worksteal"]
+        command += ["-n", str(min(15, os.cpu_count() or 1)), "--dist", "worksteal"]
     start = time.monotonic()
-    # Of the workers each has a core; whatever is left of them when the time is over would disturb what is timed.
+    output, status = run_for(SECONDS_OF_TESTS, command)
+    print(output[-3000:], flush=True)
+    counts = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|errors?)", output[-2000:])}
+    seconds = round(time.monotonic() - start)
+    return {"case": "tests", "contender": "tests", "exit_status": status, "seconds": seconds, **counts}
+
+
+def run_for(seconds: float, command: Sequence[str]) -> tuple[str, int | None]:
+    """What pytest writes and its status, None where it did not end in time; nothing of it is left running."""
+    # Each of its processes has a core.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-    status: int | None = None
     try:
-        output, _ = running.communicate(timeout=SECONDS_OF_TESTS)
-        status = running.returncode
+        return running.communicate(timeout=seconds)[0], running.returncode
     except subprocess.TimeoutExpired:
         running.send_signal(signal.SIGINT)  # it still says how many passed
-        try:
-            output, _ = running.communicate(timeout=SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            os.killpg(running.pid, signal.SIGKILL)
-            output, _ = running.communicate()
-    with contextlib.suppress(ProcessLookupError):
+    try:
+        return running.communicate(timeout=SECONDS_TO_END)[0], None
+    except subprocess.TimeoutExpired:
         os.killpg(running.pid, signal.SIGKILL)
-    print(output[-3000:], flush=True)
-    counts = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|errors?)", output[-2000:])}
-    return {
-        "case": "tests",
-        "contender": "tests",
-        "exit_status": status,
-        "seconds": round(time.monotonic() - start),
-        **counts,
-    }
+        return running.communicate()[0], None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
 
 
 def build() -> None:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.gpu import replaced, run_for
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -34,3 +36,17 @@ def test_dry_run(tmp_path):
             assert row["error"] <= 0.3
     assert "late-interaction-kernels: skipped, no GPU" in done.stdout
     assert "reached" not in done.stdout, "a dry run has no numbers"
+
+
+def test_rows_that_are_measured_again():
+    """They stand where the case stood; of a contender that no longer runs nothing is left."""
+    before = [{"case": case, "contender": who, "p50": 1} for case, who in (("a", "x"), ("a", "y"), ("b", "x"))]
+    again = [{"case": case, "contender": "x", "p50": 2} for case in ("c", "a")]
+    assert replaced(before, again) == [again[1], before[2], again[0]]
+
+
+def test_what_does_not_end_is_ended():
+    code = "import time, signal; signal.signal(signal.SIGINT, lambda *_: exit(3)); print('begun', flush=True); time.sleep(99)"
+    output, status = run_for(1.0, [sys.executable, "-c", code])
+    assert output == "begun\n" and status is None
+    assert run_for(60.0, [sys.executable, "-c", "print(1)"]) == ("1\n", 0)
