@@ -1,5 +1,6 @@
 """The numbers to reach, and where in the results each of them stands."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,9 @@ Row = Mapping
 EAGER = "torch eager fp32"
 ANY_CPU = "a CPU"
 H100 = "an H100"
+# One core's multiply-add rate, and the operations of a query with a document in the suites of training: 32 x 180 x 48.
+PEAK = ("rerank", "d=48", "peak f32")
+TRAINED, PAIR_OPERATIONS = r"(\d+)x\d+(?:, T=.*)?", 2 * 32 * 180 * 48
 # GPUs whose rows count for it: the same multiprocessors, the second with faster memory.
 HOPPERS = ("H100", "H200")
 
@@ -58,6 +62,11 @@ class Target:
         share = (find(rows, (*self.at[:2], self.fast)) or {}).get("percent_of_peak")
         if share:
             return f"{share['p50'] * self.limit / value['p50']:.0f} % of its peak needed"
+        peak, size = find(rows, PEAK), re.fullmatch(TRAINED, self.at[1])
+        if self.unit == "x" and self.at[0] in ("training", "losses") and size and peak:
+            forwards = 2 if "recomputed" in self.text else 1  # it scores twice
+            least = forwards * int(size[1]) ** 2 * PAIR_OPERATIONS / (1e6 * peak["p50"])
+            return f"{100 * least * self.limit / row['p50']:.0f} % of the time for its scores at the peak"
         if self.unit == " %" and "percent_of_copy" in row:
             return f"{row['percent_of_copy']['p50']:.0f} % of a copy"
         return ""
