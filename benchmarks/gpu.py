@@ -296,19 +296,18 @@ def main() -> None:
     path = options.out or (None if options.dry_run else RESULTS / f"gpu-{slug}.jsonl")
     shared = {"suite": "gpu", **machine.facts()}
 
-    before = [json.loads(line) for line in path.read_text().splitlines()] if options.only and path is not None else []
+    kept = options.only and path is not None and path.exists()
+    before = [json.loads(line) for line in path.read_text().splitlines()] if kept else [{**shared, **t} for t in tests]
 
     def save(rows: list[dict[str, Any]]) -> None:
-        if path is None:
-            return
-        made = replaced(before, rows) if before else [*({**shared, **t} for t in tests), *rows]
-        path.write_text("".join(json.dumps(each) + "\n" for each in made))
+        if path is not None:
+            path.write_text("".join(json.dumps(each) + "\n" for each in replaced(before, rows)))
 
     rows = benchmark(device, options.quick, options.dry_run, options.only, deadline, save)
     if not options.dry_run:
         print("\n".join(goals(rows)), flush=True)
     if path is not None:
-        measured = [each for each in rows if "p50" in each]
+        measured = [each for each in replaced(before, rows) if "p50" in each]
         if machine.version("matplotlib") and measured:
             plot(measured, path.with_suffix(".png"))
     if any(each.get("failed") or each.get("exit_status") not in (0, None) for each in [*tests, *rows]):

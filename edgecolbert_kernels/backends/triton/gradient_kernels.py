@@ -18,8 +18,8 @@ from edgecolbert_kernels.backends.triton.tokens import (
     SMALLEST_NORM,
     boundary,
     inverse_norm,
-    pick,
     read,
+    select_rows,
     square_sum,
 )
 
@@ -70,7 +70,7 @@ def add_piece(acc, onehot, piece, g, scale, NORMALIZE: tl.constexpr, COMPUTE: tl
     if NORMALIZE:
         unit = piece.to(tl.float32) * scale[:, None]
         if COMPUTE == tl.float32:
-            return acc + g * pick(onehot.to(tl.float32), unit, PRECISION)
+            return acc + g * select_rows(onehot.to(tl.float32), unit, PRECISION)
         else:
             # At most 1 in size, so two of float16 hold what float32 would.
             high = unit.to(tl.float16)
@@ -78,7 +78,7 @@ def add_piece(acc, onehot, piece, g, scale, NORMALIZE: tl.constexpr, COMPUTE: tl
             hot = onehot.to(tl.float16)
             return acc + g * tl.dot(hot, low, tl.dot(hot, high))
     else:
-        return acc + g * pick(onehot.to(COMPUTE), piece.to(COMPUTE), PRECISION)
+        return acc + g * select_rows(onehot.to(COMPUTE), piece.to(COMPUTE), PRECISION)
 
 
 @triton.jit

@@ -125,7 +125,7 @@ def multiply_add(d, q, q_rest, c, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def pick(onehot, x, PRECISION: tl.constexpr):
+def select_rows(onehot, x, PRECISION: tl.constexpr):
     """Sums of rows of x, finite: the product of zeros and ones with it. As "tf32x3" its three parts are exact."""
     if PRECISION == "tf32x3":
         high, rest = split(x)
