@@ -57,13 +57,19 @@ void run_tasks(int64_t tasks, int threads, void (*body)(void*, int64_t, int), vo
     return;
   }
 #ifdef _OPENMP
-  const int64_t chunk = std::max<int64_t>(1, tasks / (int64_t(threads) * 16));
+  std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(threads)
   {
     SubnormalsAreZero mode;
     const int thread = omp_get_thread_num();
-#pragma omp for schedule(dynamic, chunk) nowait
-    for (int64_t task = 0; task < tasks; ++task) body(context, task, thread);
+    int64_t begin = next.load(std::memory_order_relaxed);
+    while (begin < tasks) {
+      // Many at first, for small tasks, and single ones in the end, so that threads finish together.
+      const int64_t end = begin + std::max<int64_t>(1, (tasks - begin) / (int64_t(threads) * 8));
+      if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+      for (int64_t task = begin; task < end; ++task) body(context, task, thread);
+      begin = next.load(std::memory_order_relaxed);
+    }
   }
 #endif
 }
