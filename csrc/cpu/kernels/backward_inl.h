@@ -3,8 +3,8 @@
 
 namespace {
 
-template <class Element>
-inline void add_scaled_row(float* target, const Element* row, int dim, float scale) {
+template <class Element, class Dim>
+[[gnu::always_inline]] inline void add_scaled_row(float* target, const Element* row, Dim dim, float scale) {
   const Simd::F factor = Simd::broadcast(scale);
   int k = 0;
   for (; k + Simd::width <= dim; k += Simd::width) {
@@ -17,8 +17,8 @@ inline void add_scaled_row(float* target, const Element* row, int dim, float sca
   }
 }
 
-template <class Element, class Index, bool scatter>
-void add_rows(const RowsJob& job) {
+template <class Element, class Index, bool scatter, class Dim>
+inline void add_rows(const RowsJob job, Dim dim) {  // a copy, which what is written does not alias
   const Index* const winner = static_cast<const Index*>(job.winner);
   for (int64_t i = 0; i < job.count; ++i) {
     const int64_t token = winner[i];
@@ -26,9 +26,8 @@ void add_rows(const RowsJob& job) {
     const int64_t from = scatter ? i : token;
     const int64_t to = scatter ? token : i;
     const float scale = job.inverse_norms ? job.gradient * job.inverse_norms[from] : job.gradient;
-    const Element* row =
-        contiguous_row<Element>(job.source + from * job.token_stride, job.dim_stride, job.dim, job.buffer);
-    add_scaled_row(job.accumulator + to * job.dim, row, job.dim, scale);
+    const Element* row = contiguous_row<Element>(job.source + from * job.token_stride, job.dim_stride, dim, job.buffer);
+    add_scaled_row(job.accumulator + to * dim, row, dim, scale);
   }
 }
 

@@ -198,21 +198,14 @@ inline void store_rows(StoreJob& job, Dim dim) {
   }
 }
 
-template <int n>
-struct Constant {
-  constexpr operator int() const { return n; }
-};
-
-// Memory is so fast that the instructions around a row count: the usual ones have loops without a counter.
+// Memory is so fast that the instructions around a row count.
 template <bool past, class From, class To>
 inline void store_usual_rows(StoreJob& job) {
   if constexpr (kSame<From, float> && (kSame<To, F16> || kSame<To, I8>)) {
-    if (job.dim == 48) return store_rows<past, From, To>(job, Constant<48>());
-    if (job.dim == 64) return store_rows<past, From, To>(job, Constant<64>());
-    if (job.dim == 96) return store_rows<past, From, To>(job, Constant<96>());
-    if (job.dim == 128) return store_rows<past, From, To>(job, Constant<128>());
+    with_dim(job.dim, [&](auto dim) { store_rows<past, From, To>(job, dim); });
+  } else {
+    store_rows<past, From, To>(job, job.dim);
   }
-  store_rows<past, From, To>(job, job.dim);
 }
 
 template <class To>

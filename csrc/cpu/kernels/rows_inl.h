@@ -75,6 +75,21 @@ inline void with_float(DType dtype, Function function) {
   }
 }
 
+template <int n>
+struct Constant {
+  constexpr operator int() const { return n; }
+};
+
+// Calls function(dim) with a constant for the usual dimensions, whose loops then have no counter.
+template <class Function>
+[[gnu::always_inline]] inline void with_dim(int dim, Function function) {
+  if (dim == 48) return function(Constant<48>());
+  if (dim == 64) return function(Constant<64>());
+  if (dim == 96) return function(Constant<96>());
+  if (dim == 128) return function(Constant<128>());
+  function(dim);
+}
+
 // With the element type of any dtype.
 template <class Function>
 inline void with_element(DType dtype, Function function) {

@@ -27,11 +27,13 @@ void score(const ScoreJob* job) {
 template <bool scatter>
 void add_rows(const RowsJob* job) {
   with_float(job->dtype, [&](auto element) {
-    if (job->winner_bytes == 2) {
-      add_rows<decltype(element), int16_t, scatter>(*job);
-    } else {
-      add_rows<decltype(element), int32_t, scatter>(*job);
-    }
+    with_dim(job->dim, [&](auto dim) {
+      if (job->winner_bytes == 2) {
+        add_rows<decltype(element), int16_t, scatter>(*job, dim);
+      } else {
+        add_rows<decltype(element), int32_t, scatter>(*job, dim);
+      }
+    });
   });
 }
 

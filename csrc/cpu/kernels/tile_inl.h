@@ -82,14 +82,19 @@ template <class Dot, int T, int R, Pick pick, class... Feeder>
       for (int t = 0; t < T; ++t) top = Dot::maximum(sum[t][r], top);
     } else {
       Simd::I winner = Simd::load(index + r * Simd::width);
+      if constexpr (pick == Pick::argmax) {
+        V tile_top = sum[0][r];
 #pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) {
-        const Simd::I candidate = Simd::broadcast(first_token + t);
-        if constexpr (pick == Pick::argmax) {
-          Simd::take_greater(top, winner, sum[t][r], candidate);
-        } else {
-          Simd::take_greater_or_nan(top, winner, sum[t][r], candidate);
-        }
+        for (int t = 1; t < T; ++t) tile_top = Dot::maximum(tile_top, sum[t][r]);
+        Simd::I tile_winner = Simd::broadcast(first_token + T - 1);
+#pragma GCC unroll 16
+        for (int t = T - 2; t >= 0; --t)  // the first of equals
+          tile_winner = Simd::where_equal(sum[t][r], tile_top, Simd::broadcast(first_token + t), tile_winner);
+        Simd::take_greater(top, winner, tile_top, tile_winner);
+      } else {
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t)
+          Simd::take_greater_or_nan(top, winner, sum[t][r], Simd::broadcast(first_token + t));
       }
       Simd::store(index + r * Simd::width, winner);
     }

@@ -105,6 +105,10 @@ struct Simd {
   static I absolute_bits(F x) { return _mm256_and_si256(bits(x), _mm256_set1_epi32(0x7fffffff)); }
   static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
 
+  static I where_equal(F a, F b, I yes, I no) {
+    return _mm256_blendv_epi8(no, yes, bits(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)));
+  }
+  static I where_equal(I a, I b, I yes, I no) { return _mm256_blendv_epi8(no, yes, _mm256_cmpeq_epi32(a, b)); }
   static void take_greater(F& best, I& index, F value, I candidate) {
     const F greater = _mm256_cmp_ps(value, best, _CMP_GT_OQ);
     best = _mm256_blendv_ps(best, value, greater);

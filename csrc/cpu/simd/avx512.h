@@ -83,6 +83,10 @@ struct Simd {
   static I absolute_bits(F x) { return _mm512_and_si512(bits(x), _mm512_set1_epi32(0x7fffffff)); }
   static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 
+  static I where_equal(F a, F b, I yes, I no) {
+    return _mm512_mask_mov_epi32(no, _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), yes);
+  }
+  static I where_equal(I a, I b, I yes, I no) { return _mm512_mask_mov_epi32(no, _mm512_cmpeq_epi32_mask(a, b), yes); }
   static void take_greater(F& best, I& index, F value, I candidate) {
     const __mmask16 greater = _mm512_cmp_ps_mask(value, best, _CMP_GT_OQ);
     best = _mm512_mask_mov_ps(best, greater, value);

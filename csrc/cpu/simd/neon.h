@@ -100,6 +100,8 @@ struct Simd {
   static I absolute_bits(F x) { return vandq_s32(bits(x), vdupq_n_s32(0x7fffffff)); }
   static F to_float(I x) { return vcvtq_f32_s32(x); }
 
+  static I where_equal(F a, F b, I yes, I no) { return vbslq_s32(vceqq_f32(a, b), yes, no); }
+  static I where_equal(I a, I b, I yes, I no) { return vbslq_s32(vceqq_s32(a, b), yes, no); }
   static void take_greater(F& best, I& index, F value, I candidate) {
     select(vcgtq_f32(value, best), best, index, value, candidate);
   }

@@ -85,6 +85,7 @@ struct Simd {
   static F from_bits(I x) { return F(x); }
   static I absolute_bits(F x) { return bits(x) & 0x7fffffff; }
 
+  static I where_equal(F a, F b, I yes, I no) { return select(I(a == b), yes, no); }
   static void take_greater(F& best, I& index, F value, I candidate) {
     take(I(value > best), best, index, value, candidate);
   }
