@@ -189,6 +189,9 @@ def main() -> None:
     if reason:
         raise SystemExit(reason)
     suite.main("pylate_step", cases, pin=False)
+    if reason := contenders.missing("matplotlib"):
+        print(f"no picture: {reason}")
+        return
     rows = [json.loads(line) for line in (suite.RESULTS / "pylate_step.jsonl").read_text().splitlines()]
     plot([row for row in rows if row["cpu"] == machine.cpu_model()], suite.RESULTS / "pylate_step.png")
 
