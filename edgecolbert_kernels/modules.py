@@ -6,8 +6,9 @@ A PyLate training script changes one import:
 
 What differs from PyLate 1.6, on purpose:
 
-- Scores and loss are fused and accumulate in float32; `score_mini_batch_size`, which limits the memory of scores that are
-  not fused, only matters with a `score_metric` of your own.
+- Scores and loss are fused, on the CPU with the normalisation of the embeddings, and accumulate in float32;
+  `score_mini_batch_size`, which limits the memory of scores that are not fused, only matters with a `score_metric` of your
+  own.
 - `CachedContrastive` has the gradients of `Contrastive`. PyLate's are batch_size times as large with `size_average=True`.
 - With `gather_across_devices`, the mean of the loss over ranks, and the gradients that data parallelism averages, are
   those of one process with the whole batch. PyLate's are world_size times as large. Ranks may differ in batch size and in
@@ -36,7 +37,7 @@ from edgecolbert_kernels.losses import contrastive_loss, distillation_loss
 from edgecolbert_kernels.scoring import maxsim
 
 Features = Mapping[str, Tensor]
-# Unit embeddings [N, L, d] and the tokens to score [N, L].
+# Embeddings [N, L, d], of any size, and the tokens to score [N, L].
 Encoded = tuple[Tensor, Tensor]
 
 
@@ -102,6 +103,9 @@ class Contrastive(nn.Module):
         D, d_mask = _stack(documents)
         if len(D) != len(Q):
             raise checks.wrong_shape("documents", D.shape, f"{len(Q)} rows, one for each query")
+        fused = _normalises(self.score_metric, Q)
+        if not fused:
+            Q, D = _unit(Q), _unit(D)
         offset, weight = 0, 1.0
         if self.gather_across_devices:
             D, d_mask, offset, share = gather_with_gradient(D, d_mask)
@@ -110,7 +114,7 @@ class Contrastive(nn.Module):
         target = (offset + torch.arange(len(Q), device=Q.device)) * D.shape[1]
         reduction = "mean" if self.size_average else "sum"
         if self.score_metric is None:
-            options: dict[str, Any] = {"temperature": self.temperature, "mask_mode": self.mask_mode}
+            options: dict[str, Any] = {"normalize": fused, "temperature": self.temperature, "mask_mode": self.mask_mode}
             D, d_mask = D.flatten(0, 1), d_mask.flatten(0, 1)
             return contrastive_loss(Q, D, q_mask, d_mask, target=target, reduction=reduction, **options) * weight
         step = self.score_mini_batch_size or len(Q)
@@ -213,6 +217,9 @@ class Distillation(nn.Module):
         queries, documents = sentence_features
         Q, q_mask = _encode(self.model, queries, True)
         D, d_mask = (X.unflatten(0, (len(Q), -1)) for X in _encode(self.model, documents, False))
+        fused = _normalises(self.score_metric, Q)
+        if not fused:
+            Q, D = _unit(Q), _unit(D)
         if self.score_metric is None:
             return distillation_loss(
                 Q,
@@ -222,6 +229,7 @@ class Distillation(nn.Module):
                 d_mask,
                 student_normalization="minmax" if self.normalize_scores else "none",
                 reduction="mean" if self.size_average else "sum",
+                normalize=fused,
                 mask_mode=self.mask_mode,
             )
         scores = self.score_metric(Q, D, queries_mask=q_mask, documents_mask=d_mask)
@@ -236,7 +244,7 @@ class Distillation(nn.Module):
 def _encode(model: Any, features: Features, is_query: bool) -> Encoded:
     facts = model if hasattr(model, "skiplist") else model.module
     # A copy, as models add their outputs to the dict they are given.
-    embeddings = nn.functional.normalize(model(dict(features))["token_embeddings"], dim=-1)
+    embeddings = model(dict(features))["token_embeddings"]
     mask = features["attention_mask"] != 0
     if is_query:
         # Expansion tokens score although the model does not attend to them.
@@ -245,14 +253,26 @@ def _encode(model: Any, features: Features, is_query: bool) -> Encoded:
     return embeddings, mask & ~torch.isin(features["input_ids"], skipped)
 
 
+def _normalises(score_metric: Callable[..., Tensor] | None, Q: Tensor) -> bool:
+    """Whether the kernels divide by the norms on the way. On a CPU, PyTorch would take longer for it than for the loss."""
+    return score_metric is None and Q.device.type == "cpu"
+
+
+def _unit(X: Tensor) -> Tensor:
+    return nn.functional.normalize(X, dim=-1)
+
+
 def _stack(documents: Sequence[Encoded]) -> Encoded:
     """K documents a query, `[N, Ld, d]` each with its own Ld, as `[N, K, Ld, d]`."""
     if not documents:
         raise ValueError("there are no documents; want queries and at least one batch of documents")
+    rows = [len(mask) for _, mask in documents]
+    if len(set(rows)) > 1:
+        raise ValueError(f"batches of documents have {rows} rows; want as many")
+    if len(documents) == 1:  # without a copy
+        return documents[0][0].unsqueeze(1), documents[0][1].unsqueeze(1)
     longest = max(mask.shape[1] for _, mask in documents)
     pad = nn.functional.pad
     embeddings = [pad(each, (0, 0, 0, longest - each.shape[1])) for each, _ in documents]
     masks = [pad(mask, (0, longest - mask.shape[1])) for _, mask in documents]
-    if len({len(mask) for mask in masks}) > 1:
-        raise ValueError(f"batches of documents have {[len(mask) for mask in masks]} rows; want as many")
     return torch.stack(embeddings, 1), torch.stack(masks, 1)

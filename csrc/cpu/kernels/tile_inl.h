@@ -93,8 +93,7 @@ template <class Dot, int T, int R, Pick pick, class... Feeder>
         Simd::take_greater(top, winner, tile_top, tile_winner);
       } else {
 #pragma GCC unroll 16
-        for (int t = 0; t < T; ++t)
-          Simd::take_greater_or_nan(top, winner, sum[t][r], Simd::broadcast(first_token + t));
+        for (int t = 0; t < T; ++t) Simd::take_greater_or_nan(top, winner, sum[t][r], Simd::broadcast(first_token + t));
       }
       Simd::store(index + r * Simd::width, winner);
     }
