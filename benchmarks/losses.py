@@ -1,8 +1,9 @@
 """The losses, forward and backward: Lq = 32, Ld = 180, d = 48, fp32, one thread, CPU time.
 
 The contrastive loss of a batch in its three ways to remember (scores and argmax kept, scores alone, nothing) beside the usual
-lines of PyTorch; distillation over 16 candidates a query; and memory, each size in a process of its own. The full run
-ends with one batch of 4096 on all cores, wall-clock.
+lines of PyTorch; distillation over 16 candidates a query, from unit embeddings and from others, which the kernels or PyTorch
+divide by their norms; and memory, each size in a process of its own. The full run ends with one batch of 4096 on all cores,
+wall-clock.
 """
 
 import contextlib
@@ -112,11 +113,41 @@ def distillation(size: int, candidates: int, rounds: tuple[int, int]) -> suite.C
     )
 
 
+def after_normalize(loss: Callable) -> Callable:
+    def call(queries: torch.Tensor, documents: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        normalize = torch.nn.functional.normalize
+        return loss(normalize(queries, dim=-1), normalize(documents, dim=-1), teacher)
+
+    return call
+
+
+def normalized_distillation(size: int, candidates: int, rounds: tuple[int, int]) -> suite.Case:
+    missing = contenders.missing("edgecolbert_kernels")
+    eager = step(after_normalize(eager_distillation), size, candidates)
+    return suite.Case(
+        name=f"normalisation and distillation, {size}x{candidates}",
+        parameters=Shape(size, 32, size * candidates, LENGTH, DIM).parameters,
+        references=("normalize=True",),
+        contenders=[
+            Contender("normalize=True", step(distillation_loss, size, candidates, normalize=True), missing=missing),
+            Contender(
+                "fused after PyTorch's", step(after_normalize(distillation_loss), size, candidates), missing=missing
+            ),
+            Contender("torch eager", eager),
+        ],
+        rounds=rounds,
+        expected=lambda: eager(0),
+        error=relative_error,
+        tolerance=2e-2,
+    )
+
+
 def cases() -> Iterator[suite.Case]:
     for size, rounds in ((32, (31, 11)), (128, (9, 0))):
         for temperature in (1.0, 0.02):
             yield contrastive(size, temperature, rounds)
     yield distillation(32, 16, (31, 11))
+    yield normalized_distillation(32, 16, (31, 11))
 
 
 def resident_bytes() -> int:
