@@ -37,6 +37,8 @@ RESULTS = Path(__file__).parent / "results"
 ROOT = RESULTS.parent.parent
 SECONDS = {"full": 520.0, "quick": 110.0}
 SECONDS_OF_TESTS, SECONDS_TO_END = 280, 15
+# The interpreter, the emulator and the compilers: no GPU takes part.
+TESTS_ELSEWHERE = ("triton", "triton_report", "cuda_emulated", "device_interpreted", "gpu_benchmark")
 # Goals on an H100: case, contender, column, and what it should be at most or at least.
 GOALS = (
     ("1 x 1k x 300, d 48", "fused", "wall", "<=", 0.025, "ms end to end"),
@@ -165,6 +167,7 @@ def run_tests() -> dict[str, Any]:
     """The tests that a GPU takes part in."""
     command = [sys.executable, "-m", "pytest", "tests", "-q", "-p", "no:cacheprovider"]
     command += ["-k", "triton or cuda or gpu or device"]
+    command += [f"--ignore=tests/test_{name}.py" for name in TESTS_ELSEWHERE]
     if machine.version("pytest-xdist"):
         command += ["-n", str(min(15, os.cpu_count() or 1)), "--dist", "worksteal"]
     start = time.monotonic()
