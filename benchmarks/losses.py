@@ -94,25 +94,6 @@ def contrastive(size: int, temperature: float, rounds: tuple[int, int]) -> suite
     )
 
 
-def distillation(size: int, candidates: int, rounds: tuple[int, int]) -> suite.Case:
-    eager = step(eager_distillation, size, candidates)
-    return suite.Case(
-        name=f"distillation, {size}x{candidates}",
-        parameters=Shape(size, 32, size * candidates, LENGTH, DIM).parameters,
-        references=("fused",),
-        contenders=[
-            Contender(
-                "fused", step(distillation_loss, size, candidates), missing=contenders.missing("edgecolbert_kernels")
-            ),
-            Contender("torch eager", eager),
-        ],
-        rounds=rounds,
-        expected=lambda: eager(0),
-        error=relative_error,
-        tolerance=2e-2,
-    )
-
-
 def after_normalize(loss: Callable) -> Callable:
     def call(queries: torch.Tensor, documents: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         normalize = torch.nn.functional.normalize
@@ -121,18 +102,21 @@ def after_normalize(loss: Callable) -> Callable:
     return call
 
 
-def normalized_distillation(size: int, candidates: int, rounds: tuple[int, int]) -> suite.Case:
+def distillation(size: int, candidates: int, normalize: bool, rounds: tuple[int, int]) -> suite.Case:
     missing = contenders.missing("edgecolbert_kernels")
-    eager = step(after_normalize(eager_distillation), size, candidates)
+    eager = step(after_normalize(eager_distillation) if normalize else eager_distillation, size, candidates)
+    fused = {"fused": step(distillation_loss, size, candidates)}
+    if normalize:
+        fused = {
+            "normalize=True": step(distillation_loss, size, candidates, normalize=True),
+            "fused after PyTorch's": step(after_normalize(distillation_loss), size, candidates),
+        }
     return suite.Case(
-        name=f"normalisation and distillation, {size}x{candidates}",
+        name=f"{'normalisation and ' * normalize}distillation, {size}x{candidates}",
         parameters=Shape(size, 32, size * candidates, LENGTH, DIM).parameters,
-        references=("normalize=True",),
+        references=tuple(fused)[:1],
         contenders=[
-            Contender("normalize=True", step(distillation_loss, size, candidates, normalize=True), missing=missing),
-            Contender(
-                "fused after PyTorch's", step(after_normalize(distillation_loss), size, candidates), missing=missing
-            ),
+            *(Contender(name, call, missing=missing) for name, call in fused.items()),
             Contender("torch eager", eager),
         ],
         rounds=rounds,
@@ -146,8 +130,8 @@ def cases() -> Iterator[suite.Case]:
     for size, rounds in ((32, (31, 11)), (128, (9, 0))):
         for temperature in (1.0, 0.02):
             yield contrastive(size, temperature, rounds)
-    yield distillation(32, 16, (31, 11))
-    yield normalized_distillation(32, 16, (31, 11))
+    for normalize in (False, True):
+        yield distillation(32, 16, normalize, (31, 11))
 
 
 def resident_bytes() -> int:

@@ -19,7 +19,13 @@ Masked tokens follow PyLate, `mask_mode="zero"`: the similarity to a masked docu
 maximum. "exclude" never chooses such a token, which is what scoring encoded documents does.
 
 The model is whatever returns `token_embeddings [N, L, d]` in a dict, for a dict with `input_ids` and `attention_mask`
-`[N, L]`, and has `skiplist` (token ids) and `do_query_expansion`; or wraps such a model as `.module`.
+`[N, L]`, and has `skiplist` (token ids) and `do_query_expansion`; or wraps such a model as `.module`. Embeddings are
+float16, bfloat16, float32 or float64 and of any length: they are normalised here, and gradients come in their dtype. Tokens
+score where `attention_mask` is not 0 and, of documents, `input_ids` are not in `skiplist`; of queries with
+`do_query_expansion`, all do. A `score_metric` is given unit embeddings.
+
+Losses are scalars, float32 or float64. ValueError: there are no documents, batches of documents have different numbers of
+rows, there are not as many as queries, and what `contrastive_loss` and `distillation_loss` refuse.
 """
 
 from __future__ import annotations
@@ -37,7 +43,7 @@ from edgecolbert_kernels.losses import contrastive_loss, distillation_loss
 from edgecolbert_kernels.scoring import maxsim
 
 Features = Mapping[str, Tensor]
-# Embeddings [N, L, d], of any size, and the tokens to score [N, L].
+# Embeddings [N, L, d], of any length where the kernels normalise and else unit ones, and the tokens to score [N, L].
 Encoded = tuple[Tensor, Tensor]
 
 
@@ -96,16 +102,17 @@ class Contrastive(nn.Module):
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
         """The loss of `[queries, positives, negatives, ...]`, each a dict with N rows. Labels are not used."""
         queries, *documents = sentence_features
-        return self._loss(_encode(self.model, queries, True), *(_encode(self.model, each, False) for each in documents))
+        return self._loss(self._encode(queries, True), *(self._encode(each, False) for each in documents))
+
+    def _encode(self, features: Features, is_query: bool) -> Encoded:
+        # The model is looked up at every call: a trainer puts its wrapped one here.
+        return _encode(self.model, features, is_query, self.score_metric)
 
     def _loss(self, queries: Encoded, *documents: Encoded) -> Tensor:
         Q, q_mask = queries
         D, d_mask = _stack(documents)
         if len(D) != len(Q):
             raise checks.wrong_shape("documents", D.shape, f"{len(Q)} rows, one for each query")
-        fused = _normalises(self.score_metric, Q)
-        if not fused:
-            Q, D = _unit(Q), _unit(D)
         offset, weight = 0, 1.0
         if self.gather_across_devices:
             D, d_mask, offset, share = gather_with_gradient(D, d_mask)
@@ -114,7 +121,8 @@ class Contrastive(nn.Module):
         target = (offset + torch.arange(len(Q), device=Q.device)) * D.shape[1]
         reduction = "mean" if self.size_average else "sum"
         if self.score_metric is None:
-            options: dict[str, Any] = {"normalize": fused, "temperature": self.temperature, "mask_mode": self.mask_mode}
+            options: dict[str, Any] = {"temperature": self.temperature, "mask_mode": self.mask_mode}
+            options["normalize"] = _kernels_normalize(self.score_metric, Q)
             D, d_mask = D.flatten(0, 1), d_mask.flatten(0, 1)
             return contrastive_loss(Q, D, q_mask, d_mask, target=target, reduction=reduction, **options) * weight
         step = self.score_mini_batch_size or len(Q)
@@ -165,12 +173,11 @@ class CachedContrastive(Contrastive):
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
         inputs = list(sentence_features)
 
-        # The model is looked up at every call: a trainer puts its wrapped one here.
         def queries(**features: Tensor) -> Encoded:
-            return _encode(self.model, features, True)
+            return self._encode(features, True)
 
         def documents(**features: Tensor) -> Encoded:
-            return _encode(self.model, features, False)
+            return self._encode(features, False)
 
         encoders = [queries, *[documents] * (len(inputs) - 1)]
         cache = GradCache(
@@ -215,11 +222,9 @@ class Distillation(nn.Module):
     def forward(self, sentence_features: Iterable[Features], labels: Tensor) -> Tensor:
         """The loss of `[queries, documents]`, Nq and Nq * K rows, query-major, and the teacher's scores `[Nq, K]`."""
         queries, documents = sentence_features
-        Q, q_mask = _encode(self.model, queries, True)
-        D, d_mask = (X.unflatten(0, (len(Q), -1)) for X in _encode(self.model, documents, False))
-        fused = _normalises(self.score_metric, Q)
-        if not fused:
-            Q, D = _unit(Q), _unit(D)
+        Q, q_mask = _encode(self.model, queries, True, self.score_metric)
+        encoded = _encode(self.model, documents, False, self.score_metric)
+        D, d_mask = (X.unflatten(0, (len(Q), -1)) for X in encoded)
         if self.score_metric is None:
             return distillation_loss(
                 Q,
@@ -229,7 +234,7 @@ class Distillation(nn.Module):
                 d_mask,
                 student_normalization="minmax" if self.normalize_scores else "none",
                 reduction="mean" if self.size_average else "sum",
-                normalize=fused,
+                normalize=_kernels_normalize(self.score_metric, Q),
                 mask_mode=self.mask_mode,
             )
         scores = self.score_metric(Q, D, queries_mask=q_mask, documents_mask=d_mask)
@@ -241,25 +246,23 @@ class Distillation(nn.Module):
         return nn.functional.kl_div(student, teacher, reduction=reduction, log_target=True)
 
 
-def _encode(model: Any, features: Features, is_query: bool) -> Encoded:
+def _kernels_normalize(score_metric: Callable[..., Tensor] | None, X: Tensor) -> bool:
+    """Whether the kernels divide by the norms on the way. On a CPU, PyTorch would take longer for it than for the loss."""
+    return score_metric is None and X.device.type == "cpu"
+
+
+def _encode(model: Any, features: Features, is_query: bool, score_metric: Callable[..., Tensor] | None) -> Encoded:
     facts = model if hasattr(model, "skiplist") else model.module
     # A copy, as models add their outputs to the dict they are given.
     embeddings = model(dict(features))["token_embeddings"]
+    if not _kernels_normalize(score_metric, embeddings):
+        embeddings = nn.functional.normalize(embeddings, dim=-1)
     mask = features["attention_mask"] != 0
     if is_query:
         # Expansion tokens score although the model does not attend to them.
         return embeddings, torch.ones_like(mask) if facts.do_query_expansion else mask
     skipped = torch.tensor(facts.skiplist, dtype=torch.long, device=mask.device)
     return embeddings, mask & ~torch.isin(features["input_ids"], skipped)
-
-
-def _normalises(score_metric: Callable[..., Tensor] | None, Q: Tensor) -> bool:
-    """Whether the kernels divide by the norms on the way. On a CPU, PyTorch would take longer for it than for the loss."""
-    return score_metric is None and Q.device.type == "cpu"
-
-
-def _unit(X: Tensor) -> Tensor:
-    return nn.functional.normalize(X, dim=-1)
 
 
 def _stack(documents: Sequence[Encoded]) -> Encoded:

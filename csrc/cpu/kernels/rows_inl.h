@@ -75,6 +75,13 @@ inline void with_float(DType dtype, Function function) {
   }
 }
 
+// With the element type of any dtype.
+template <class Function>
+inline void with_element(DType dtype, Function function) {
+  if (dtype == DType::i8) return function(I8{});
+  with_float(dtype, function);
+}
+
 template <int n>
 struct Constant {
   constexpr operator int() const { return n; }
@@ -88,13 +95,6 @@ template <class Function>
   if (dim == 96) return function(Constant<96>());
   if (dim == 128) return function(Constant<128>());
   function(dim);
-}
-
-// With the element type of any dtype.
-template <class Function>
-inline void with_element(DType dtype, Function function) {
-  if (dtype == DType::i8) return function(I8{});
-  with_float(dtype, function);
 }
 
 }  // namespace
