@@ -37,9 +37,11 @@ struct PackJob {
   uint32_t* words_i8;   // null: int8 is not wanted
   int32_t* biases;      // [width] out with words_i8, see QueryGroup
   float* scales;        // [width] out with words_i8
+  float* margins;       // [2][width] out, null: int8 is no screen
   int64_t word_stride;  // 32-bit elements from one k-word to the next
   float* buffer;        // 2 * (dim rounded up to the width) floats of scratch
   float peak;           // out: largest |x|; NaN if any x is NaN
+  bool screened;        // out with margins: every token may be screened
 };
 
 // Whether integers can represent every given query token.
@@ -63,8 +65,21 @@ struct QueryGroup {
   const uint32_t* words_i8;   // null: exact only
   const int32_t* biases;      // [registers * width] with words_i8: what the kernel's own sums are too large by
   const float* scales;        // [registers * width] with words_i8: a query value is its integer times this
+  const float* margins;  // [registers][2][width], null: words_i8 are the scores' own, or there are none; see Margin
   int64_t registers;
   float peak;  // largest |x|, infinity if any is not finite
+};
+
+// What one thread needs to screen documents.
+struct Screen {
+  uint32_t* narrowed;  // [block_tokens + tile_tokens] int8 document tokens
+  int16_t* scores;     // [block_tokens + tile_tokens, panel_registers * width]
+  uint32_t* hits;      // [block_tokens] bits of the query lanes whose maximum a token can be
+  uint32_t* pairs;     // [(block_tokens + 2) * panel_registers * width] that can win: token << 8 | lane of the panel
+  uint32_t* rows;      // [2 * width] widened document tokens
+  float largest;       // |x| that is expected of the next document; 0: nothing is known
+  int32_t failures;    // in a row
+  int32_t pause;       // documents that are not tried
 };
 
 // Maximum similarity of every query lane over the tokens of one document (length >= 1).
@@ -77,7 +92,8 @@ struct ScoreJob {
   bool argmax;
   const QueryGroup* group;
   int64_t block_tokens;  // document tokens widened at a time
-  char* scratch;         // score_scratch_bytes(), aligned to 64 bytes
+  char* scratch;         // aligned to 64 bytes
+  Screen* screen;        // with group->margins
   float* best;           // [registers * width] out
   int32_t* index;        // [registers * width] out when argmax: position among the kept tokens; always writable
 };
@@ -176,6 +192,7 @@ struct Kernels {
   int32_t panel_registers;    // query registers of a tile
   bool fixed_point;           // int16 pays off
   int32_t int8_dims_of_word;  // dimensions of an int8 k-word; 0: int8 does not pay off
+  bool screens;               // int8 pays off as a screen for fp32 and int16
   void (*pack_register)(PackJob*);
   bool (*admits_integers)(const AdmitJob*);
   void (*score)(const ScoreJob*);
@@ -190,6 +207,8 @@ struct Kernels {
   void (*move_lines)(const float* source, float* out, int64_t lines, int ratio);
 };
 
-constexpr float kNormEpsilon = 1e-12f;  // of torch.nn.functional.normalize
+constexpr int kScreenedDimensions = 2048;  // at most
+constexpr int64_t kShortestScreened = 64;  // document tokens
+constexpr float kNormEpsilon = 1e-12f;     // of torch.nn.functional.normalize
 
 }  // namespace edgecolbert

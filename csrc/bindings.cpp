@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 
 #include "cpu/dispatch.h"
@@ -16,6 +17,8 @@ namespace py = pybind11;
 using namespace edgecolbert;
 
 namespace {
+
+std::atomic<bool> screening{true};
 
 int64_t integer(PyObject* tuple, Py_ssize_t i) {
   const int64_t value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
@@ -133,6 +136,7 @@ void py_forward(const py::tuple& queries, const py::tuple& documents, int layout
   call.threads = threads;
   const Kernels& isa = kernels();
   const py::gil_scoped_release release;
+  call.screen = screening.load(std::memory_order_relaxed);
   forward(isa, call);
 }
 
@@ -240,6 +244,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "get_isa", [] { return std::string(kernels().name); },
       "The instruction set in use; RuntimeError when EDGECOLBERT_ISA cannot run.");
+  m.def(
+      "set_screening", [](bool on) { return screening.exchange(on); }, py::arg("on"),
+      "Whether int8 may find the tokens that can win, and what it was before. Scores have the same bits either way.");
   m.def("set_isa", &set_isa, py::arg("name"), "Forces an instruction set; '' reads EDGECOLBERT_ISA again.");
   m.def("has_openmp", &has_openmp);
   m.def("measure_peak", &measure_peak, py::arg("kind"), py::arg("seconds") = 0.05,

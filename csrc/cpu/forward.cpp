@@ -3,6 +3,7 @@
 #include <cstring>
 #include <memory>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "buffer.h"
@@ -73,11 +74,13 @@ class PackedQueries {
     close_group();
     words_f32_.reserve(registers() * width_ * call.queries.dim);
     if (integer == Integer::i16) words_i16_.reserve(registers() * width_ * ((call.queries.dim + 1) / 2));
-    if (integer == Integer::i8) {
+    const bool screen = screens(kernels, call, integer);
+    if (integer == Integer::i8 || screen) {
       words_i8_.reserve(registers() * width_ * int8_words(kernels, call.queries.dim));
       biases_.reset(new Buffer<int32_t>(registers() * width_));
       scales_.reset(new Buffer<float>(registers() * width_));
     }
+    if (screen) margins_.reset(new Buffer<float>(2 * registers() * width_));
     pack(kernels, call, threads, integer);
   }
 
@@ -95,6 +98,7 @@ class PackedQueries {
   }
   int64_t kept(int64_t query) const { return kept_[size_t(query)]; }
   bool masked() const { return masked_; }
+  bool screened() const { return margins_ != nullptr; }
   // Token number of each kept token of a query, where there is a mask.
   const int32_t* tokens(int64_t query) const { return tokens_.data() + first_lane_[size_t(query)]; }
 
@@ -110,6 +114,12 @@ class PackedQueries {
     if (call.documents.dtype != DType::i8) return kernels.fixed_point ? Integer::i16 : Integer::none;
     // Normalised rows are no integers.
     return kernels.int8_dims_of_word > 0 && !call.normalize ? Integer::i8 : Integer::none;
+  }
+
+  // Short documents leave too large a share of their tokens to be scored twice.
+  static bool screens(const Kernels& kernels, const ForwardCall& call, Integer integer) {
+    return call.screen && kernels.screens && integer == Integer::none && call.queries.dim <= kScreenedDimensions &&
+           longest_document(call) >= kShortestScreened;
   }
 
   static int64_t int8_words(const Kernels& kernels, int64_t dim) {
@@ -191,14 +201,16 @@ class PackedQueries {
       QueryGroup& group = groups_[size_t(g)].registers;
       const int64_t first_register = groups_[size_t(g)].first_register;
       const Integer used = groups_[size_t(g)].integers ? integer : Integer::none;
-      const int64_t words = used == Integer::i8 ? int8_words(kernels, dim) : (dim + 1) / 2;
+      const int64_t words = (dim + 1) / 2, words_i8 = words_i8_.data() ? int8_words(kernels, dim) : 0;
       group.words_f32 = words_f32_.data() + first_register * width_ * dim;
       if (used == Integer::i16) group.words_i16 = words_i16_.data() + first_register * width_ * words;
-      if (used == Integer::i8) {
-        group.words_i8 = words_i8_.data() + first_register * width_ * words;
+      if (margins_) group.margins = margins_->data() + 2 * first_register * width_;
+      if (used == Integer::i8 || margins_) {
+        group.words_i8 = words_i8_.data() + first_register * width_ * words_i8;
         group.biases = biases_->data() + first_register * width_;
         group.scales = scales_->data() + first_register * width_;
       }
+      bool screened = true;
       const int64_t in_panels = group.registers / kernels.panel_registers * kernels.panel_registers;
       for (int64_t r = 0; r < group.registers; ++r) {
         const int64_t panel = r < in_panels ? kernels.panel_registers : 1;
@@ -212,15 +224,21 @@ class PackedQueries {
         job.words_f32 = const_cast<uint32_t*>(group.words_f32) + (first * dim + inside) * width_;
         if (group.words_i16) job.words_i16 = const_cast<uint32_t*>(group.words_i16) + (first * words + inside) * width_;
         if (group.words_i8) {
-          job.words_i8 = const_cast<uint32_t*>(group.words_i8) + (first * words + inside) * width_;
+          job.words_i8 = const_cast<uint32_t*>(group.words_i8) + (first * words_i8 + inside) * width_;
           job.biases = const_cast<int32_t*>(group.biases) + r * width_;
           job.scales = const_cast<float*>(group.scales) + r * width_;
         }
+        if (group.margins) job.margins = const_cast<float*>(group.margins) + 2 * r * width_;
         job.word_stride = panel * width_;
         job.buffer = buffers.data() + 2 * row * thread;
         kernels.pack_register(&job);
         // Not finite counts as infinite, so that a plain maximum serves.
         group.peak = std::max(group.peak, std::isfinite(job.peak) ? job.peak : INFINITY);
+        screened = screened && job.screened;
+      }
+      if (margins_ && !screened) {
+        group.margins = nullptr;
+        group.words_i8 = nullptr;
       }
     });
   }
@@ -234,7 +252,7 @@ class PackedQueries {
   std::vector<int64_t> order_;                         // queries as the groups hold them
   Words words_f32_, words_i16_, words_i8_;
   std::unique_ptr<Buffer<int32_t>> biases_;
-  std::unique_ptr<Buffer<float>> scales_;
+  std::unique_ptr<Buffer<float>> scales_, margins_;
 };
 
 // Kept tokens of the document at hand.
@@ -265,6 +283,7 @@ class Scorer {
     block_tokens_ = std::max(tile, block / tile * tile);
     scratch_stride_ = round_up((2 * row_ + (block_tokens_ + tile) * row_) * 4, 64);
     scratch_.reset(new Buffer<char>(scratch_stride_ * threads_));
+    if (queries_.screened()) prepare_screens();
   }
 
   void run() {
@@ -272,6 +291,27 @@ class Scorer {
   }
 
  private:
+  void prepare_screens() {
+    const int64_t tokens = block_tokens_ + kernels_.tile_tokens, width = kernels_.width;
+    const int64_t narrowed =
+        tokens * round_up(call_.documents.dim, kernels_.int8_dims_of_word * width) / kernels_.int8_dims_of_word;
+    const int64_t lanes = kernels_.panel_registers * width, scores = tokens * lanes / 2;
+    const int64_t hits = block_tokens_, pairs = (block_tokens_ + 2) * lanes, rows = 2 * width * row_;
+    const int64_t stride = round_up(narrowed + scores + hits + pairs + rows, 16);
+    screen_words_.reset(new Buffer<uint32_t>(stride * threads_));
+    screens_.resize(size_t(threads_));
+    for (int thread = 0; thread < threads_; ++thread) {
+      Screen& screen = screens_[size_t(thread)];
+      uint32_t* next = screen_words_->data() + stride * thread;
+      const auto take = [&](int64_t words) { return std::exchange(next, next + words); };
+      screen.narrowed = take(narrowed);
+      screen.scores = reinterpret_cast<int16_t*>(take(scores));
+      screen.rows = take(rows);
+      screen.hits = take(hits);
+      screen.pairs = take(pairs);
+    }
+  }
+
   static int worth_threads(const ForwardCall& call) {
     int64_t document_tokens = total_tokens(call.documents), query_tokens = total_tokens(call.queries);
     if (call.pairs.layout == Layout::own) query_tokens /= std::max<int64_t>(call.queries.count, 1);
@@ -332,6 +372,7 @@ class Scorer {
       job.group = &queries.registers;
       job.block_tokens = block_tokens_;
       job.scratch = scratch_->data() + scratch_stride_ * thread;
+      job.screen = queries_.screened() ? &screens_[size_t(thread)] : nullptr;
       job.best = best;
       job.index = index;
       kernels_.score(&job);
@@ -448,6 +489,8 @@ class Scorer {
   int64_t block_tokens_ = 0;
   int64_t scratch_stride_ = 0;
   std::unique_ptr<Buffer<char>> scratch_;
+  std::unique_ptr<Buffer<uint32_t>> screen_words_;
+  std::vector<Screen> screens_;  // of every thread
 };
 
 }  // namespace

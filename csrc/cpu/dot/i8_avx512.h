@@ -4,6 +4,10 @@
 
 namespace {
 
+#ifdef __AVX512VNNI__
+#define EDGECOLBERT_SCREENS
+#endif
+
 struct Int8 {
 #ifdef __AVX512VNNI__
   static constexpr int dims_of_word = 4;
@@ -17,9 +21,27 @@ struct Int8 {
   // 1 to 64 bytes; memory past them is not touched.
   static __m512i to_words_first(const I8* p, int n) { return add_bias(_mm512_maskz_loadu_epi8(first(n), p)); }
 
+  // Four registers of int32 as bytes in the same order.
+  static __m512i to_bytes(__m512i a, __m512i b, __m512i c, __m512i d) {
+    const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+    return _mm512_permutexvar_epi32(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), bytes);
+  }
+  static __m512i magnitudes(__m512i bytes) { return _mm512_abs_epi8(bytes); }
+  static __m512i maximum_bytes(__m512i a, __m512i b) { return _mm512_max_epu8(a, b); }
+  static uint32_t largest_byte(__m512i x) {
+    alignas(64) uint8_t bytes[64];
+    _mm512_store_si512(bytes, x);
+    uint32_t largest = 0;
+    for (uint8_t byte : bytes) largest = byte > largest ? byte : largest;
+    return largest;
+  }
+  static void add_squares(__m512i& sum, __m512i magnitudes) {
+    __asm__("vpdpbusd %1, %1, %0" : "+v"(sum) : "v"(magnitudes));
+  }
+  static __m512i add_bias(__m512i x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
+
  private:
   static __mmask64 first(int n) { return ~__mmask64(0) >> (64 - n); }
-  static __m512i add_bias(__m512i x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
 #else
   static constexpr int dims_of_word = 2;
   static constexpr int32_t document_bias = 0;
@@ -37,6 +59,54 @@ struct Int8 {
   }
 #endif
 };
+
+#ifdef EDGECOLBERT_SCREENS
+// Scores of a token as int16: two registers of sums become one, each 128 bits of it four of either.
+struct Scores {
+  static constexpr int lanes = 32;
+  using V = __m512i;
+  static V pack(__m512i a, __m512i b, int shift) {
+    const __m128i count = _mm_cvtsi32_si128(shift);
+    return _mm512_packs_epi32(_mm512_sra_epi32(a, count), _mm512_sra_epi32(b, count));
+  }
+  static constexpr int kLaneOf[lanes] = {0, 1, 2,  3,  16, 17, 18, 19, 4,  5,  6,  7,  20, 21, 22, 23,
+                                         8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31};
+  // Tokens in the order of `first` on and the lanes that their bits name: token << 8 | lane. 16 tokens at a time give
+  // up their lowest bits, so the tokens of a lane are in no order. Returns how many there are; 16 more may be written.
+  static int64_t list_pairs(const uint32_t* bits, int64_t tokens, uint32_t* pairs) {
+    const uint32_t* const first = pairs;
+    const __m512i one = _mm512_set1_epi32(1), step = _mm512_set1_epi32(16 << 8);
+    const __m512i low = _mm512_loadu_si512(kLaneOf), high = _mm512_loadu_si512(kLaneOf + 16);
+    __m512i token = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 8);
+    for (int64_t t = 0; t < tokens; t += 16) {
+      const int left = tokens - t < 16 ? int(tokens - t) : 16;
+      __m512i x = _mm512_maskz_loadu_epi32(__mmask16((1u << left) - 1), bits + t);
+      for (__mmask16 any = _mm512_test_epi32_mask(x, x); any; any = _mm512_test_epi32_mask(x, x)) {
+        const __m512i rest = _mm512_and_si512(x, _mm512_sub_epi32(x, one));
+        // The exponent of the lowest bit is its number.
+        const __m512i exponent = _mm512_castps_si512(_mm512_cvtepu32_ps(_mm512_xor_si512(x, rest)));
+        const __m512i place = _mm512_sub_epi32(_mm512_srli_epi32(exponent, 23), _mm512_set1_epi32(127));
+        const __m512i lane = _mm512_permutex2var_epi32(low, place, high);
+        _mm512_storeu_si512(pairs, _mm512_maskz_compress_epi32(any, _mm512_or_si512(token, lane)));
+        pairs += __builtin_popcount(any);
+        x = rest;
+      }
+      token = _mm512_add_epi32(token, step);
+    }
+    return pairs - first;
+  }
+  static V load(const int16_t* p) { return _mm512_loadu_si512(p); }
+  static void store(int16_t* p, V x) { _mm512_storeu_si512(p, x); }
+  static V lowest() { return _mm512_set1_epi16(INT16_MIN); }
+  static V maximum(V a, V b) { return _mm512_max_epi16(a, b); }
+  static constexpr uint32_t kFirstRegister = 0x0f0f0f0f;
+  static V two() { return _mm512_set1_epi16(2); }
+  static V add(V a, V b) { return _mm512_adds_epi16(a, b); }
+  static V subtract(V a, V b) { return _mm512_subs_epi16(a, b); }
+  // Bit i: a[i] >= b[i].
+  static uint32_t at_least(V a, V b) { return _mm512_cmpge_epi16_mask(a, b); }
+};
+#endif
 
 }  // namespace
 

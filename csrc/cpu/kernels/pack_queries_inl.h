@@ -1,6 +1,8 @@
 // Query tokens become lanes: one register row is transposed into [k-word][lane].
 #pragma once
 
+#include "margin_inl.h"
+
 namespace {
 
 // The query token in fp32, normalised where asked, filled up to whole registers.
@@ -13,23 +15,6 @@ inline void widen_query(const char* data, int dim, int64_t dim_stride, bool norm
     for_each_register(row, dim, [&](int k, Simd::F x) { Simd::store(out + k, x); });
   }
 }
-
-// Largest |x| as bits, and |x|^2, of the widened query token in the job's buffer.
-struct Extent {
-  uint32_t largest;
-  float square_norm;
-
-  Extent(const float* row, int dim) {
-    Simd::F squares = Simd::zero();
-    Simd::I bits = Simd::zero_integer();
-    for_each_register(row, dim, [&](int, Simd::F x) {
-      bits = Simd::maximum_unsigned(bits, Simd::absolute_bits(x));
-      squares = Simd::multiply_add(x, x, squares);
-    });
-    largest = Simd::largest_unsigned(bits);
-    square_norm = Simd::sum(squares);
-  }
-};
 
 inline bool admits_i16([[maybe_unused]] const Extent& extent, [[maybe_unused]] int dim) {
 #ifdef EDGECOLBERT_NO_FIXED_POINT
@@ -75,22 +60,26 @@ inline void pack_fixed_point(const PackJob& job, const float* row, int lane) {
 
 #ifndef EDGECOLBERT_NO_INT8
 // A query token is `scale` times integers in [-127, 127].
-inline void pack_int8(const PackJob& job, const float* row, int lane) {
-  const float largest = bits_to_float(Extent(row, job.dim).largest);
-  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+inline float round_to_int8(const float* row, int dim, float largest, I8* integers) {
+  const Simd::F inverse = Simd::broadcast(largest > 0.0f ? 127.0f / largest : 0.0f);
+  for_each_register(row, dim, [&](int k, Simd::F x) { Simd::store(integers + k, Simd::multiply(x, inverse)); });
+  return largest / 127.0f;
+}
+
+inline void pack_int8(const PackJob& job, const I8* integers, float scale, int lane) {
   constexpr int dims = DotI8::dims_of_word;
   int32_t sum_i32 = 0;
   for (int k = 0; k < job.dim; k += dims) {
     uint32_t word = 0;
     for (int i = 0; i < dims && k + i < job.dim; ++i) {
-      const int32_t value = int32_t(__builtin_rintf(row[k + i] * inverse));
+      const int32_t value = integers[k + i].value;
       sum_i32 += value;
       word |= (uint32_t(value) & DotI8::kElementBits) << (32 / dims * i);
     }
     job.words_i8[k / dims * job.word_stride + lane] = word;
   }
   job.biases[lane] = DotI8::kDocumentBias * sum_i32;
-  job.scales[lane] = largest / 127.0f;
+  job.scales[lane] = scale;
 }
 
 inline void clear_int8(const PackJob& job, int lane) {
@@ -106,6 +95,7 @@ void pack_register(PackJob& job) {
   const int dim = job.dim;
   float* row_f32 = job.buffer;
   Simd::I peak_bits = Simd::zero_integer();
+  job.screened = true;
   for (int lane = 0; lane < Simd::width; ++lane) {
     if (!job.rows[lane]) {
       for (int k = 0; k < dim; ++k) job.words_f32[k * job.word_stride + lane] = 0;
@@ -114,6 +104,7 @@ void pack_register(PackJob& job) {
       }
 #ifndef EDGECOLBERT_NO_INT8
       if (job.words_i8) clear_int8(job, lane);
+      if (job.margins) clear_margin(job, lane);
 #endif
       continue;
     }
@@ -125,7 +116,13 @@ void pack_register(PackJob& job) {
     if (job.words_i16) pack_fixed_point(job, row_f32, lane);
 #endif
 #ifndef EDGECOLBERT_NO_INT8
-    if (job.words_i8) pack_int8(job, row_f32, lane);
+    if (job.words_i8) {
+      const Extent extent(row_f32, dim);
+      I8* const integers = reinterpret_cast<I8*>(row_f32 + round_up(dim, Simd::width));
+      const float scale = round_to_int8(row_f32, dim, bits_to_float(extent.largest), integers);
+      if (job.margins) job.screened &= set_margin(job, row_f32, extent, integers, scale, lane);
+      pack_int8(job, integers, scale, lane);
+    }
 #endif
   }
   job.peak = bits_to_float(Simd::largest_unsigned(peak_bits));

@@ -25,19 +25,28 @@ class Widener {
         feedable_(!job.normalize && (job.document.dim_stride == int64_t(sizeof(Element)) || job.dim == 1)) {}
 
   void widen(int64_t begin, int64_t end, uint32_t* out) {
+    for_each_row(begin, end, [&](const auto* row) {
+      store_widened(row, job_.dim, out, seen_);
+      out += stride_;
+    });
+  }
+
+  // visit(row) with contiguous elements, or floats where rows are normalised.
+  template <class Visit>
+  [[gnu::always_inline]] void for_each_row(int64_t begin, int64_t end, Visit visit) {
     const Tokens& tokens = job_.document;
     void* const copy = row_buffer_ + round_up(job_.dim, Simd::width);
-    for (int64_t i = begin; i < end; ++i, out += stride_) {
+    for (int64_t i = begin; i < end; ++i) {
       const char* const data = tokens.data + (tokens.kept ? tokens.kept[i] : i) * tokens.token_stride;
       const Element* const row = contiguous_row<Element>(data, tokens.dim_stride, job_.dim, copy);
       if constexpr (Dot::rounds_floats) {
         if (job_.normalize) {
           normalize_row(row, job_.dim, row_buffer_, job_.norm_epsilon);
-          store_widened(row_buffer_, job_.dim, out, seen_);
+          visit(const_cast<const float*>(row_buffer_));
           continue;
         }
       }
-      store_widened(row, job_.dim, out, seen_);
+      visit(row);
     }
   }
 
@@ -59,6 +68,8 @@ class Widener {
   uint32_t* rows() const { return reinterpret_cast<uint32_t*>(row_buffer_ + 2 * round_up(job_.dim, Simd::width)); }
   int64_t stride() const { return stride_; }
   bool sound() const { return seen_.sound(*job_.group, job_.dim); }
+  bool feedable() const { return feedable_; }
+  Seen<Dot, Element>& seen() { return seen_; }
 
  private:
   const ScoreJob& job_;
@@ -178,17 +189,21 @@ class DocumentScore {
 };
 
 #ifndef EDGECOLBERT_NO_FIXED_POINT
+inline void fixed_point_to_float(const ScoreJob& job) {
+  const Simd::F scale = Simd::broadcast(kSimilarityScale);
+  for (int64_t lane = 0; lane < job.group->registers * Simd::width; lane += Simd::width) {
+    const Simd::I sum_i32 = Simd::load(reinterpret_cast<const int32_t*>(job.best) + lane);
+    Simd::store(job.best + lane, Simd::multiply(Simd::to_float(sum_i32), scale));
+  }
+}
+
 template <class Element>
 bool score_fixed_point(const ScoreJob& job) {
   if (!(job.argmax ? DocumentScore<DotI16, Element, Pick::argmax>(job).run()
                    : DocumentScore<DotI16, Element, Pick::maximum>(job).run())) {
     return false;
   }
-  const Simd::F scale = Simd::broadcast(kSimilarityScale);
-  for (int64_t lane = 0; lane < job.group->registers * Simd::width; lane += Simd::width) {
-    const Simd::I sum_i32 = Simd::load(reinterpret_cast<const int32_t*>(job.best) + lane);
-    Simd::store(job.best + lane, Simd::multiply(Simd::to_float(sum_i32), scale));
-  }
+  fixed_point_to_float(job);
   return true;
 }
 #endif
@@ -217,20 +232,12 @@ inline bool score_integers([[maybe_unused]] const ScoreJob& job) {
 template <>
 inline bool score_integers<I8>([[maybe_unused]] const ScoreJob& job) {
 #ifndef EDGECOLBERT_NO_INT8
-  if (job.group->words_i8) score_int8(job);
-  return job.group->words_i8 != nullptr;
+  if (!job.group->words_i8 || job.group->margins) return false;
+  score_int8(job);
+  return true;
 #else
   return false;
 #endif
-}
-
-template <class Element>
-void score(const ScoreJob& job) {
-  if (score_integers<Element>(job)) return;
-  if (job.argmax ? DocumentScore<DotF32, Element, Pick::argmax>(job).run()
-                 : DocumentScore<DotF32, Element, Pick::maximum>(job).run())
-    return;
-  DocumentScore<DotF32, Element, Pick::argmax_or_nan>(job).run();
 }
 
 }  // namespace

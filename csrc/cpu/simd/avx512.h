@@ -81,7 +81,66 @@ struct Simd {
   static I bits(F x) { return _mm512_castps_si512(x); }
   static F from_bits(I x) { return _mm512_castsi512_ps(x); }
   static I absolute_bits(F x) { return _mm512_and_si512(bits(x), _mm512_set1_epi32(0x7fffffff)); }
+  static I to_integer(F x) { return _mm512_cvtps_epi32(x); }  // to nearest; out of range and NaN: INT32_MIN
   static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+
+  // x - to_float(to_integer(x)) where that is in range.
+  static F rest(F x) { return _mm512_reduce_ps(x, 8); }
+  // The sum of the lanes, in fewer of them: the others are 0.
+  static F fold(F x) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    return _mm512_zextps128_ps512(_mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)));
+  }
+  // Lane i is that with number lanes[i] of one register, or of two side by side.
+  static I pick(const I (&x)[1], I lanes) { return _mm512_permutexvar_epi32(lanes, x[0]); }
+  static I pick(const I (&x)[2], I lanes) { return _mm512_permutex2var_epi32(x[0], lanes, x[1]); }
+  // out[k][i] = rows[i][offset + k] of 32-bit words.
+  [[gnu::always_inline]] static void transpose(const uint32_t* const* rows, int64_t offset, I (&out)[4]) {
+    const auto four = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + offset)); };
+    I x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      x[i] = _mm512_inserti32x4(_mm512_castsi128_si512(four(i)), four(4 + i), 1);
+      x[i] = _mm512_inserti32x4(_mm512_inserti32x4(x[i], four(8 + i), 2), four(12 + i), 3);
+    }
+    const I a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
+    const I c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+    out[0] = _mm512_unpacklo_epi64(a, c);
+    out[1] = _mm512_unpackhi_epi64(a, c);
+    out[2] = _mm512_unpacklo_epi64(b, d);
+    out[3] = _mm512_unpackhi_epi64(b, d);
+  }
+  // out[k][i] = rows[i][offset + k], widened.
+  [[gnu::always_inline]] static void transpose(const float* const* rows, int64_t offset, F (&out)[4]) {
+    I words[4];
+    transpose(reinterpret_cast<const uint32_t* const*>(rows), offset, words);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) out[k] = from_bits(words[k]);
+  }
+  template <class Half>
+  [[gnu::always_inline]] static void transpose(const Half* const* rows, int64_t offset, F (&out)[8]) {
+    const auto eight = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + offset)); };
+    __m256i x[8], y[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) x[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(eight(i)), eight(8 + i), 1);
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+      y[i] = _mm256_unpacklo_epi16(x[i], x[i + 1]);
+      y[i + 1] = _mm256_unpackhi_epi16(x[i], x[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+      x[i] = _mm256_unpacklo_epi32(y[i], y[i + 2]);
+      x[i + 1] = _mm256_unpackhi_epi32(y[i], y[i + 2]);
+      x[i + 2] = _mm256_unpacklo_epi32(y[i + 1], y[i + 3]);
+      x[i + 3] = _mm256_unpackhi_epi32(y[i + 1], y[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      out[2 * k] = widen(_mm256_unpacklo_epi64(x[k], x[k + 4]), Half{});
+      out[2 * k + 1] = widen(_mm256_unpackhi_epi64(x[k], x[k + 4]), Half{});
+    }
+  }
 
   static I where_equal(F a, F b, I yes, I no) {
     return _mm512_mask_mov_epi32(no, _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), yes);
@@ -106,6 +165,8 @@ struct Simd {
   }
 
  private:
+  static F widen(__m256i x, F16) { return _mm512_cvtph_ps(x); }
+  static F widen(__m256i x, BF16) { return widen_bf16(x); }
   static F widen_bf16(__m256i x) { return from_bits(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
   static F widen_i8(__m128i x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)); }
   static __m128i narrow_i8(F x) { return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)); }

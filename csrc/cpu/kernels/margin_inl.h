@@ -1,0 +1,66 @@
+// How far below the best int8 similarity a document token can lie and still win: the screen's proof.
+//
+// A query token q is rounded to s u, a document token d to v / m, with integers u and v. Then
+//   |<q, d> - (s / m) <u, v>| <= |q| |d - v / m| + |q - s u| |v / m| = E,
+// and the sum in fp32 is off by another G <= gamma |q| |d|, gamma = dim 2^-24, of which there is four times as much
+// here. The token with the largest sum in fp32 lies at most 2 (E + G) below the best int8 similarity. In steps of s /
+// m, with rest = |m d - v|, that is
+//   2 (1 + gamma) |q| / s * rest + 2 (|q - s u| + gamma |q|) / s * |v|.
+// The two factors belong to the query token, rest and |v| to a block of document tokens (the largest of any).
+#pragma once
+
+namespace {
+
+// Outside of these an underflow, which rounds by more than a share of the value, could count.
+constexpr float kSmallestScreened = 1e-10f, kLargestScreened = 1e10f;
+// Of a query token of zeros, or none: nothing lies so far above the best.
+constexpr float kNoneReaches = -1e8f;
+
+// Largest |x| as bits, and |x|^2, of the widened query token in the job's buffer.
+struct Extent {
+  uint32_t largest;
+  float square_norm;
+
+  Extent(const float* row, int dim) {
+    Simd::F squares = Simd::zero();
+    Simd::I bits = Simd::zero_integer();
+    for_each_register(row, dim, [&](int, Simd::F x) {
+      bits = Simd::maximum_unsigned(bits, Simd::absolute_bits(x));
+      squares = Simd::multiply_add(x, x, squares);
+    });
+    largest = Simd::largest_unsigned(bits);
+    square_norm = Simd::sum(squares);
+  }
+};
+
+#ifdef EDGECOLBERT_SCREENS
+inline void clear_margin(const PackJob& job, int lane) {
+  job.margins[lane] = kNoneReaches;  // a rest is 1 or more
+  job.margins[Simd::width + lane] = 0.0f;
+}
+
+// False: int8 cannot stand for this query token.
+inline bool set_margin(const PackJob& job, const float* row, const Extent& extent, const I8* integers, float scale,
+                       int lane) {
+  clear_margin(job, lane);
+  const float largest = bits_to_float(extent.largest);
+  if (largest == 0.0f) return true;
+  if (!(largest >= kSmallestScreened && largest <= kLargestScreened)) return false;
+  Simd::F squares = Simd::zero();
+  for_each_register(row, job.dim, [&](int k, Simd::F x) {
+    const Simd::F rest = Simd::subtract(x, Simd::multiply(Simd::load(integers + k), Simd::broadcast(scale)));
+    squares = Simd::multiply_add(rest, rest, squares);
+  });
+  const float gamma = float(job.dim) * 0x1p-22f;
+  const float norm = 1.0001f * __builtin_sqrtf(extent.square_norm),
+              lost = 1.0001f * __builtin_sqrtf(Simd::sum(squares));
+  job.margins[lane] = 2.0f * (1.0f + gamma) * norm / scale;
+  job.margins[Simd::width + lane] = 2.0f * (lost + gamma * norm) / scale;
+  return true;
+}
+#else
+inline void clear_margin(const PackJob&, int) {}
+inline bool set_margin(const PackJob&, const float*, const Extent&, const I8*, float, int) { return false; }
+#endif
+
+}  // namespace
