@@ -26,17 +26,25 @@ struct Int8 {
     const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
     return _mm512_permutexvar_epi32(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), bytes);
   }
-  static __m512i magnitudes(__m512i bytes) { return _mm512_abs_epi8(bytes); }
-  static __m512i maximum_bytes(__m512i a, __m512i b) { return _mm512_max_epu8(a, b); }
-  static uint32_t largest_byte(__m512i x) {
-    alignas(64) uint8_t bytes[64];
-    _mm512_store_si512(bytes, x);
-    uint32_t largest = 0;
-    for (uint8_t byte : bytes) largest = byte > largest ? byte : largest;
-    return largest;
+  // Squares of int8 summed in pairs, unsigned 16-bit. With a -128, which only stands for a value that was cut off, a
+  // sum is at least 2^15.
+  static __m512i pair_squares(__m512i bytes) {
+    const __m512i magnitudes = _mm512_abs_epi8(bytes);
+    return _mm512_maddubs_epi16(magnitudes, magnitudes);
   }
-  static void add_squares(__m512i& sum, __m512i magnitudes) {
-    __asm__("vpdpbusd %1, %1, %0" : "+v"(sum) : "v"(magnitudes));
+  static __m512i maximum_pairs(__m512i a, __m512i b) { return _mm512_max_epu16(a, b); }
+  static uint32_t largest_pair(__m512i x) {
+    return _mm512_reduce_max_epu32(
+        _mm512_max_epu32(_mm512_srli_epi32(x, 16), _mm512_and_si512(x, _mm512_set1_epi32(0xffff))));
+  }
+  static float sum_of_pairs(__m512i x) {
+    return float(_mm512_reduce_add_epi32(
+        _mm512_add_epi32(_mm512_srli_epi32(x, 16), _mm512_and_si512(x, _mm512_set1_epi32(0xffff)))));
+  }
+  // Two sums of pairs a lane.
+  static __m512i add_pairs(__m512i sum, __m512i pairs) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(pairs), "v"(_mm512_set1_epi16(1)));
+    return sum;
   }
   static __m512i add_bias(__m512i x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
 

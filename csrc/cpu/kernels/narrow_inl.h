@@ -4,6 +4,8 @@
 // that were cut off show in the largest of them, and the block is done again with a better guess.
 #pragma once
 
+#include <type_traits>
+
 #include "score_inl.h"
 
 #ifdef EDGECOLBERT_SCREENS
@@ -11,11 +13,11 @@ namespace {
 
 // A value of the guessed size becomes so many steps; more than kMostSteps could be cut off.
 constexpr float kGuessedSteps = 120.0f;
-constexpr uint32_t kMostSteps = 126, kFewestSteps = 16;
+constexpr float kMostSteps = 126.9f, kFewestSteps = 16.0f;
 
 // What is known of a block's integers v, which stand for v / steps.
 struct Narrowed {
-  uint32_t largest;  // |v_k|
+  float largest;     // of |v_k|, and not much more: |(v_k, v_k+1)| of neighbours
   float norm, rest;  // no token has a larger |v|, nor |steps d - v|
   float steps;
 
@@ -23,7 +25,7 @@ struct Narrowed {
   bool fits() const { return largest >= kFewestSteps && largest <= kMostSteps; }
   // A bound of |x| when the integers fit, else a guess.
   float largest_value() const {
-    const float value = (float(largest) + 0.5f) / steps;
+    const float value = (largest + 0.5f) / steps;
     return largest <= kMostSteps ? value : 64.0f * value;
   }
 };
@@ -42,77 +44,78 @@ class Narrower {
         stride_(widened_stride<DotI8>(dim)),
         prefetch_end_(intptr_t(job.document.prefetch_end) - kPrefetchBytes - int64_t(dim) * int64_t(sizeof(Element))),
         widener_(widener),
+        rolls_(widener.feedable() && !job.document.kept),
         steps_(kGuessedSteps / largest) {}
 
-  // Tokens [begin, end) are next, and go to `out`.
+  // Tokens [begin, end) are next, and go to `out`. A tile narrows rows that lie side by side; others are done at once.
   void set(int64_t begin, int64_t end, uint32_t* out) {
     next_ = begin;
     end_ = end;
     out_ = out;
-    if (!widener_.feedable()) finish();
+    if (!rolls_) finish();
   }
 
-  // Over tokens the largest magnitude in every byte, and the largest sum in every lane.
-  struct Seen {
-    Simd::I magnitudes = Simd::zero_integer(), squares = Simd::zero_integer();
-    Simd::F norms = Simd::zero(), rests = Simd::zero();  // when exact, instead of squares
+  // Over tokens the largest sum in every lane: together they bound the norm of any token. The more values a lane sums,
+  // the tighter, and the dearer: few dimensions make do with `pairs`, which tell whether values were cut off.
+  struct Pairs {
+    Simd::I pairs;  // squares of neighbours, 16 bits each
   };
+  struct Squares : Pairs {
+    Simd::I squares;  // of four neighbours in each register of a token
+  };
+  struct Sums : Pairs {
+    Simd::F norms, rests;  // four lanes a token
+  };
+  static constexpr bool kSquares = !exact && !std::is_same_v<Dim, Constant<48>>;
+  using Seen = std::conditional_t<exact, Sums, std::conditional_t<kSquares, Squares, Pairs>>;
 
+  // What a tile copies, so that the compiler can keep it in registers.
   class Cursor {
    public:
-    explicit Cursor(Narrower& of)
-        : of_(of),
-          tokens_(of.tokens_),
+    [[gnu::always_inline]] explicit Cursor(const Narrower& of)
+        : dim_(of.dim_),
           scale_(Simd::broadcast(of.steps_)),
-          prefetch_end_(of.prefetch_end_),
-          next_(of.next_),
-          end_(of.end_),
           row_(of.tokens_.data + of.next_ * of.tokens_.token_stride),
+          row_stride_(of.tokens_.token_stride),
+          prefetch_end_(of.prefetch_end_),
+          left_(of.end_ - of.next_),
           out_(of.out_),
           seen_(of.seen_) {}
 
     [[gnu::always_inline]] void step() {
-      if (next_ >= end_) return;
-      if (tokens_.kept) row_ = tokens_.data + tokens_.kept[next_] * tokens_.token_stride;
-      if (intptr_t(row_) < prefetch_end_) {
-        for (int ahead = 0; ahead < of_.dim_ * int(sizeof(Element)); ahead += 64)
-          __builtin_prefetch(row_ + kPrefetchBytes + ahead, 0, 2);
-      }
-      round(reinterpret_cast<const Element*>(row_), of_.dim_, scale_, out_, seen_);
-      row_ += tokens_.token_stride;
-      out_ += of_.stride_;
-      ++next_;
-    }
-
-    [[gnu::always_inline]] void finish() {
-      while (next_ < end_) step();
+      if (left_ == 0) return;
+      --left_;
+      const char* const ahead = intptr_t(row_) < prefetch_end_ ? row_ + kPrefetchBytes : row_;
+      for (int byte = 0; byte < dim_ * int(sizeof(Element)); byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
+      round(reinterpret_cast<const Element*>(row_), dim_, scale_, out_, seen_);
+      row_ += row_stride_;
+      out_ += widened_stride<DotI8>(dim_);
     }
 
    private:
     friend Narrower;
-    const Narrower& of_;
-    const Tokens& tokens_;
+    const Dim dim_;
     const Simd::F scale_;
-    const intptr_t prefetch_end_;
-    int64_t next_;
-    const int64_t end_;
     const char* row_;
+    const int64_t row_stride_;
+    const intptr_t prefetch_end_;
+    int64_t left_;
     uint32_t* out_;
     Seen seen_;
   };
 
-  [[gnu::always_inline]] Cursor begin() { return Cursor(*this); }
+  [[gnu::always_inline]] Cursor begin() const { return Cursor(*this); }
   [[gnu::always_inline]] void end(const Cursor& cursor) {
-    next_ = cursor.next_;
+    next_ = end_ - cursor.left_;
     out_ = cursor.out_;
     seen_ = cursor.seen_;
   }
 
   void finish() {
     if (next_ >= end_) return;
-    if (widener_.feedable()) {
+    if (rolls_) {
       Cursor cursor = begin();
-      cursor.finish();
+      while (cursor.left_ > 0) cursor.step();
       end(cursor);
       return;
     }
@@ -126,14 +129,20 @@ class Narrower {
 
   Narrowed result() const {
     Narrowed result;
-    result.largest = Int8::largest_byte(seen_.magnitudes);
+    result.largest = __builtin_sqrtf(float(Int8::largest_pair(seen_.pairs)));
     result.steps = steps_;
     const float root = __builtin_sqrtf(float(dim_));
     if constexpr (exact) {
-      result.norm = 1.0001f * __builtin_sqrtf(Simd::sum(seen_.norms));
+      result.norm = Simd::sum(seen_.norms);
+    } else if constexpr (kSquares) {
+      result.norm = Simd::sum(Simd::to_float(seen_.squares));
+    } else {
+      result.norm = Int8::sum_of_pairs(seen_.pairs);
+    }
+    result.norm = 1.0001f * __builtin_sqrtf(result.norm);
+    if constexpr (exact) {
       result.rest = 1.0001f * __builtin_sqrtf(Simd::sum(seen_.rests)) + 1e-3f * root;
     } else {
-      result.norm = 1.0001f * __builtin_sqrtf(Simd::sum(Simd::to_float(seen_.squares)));
       result.rest = 0.501f * root;
     }
     return result;
@@ -162,15 +171,15 @@ class Narrower {
           lost = Simd::multiply_add(rest, rest, lost);
         }
       }
-      const Simd::I bytes = Int8::to_bytes(x[0], x[1], x[2], x[3]), magnitudes = Int8::magnitudes(bytes);
-      seen.magnitudes = Int8::maximum_bytes(seen.magnitudes, magnitudes);
-      Int8::add_squares(squares, magnitudes);
+      const Simd::I bytes = Int8::to_bytes(x[0], x[1], x[2], x[3]), pairs = Int8::pair_squares(bytes);
+      seen.pairs = Int8::maximum_pairs(seen.pairs, pairs);
+      if constexpr (exact || kSquares) squares = Int8::add_pairs(squares, pairs);
       Simd::store(reinterpret_cast<int32_t*>(out), Int8::add_bias(bytes));
     }
     if constexpr (exact) {
       seen.norms = Simd::maximum(seen.norms, Simd::fold(Simd::to_float(squares)));
       seen.rests = Simd::maximum(seen.rests, Simd::fold(lost));
-    } else {
+    } else if constexpr (kSquares) {
       seen.squares = Simd::maximum(seen.squares, squares);
     }
   }
@@ -180,10 +189,11 @@ class Narrower {
   const int64_t stride_;
   const intptr_t prefetch_end_;  // of the addresses of rows that prefetch
   Widener<DotF32, Element>& widener_;
+  const bool rolls_;
   const float steps_;
   int64_t next_ = 0, end_ = 0;
   uint32_t* out_ = nullptr;
-  Seen seen_;
+  Seen seen_{};
 };
 
 }  // namespace
