@@ -317,16 +317,17 @@ class ScreenedScore {
   template <int registers, int dims_of_step, int dims, class Row>
   [[gnu::always_inline]] static void multiply_add_step(const Row* const* rows, int64_t dim, const float*& query,
                                                        const Simd::I (&picked)[2], Simd::F (&sum)[2]) {
-    Simd::F document[2][dims_of_step];
-    Simd::transpose(rows, dim, document[0]);
-    Simd::transpose(rows + Simd::width, dim, document[1]);
+#pragma GCC unroll 2
+    for (int batch = 0; batch < 2; ++batch) {
+      Simd::F document[dims_of_step];
+      Simd::transpose(rows + batch * Simd::width, dim, document);
 #pragma GCC unroll 8
-    for (int k = 0; k < dims; ++k) {
-      Simd::I row[registers];
+      for (int k = 0; k < dims; ++k) {
+        Simd::I row[registers];
 #pragma GCC unroll 4
-      for (int i = 0; i < registers; ++i) row[i] = Simd::bits(Simd::load(query + (k * registers + i) * Simd::width));
-      sum[0] = Simd::multiply_add(Simd::from_bits(Simd::pick(row, picked[0])), document[0][k], sum[0]);
-      sum[1] = Simd::multiply_add(Simd::from_bits(Simd::pick(row, picked[1])), document[1][k], sum[1]);
+        for (int i = 0; i < registers; ++i) row[i] = Simd::bits(Simd::load(query + (k * registers + i) * Simd::width));
+        sum[batch] = Simd::multiply_add(Simd::from_bits(Simd::pick(row, picked[batch])), document[k], sum[batch]);
+      }
     }
     query += dims * registers * Simd::width;
   }
