@@ -56,6 +56,16 @@ def fused(queries, documents, mask=None, *, isa=None, **options):
         return maxsim(queries, documents, d_mask=mask, **options)
 
 
+def unscreened(queries, documents):
+    """This package with every similarity in fp32, as on machines whose int8 is no faster."""
+    module = machine.compiled_module()
+    before = module.set_screening(False)
+    try:
+        return maxsim(queries, documents)
+    finally:
+        module.set_screening(before)
+
+
 def missing(package: str) -> str | None:
     """Why contenders that need ``package`` cannot run, or None."""
     if package == "edgecolbert_kernels":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 Row = Mapping
 EAGER = "torch eager fp32"
+UNSCREENED = "exact unscreened"  # every similarity in fp32; "exact" is that where nothing is screened
 ANY_CPU = "a CPU"
 H100 = "an H100"
 # One core's multiply-add rate, and the operations of a query with a document in the suites of training: 32 x 180 x 48.
@@ -74,7 +75,8 @@ class Target:
 
 def find(rows: Sequence[Row], at: tuple[str, str, str]) -> Row | None:
     found = (row for row in rows if (row["suite"], row.get("case"), row.get("contender")) == at)
-    return next(found, None)
+    row = next(found, None)
+    return find(rows, (*at[:2], "exact")) if row is None and at[2] == UNSCREENED else row
 
 
 def _rerank(dim: int, slow: str, fast: str, limit: float) -> Target:
@@ -107,6 +109,13 @@ TARGETS = [
             percent_of_peak,
         )
         for dim in (48, 64, 96, 128)
+    ),
+    Target(
+        "1 query x 1000 x 300, d=48, exact unscreened: of the fp32 FMA peak",
+        " %",
+        85,
+        ("rerank", "d=48", UNSCREENED),
+        percent_of_peak,
     ),
     _rerank(48, "maxsim-cpu", "exact", 7),
     _rerank(48, EAGER, "exact", 6),
@@ -168,7 +177,7 @@ TARGETS = [
 ]
 
 FURTHER = [
-    _rerank(48, "exact", "fast", 1.8),
+    _rerank(48, UNSCREENED, "fast", 1.8),
     _rerank(128, "maxsim-cpu", "exact", 4),
     *(
         Target(
