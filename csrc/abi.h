@@ -72,14 +72,15 @@ struct QueryGroup {
 
 // What one thread needs to screen documents.
 struct Screen {
-  uint32_t* narrowed;  // [block_tokens + tile_tokens] int8 document tokens
-  int16_t* scores;     // [block_tokens + tile_tokens, panel_registers * width]
-  uint32_t* hits;      // [block_tokens] bits of the query lanes whose maximum a token can be
-  uint32_t* pairs;     // [(block_tokens + 2) * panel_registers * width] that can win: token << 8 | lane of the panel
-  uint32_t* rows;      // [2 * width] widened document tokens
-  float largest;       // |x| that is expected of the next document; 0: nothing is known
-  int32_t failures;    // in a row
-  int32_t pause;       // documents that are not tried
+  uint32_t* narrowed;   // [block_tokens + tile_tokens] int8 document tokens
+  int16_t* scores;      // [block_tokens + tile_tokens, panel_registers * width]
+  uint32_t* hits;       // [block_tokens] bits of the query lanes whose maximum a token can be
+  uint32_t* pairs;      // [(block_tokens + 2) * panel_registers * width] that can win: token << 8 | lane of the panel
+  uint32_t* rows;       // [2 * width] widened document tokens
+  float largest;        // |x| that is expected of the next document; 0: nothing is known
+  int64_t tried, done;  // documents
+  int32_t failures;     // in a row
+  int32_t pause;        // documents that are not tried
 };
 
 // Maximum similarity of every query lane over the tokens of one document (length >= 1).

@@ -247,6 +247,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_screening", [](bool on) { return screening.exchange(on); }, py::arg("on"),
       "Whether int8 may find the tokens that can win, and what it was before. Scores have the same bits either way.");
+  m.def(
+      "screened",
+      [] {
+        const Screened found = screened();
+        return py::make_tuple(found.tried, found.done);
+      },
+      "How many documents have been tried to screen so far, and how many of them were.");
   m.def("set_isa", &set_isa, py::arg("name"), "Forces an instruction set; '' reads EDGECOLBERT_ISA again.");
   m.def("has_openmp", &has_openmp);
   m.def("measure_peak", &measure_peak, py::arg("kind"), py::arg("seconds") = 0.05,

@@ -112,6 +112,12 @@ struct UnpackCall {
   int threads = 1;
 };
 
+// How many documents forward() has tried to screen, and for how many that went well, a document a group of queries.
+struct Screened {
+  int64_t tried, done;
+};
+Screened screened();
+
 // Throw std::out_of_range for a pair that names a missing query or document, std::bad_alloc; nothing else.
 void forward(const Kernels& kernels, const ForwardCall& call);
 void backward(const Kernels& kernels, const BackwardCall& call);

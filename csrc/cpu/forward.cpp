@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -19,6 +20,8 @@ constexpr int64_t kGroupLanes = 16384;
 constexpr int64_t kBlockBytes = 128 * 1024;
 // Below this many multiply-adds a call is over before a second thread has woken up.
 constexpr int64_t kSerialWork = 8'000'000;
+
+std::atomic<int64_t> documents_tried{0}, documents_screened{0};
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -288,6 +291,10 @@ class Scorer {
 
   void run() {
     parallel_for(tasks_, threads_, [&](int64_t task, int thread) { score(task, thread); });
+    for (const Screen& screen : screens_) {
+      documents_tried.fetch_add(screen.tried, std::memory_order_relaxed);
+      documents_screened.fetch_add(screen.done, std::memory_order_relaxed);
+    }
   }
 
  private:
@@ -494,6 +501,10 @@ class Scorer {
 };
 
 }  // namespace
+
+Screened screened() {
+  return {documents_tried.load(std::memory_order_relaxed), documents_screened.load(std::memory_order_relaxed)};
+}
 
 void forward(const Kernels& kernels, const ForwardCall& call) {
   if (call.pairs.layout == Layout::indexed) check_range(call.pairs, call.queries.count, call.documents.count);

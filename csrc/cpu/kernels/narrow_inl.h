@@ -23,11 +23,8 @@ struct Narrowed {
 
   // None was cut off, and they are not too coarse.
   bool fits() const { return largest >= kFewestSteps && largest <= kMostSteps; }
-  // A bound of |x| when the integers fit, else a guess.
-  float largest_value() const {
-    const float value = (largest + 0.5f) / steps;
-    return largest <= kMostSteps ? value : 64.0f * value;
-  }
+  // A bound of |x|, and not much more, unless values were cut off.
+  float largest_value() const { return (largest + 0.5f) / steps; }
 };
 
 // Rounds tokens of a document, at once or on the side of a tile. `exact`: measures what rounding lost, which else is

@@ -108,9 +108,13 @@ class ScreenedScore {
       narrowed = group_.registers == R ? narrow_and_score<R>(first, tokens, screen_.largest, top)
                                        : narrow_and_score<1>(first, tokens, screen_.largest, top);
     }
-    float largest = screen_.largest > 0.0f ? screen_.largest : 1.0f;
+    float largest = screen_.largest > 0.0f ? screen_.largest : 1.0f, factor = 1.0f;
     for (int attempt = 0; !narrowed.fits(); ++attempt) {
       if (scored || attempt > 0) largest = narrowed.largest_value();
+      if (narrowed.largest > kMostSteps) {  // by a little at first; values that were cut off could be of any size
+        largest *= factor;
+        factor = 64.0f;
+      }
       if (attempt == kMostAttempts || !(largest >= kSmallestScreened && largest <= kLargestScreened)) return false;
       scored = false;
       narrowed = narrow(first, tokens, largest);
@@ -358,7 +362,9 @@ bool score_screened([[maybe_unused]] const ScoreJob& job) {
     --screen.pause;
     return false;
   }
+  ++screen.tried;
   if (ScreenedScore<Element>(job).run()) {
+    ++screen.done;
     screen.failures = 0;
     return true;
   }
