@@ -193,7 +193,7 @@ struct Kernels {
   int32_t panel_registers;    // query registers of a tile
   bool fixed_point;           // int16 pays off
   int32_t int8_dims_of_word;  // dimensions of an int8 k-word; 0: int8 does not pay off
-  bool screens;               // int8 pays off as a screen for fp32 and int16
+  bool screens;               // int8 pays off as a screen for fp32
   void (*pack_register)(PackJob*);
   bool (*admits_integers)(const AdmitJob*);
   void (*score)(const ScoreJob*);

@@ -79,8 +79,8 @@ struct Scores {
   }
   static constexpr int kLaneOf[lanes] = {0, 1, 2,  3,  16, 17, 18, 19, 4,  5,  6,  7,  20, 21, 22, 23,
                                          8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31};
-  // Tokens in the order of `first` on and the lanes that their bits name: token << 8 | lane. 16 tokens at a time give
-  // up their lowest bits, so the tokens of a lane are in no order. Returns how many there are; 16 more may be written.
+  // Every token with each lane that its bits name, token << 8 | lane. 16 tokens at a time give up their lowest bits, so
+  // the tokens of a lane are in no order. Returns how many there are; 16 more may be written.
   static int64_t list_pairs(const uint32_t* bits, int64_t tokens, uint32_t* pairs) {
     const uint32_t* const first = pairs;
     const __m512i one = _mm512_set1_epi32(1), step = _mm512_set1_epi32(16 << 8);
@@ -107,9 +107,8 @@ struct Scores {
   static void store(int16_t* p, V x) { _mm512_storeu_si512(p, x); }
   static V lowest() { return _mm512_set1_epi16(INT16_MIN); }
   static V maximum(V a, V b) { return _mm512_max_epi16(a, b); }
-  static constexpr uint32_t kFirstRegister = 0x0f0f0f0f;
+  static constexpr uint32_t kFirstRegister = 0x0f0f0f0f;  // bits of its lanes
   static V two() { return _mm512_set1_epi16(2); }
-  static V add(V a, V b) { return _mm512_adds_epi16(a, b); }
   static V subtract(V a, V b) { return _mm512_subs_epi16(a, b); }
   // Bit i: a[i] >= b[i].
   static uint32_t at_least(V a, V b) { return _mm512_cmpge_epi16_mask(a, b); }

@@ -13,7 +13,7 @@ namespace {
 
 // Outside of these an underflow, which rounds by more than a share of the value, could count.
 constexpr float kSmallestScreened = 1e-10f, kLargestScreened = 1e10f;
-// Of a query token of zeros, or none: nothing lies so far above the best.
+// Factor of a query token of zeros, or none: 10^-3 of it, the least rest, already lies beyond every sum of zeros.
 constexpr float kNoneReaches = -1e8f;
 
 // Largest |x| as bits, and |x|^2, of the widened query token in the job's buffer.
@@ -35,7 +35,7 @@ struct Extent {
 
 #ifdef EDGECOLBERT_SCREENS
 inline void clear_margin(const PackJob& job, int lane) {
-  job.margins[lane] = kNoneReaches;  // a rest is 1 or more
+  job.margins[lane] = kNoneReaches;
   job.margins[Simd::width + lane] = 0.0f;
 }
 

@@ -28,8 +28,8 @@ struct Narrowed {
 };
 
 // Rounds tokens of a document, at once or on the side of a tile. `exact`: measures what rounding lost, which else is
-// bounded by half a step a dimension. That takes half as long again, and pays off when several panels of queries meet
-// the tokens.
+// bounded by half a step a dimension. That takes twice as long, and pays off when several panels of queries meet the
+// tokens.
 template <class Element, class Dim, bool exact>
 class Narrower {
  public:

@@ -69,7 +69,6 @@ class Widener {
   int64_t stride() const { return stride_; }
   bool sound() const { return seen_.sound(*job_.group, job_.dim); }
   bool feedable() const { return feedable_; }
-  Seen<Dot, Element>& seen() { return seen_; }
 
  private:
   const ScoreJob& job_;

@@ -2,7 +2,7 @@
 //
 // Query and document tokens are rounded to int8, which multiplies four times as much an instruction as fp32. How far an
 // int8 similarity can be off is known for every query token (margin_inl.h), so a token that lies further below the best
-// one than twice that cannot be the maximum. What is left, two to four tokens of hundreds, is scored by the same
+// one than twice that cannot be the maximum. What is left, two to five tokens of hundreds, is scored by the same
 // multiply-adds in the same order as in a tile: the result has the same bits as without the screen. Where too many
 // tokens are left, nothing is gained and the tile does the work.
 #pragma once
@@ -92,7 +92,7 @@ class ScreenedScore {
   // A pair takes as long as so many tokens of a tile take a lane; few dimensions hide less of what is around its sum.
   static int tokens_of_pair(int dim) { return 4 + 384 / dim; }
 
-  // Sums are below 127 * 255 * dim; what does not fit is cut off, which keeps its order.
+  // Sums are below 127 * 255 * dim.
   static int shift_of(int dim) {
     int shift = 0;
     while (127.0f * 255.0f * float(dim) > float(1 << (15 + shift))) ++shift;
@@ -103,7 +103,7 @@ class ScreenedScore {
   bool score_block(int64_t first, int64_t tokens) {
     Narrowed narrowed{};
     alignas(64) int16_t top[Scores::lanes];  // of the only panel
-    bool scored = screen_.largest > 0.0f && group_.registers <= R && (group_.registers == R || group_.registers == 1);
+    bool scored = screen_.largest > 0.0f && (group_.registers == R || group_.registers == 1);
     if (scored) {
       narrowed = group_.registers == R ? narrow_and_score<R>(first, tokens, screen_.largest, top)
                                        : narrow_and_score<1>(first, tokens, screen_.largest, top);
@@ -345,14 +345,14 @@ class ScreenedScore {
   int64_t pairs_left_;
 };
 
-constexpr int32_t kMostFailures = 6;
+constexpr int32_t kMostFailures = 6;  // in a row that make the pause longer
 
 }  // namespace
 #endif
 
 namespace {
 
-// False: the usual way has to.
+// False: the tile of fp32 has to. Bits do not tell which of them did, so it may depend on the documents before.
 template <class Element>
 bool score_screened([[maybe_unused]] const ScoreJob& job) {
 #ifdef EDGECOLBERT_SCREENS
