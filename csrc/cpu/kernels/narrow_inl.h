@@ -4,8 +4,6 @@
 // that were cut off show in the largest of them, and the block is done again with a better guess.
 #pragma once
 
-#include <type_traits>
-
 #include "score_inl.h"
 
 #ifdef EDGECOLBERT_SCREENS
@@ -26,6 +24,20 @@ struct Narrowed {
   // A bound of |x|, and not much more, unless values were cut off.
   float largest_value() const { return (largest + 0.5f) / steps; }
 };
+
+template <bool first>
+struct Choose {
+  template <class A, class B>
+  using Type = A;
+};
+template <>
+struct Choose<false> {
+  template <class A, class B>
+  using Type = B;
+};
+
+constexpr bool has_few(Constant<48>) { return true; }
+constexpr bool has_few(int) { return false; }
 
 // Rounds tokens of a document, at once or on the side of a tile. `exact`: measures what rounding lost, which else is
 // bounded by half a step a dimension. That takes twice as long, and pays off when several panels of queries meet the
@@ -63,8 +75,8 @@ class Narrower {
   struct Sums : Pairs {
     Simd::F norms, rests;  // four lanes a token
   };
-  static constexpr bool kSquares = !exact && !std::is_same_v<Dim, Constant<48>>;
-  using Seen = std::conditional_t<exact, Sums, std::conditional_t<kSquares, Squares, Pairs>>;
+  static constexpr bool kSquares = !exact && !has_few(Dim());
+  using Seen = typename Choose<exact>::template Type<Sums, typename Choose<kSquares>::template Type<Squares, Pairs>>;
 
   // What a tile copies, so that the compiler can keep it in registers.
   class Cursor {
