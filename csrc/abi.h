@@ -65,7 +65,8 @@ struct QueryGroup {
   const uint32_t* words_i8;   // null: exact only
   const int32_t* biases;      // [registers * width] with words_i8: what the kernel's own sums are too large by
   const float* scales;        // [registers * width] with words_i8: a query value is its integer times this
-  const float* margins;  // [registers][2][width], null: words_i8 are the scores' own, or there are none; see Margin
+  const float*
+      margins;  // [registers][2][width], null: words_i8 are the scores' own, or there are none; see margin_inl.h
   int64_t registers;
   float peak;  // largest |x|, infinity if any is not finite
 };

@@ -188,21 +188,17 @@ class DocumentScore {
 };
 
 #ifndef EDGECOLBERT_NO_FIXED_POINT
-inline void fixed_point_to_float(const ScoreJob& job) {
-  const Simd::F scale = Simd::broadcast(kSimilarityScale);
-  for (int64_t lane = 0; lane < job.group->registers * Simd::width; lane += Simd::width) {
-    const Simd::I sum_i32 = Simd::load(reinterpret_cast<const int32_t*>(job.best) + lane);
-    Simd::store(job.best + lane, Simd::multiply(Simd::to_float(sum_i32), scale));
-  }
-}
-
 template <class Element>
 bool score_fixed_point(const ScoreJob& job) {
   if (!(job.argmax ? DocumentScore<DotI16, Element, Pick::argmax>(job).run()
                    : DocumentScore<DotI16, Element, Pick::maximum>(job).run())) {
     return false;
   }
-  fixed_point_to_float(job);
+  const Simd::F scale = Simd::broadcast(kSimilarityScale);
+  for (int64_t lane = 0; lane < job.group->registers * Simd::width; lane += Simd::width) {
+    const Simd::I sum_i32 = Simd::load(reinterpret_cast<const int32_t*>(job.best) + lane);
+    Simd::store(job.best + lane, Simd::multiply(Simd::to_float(sum_i32), scale));
+  }
   return true;
 }
 #endif

@@ -27,14 +27,8 @@ template <int T, int R, class Feed>
 [[gnu::noinline]] void screen_tile(const uint32_t* document, int64_t row_stride, const uint32_t* query, int64_t words,
                                    int16_t* scores, int16_t* top, int shift, Feed& feed) {
   Simd::I sum[T][R];
-#pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) sum[t][r] = Simd::zero_integer();
-  }
   const uint32_t* rows[T / 3];
-#pragma GCC unroll 16
-  for (int i = 0; i < T / 3; ++i) rows[i] = document + 3 * i * row_stride;
+  start_tile<DotI8>(sum, rows, document, row_stride);
   const uint32_t* const query_end = query + words * (R * Simd::width);
   const int64_t steps = Feed::kIdle ? words * (R * Simd::width) : (words + T - 1) / T * (R * Simd::width);
   auto cursor = feed.begin();  // a copy, which can live in registers

@@ -45,22 +45,28 @@ template <class Dot, int T, int R>
   while (query != query_end) multiply_add_steps<Dot, 1>(sum, rows, row_stride, query);
 }
 
-// best[lane] = max(best[lane], <query lane, document token>), and where asked the token of the maximum. `feed`: none or
-// one.
-template <class Dot, int T, int R, Pick pick, class... Feeder>
-[[gnu::noinline]] void score_tile(const uint32_t* document, int64_t row_stride, const uint32_t* query, int64_t words,
-                                  typename Dot::Lane* best, int32_t* index, int32_t first_token, Feeder&... feed) {
+template <class Dot, int T, int R>
+[[gnu::always_inline]] inline void start_tile(typename Dot::V (&sum)[T][R], const uint32_t* (&rows)[T / 3],
+                                              const uint32_t* document, int64_t row_stride) {
   static_assert(T % 3 == 0, "rows are addressed in threes: base, base + stride, base + 2 * stride");
-  using V = typename Dot::V;
-  V sum[T][R];
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) sum[t][r] = Dot::zero();
   }
-  const uint32_t* rows[T / 3];
 #pragma GCC unroll 16
   for (int i = 0; i < T / 3; ++i) rows[i] = document + 3 * i * row_stride;
+}
+
+// best[lane] = max(best[lane], <query lane, document token>), and where asked the token of the maximum. `feed`: none or
+// one.
+template <class Dot, int T, int R, Pick pick, class... Feeder>
+[[gnu::noinline]] void score_tile(const uint32_t* document, int64_t row_stride, const uint32_t* query, int64_t words,
+                                  typename Dot::Lane* best, int32_t* index, int32_t first_token, Feeder&... feed) {
+  using V = typename Dot::V;
+  V sum[T][R];
+  const uint32_t* rows[T / 3];
+  start_tile<Dot>(sum, rows, document, row_stride);
   const uint32_t* const query_end = query + words * (R * Simd::width);
   if constexpr (sizeof...(feed) == 0) {
     multiply_add<Dot>(sum, rows, row_stride, query, query_end);
