@@ -37,7 +37,8 @@ struct PackJob {
   uint32_t* words_i8;   // null: int8 is not wanted
   int32_t* biases;      // [width] out with words_i8, see QueryGroup
   float* scales;        // [width] out with words_i8
-  float* margins;       // [2][width] out, null: int8 is no screen
+  float* margins;       // [3][width] out, null: int8 is no screen
+  float* token_rows;    // [width][dim rounded up to the width] out with margins
   int64_t word_stride;  // 32-bit elements from one k-word to the next
   float* buffer;        // 2 * (dim rounded up to the width) floats of scratch
   float peak;           // out: largest |x|; NaN if any x is NaN
@@ -66,7 +67,8 @@ struct QueryGroup {
   const int32_t* biases;      // [registers * width] with words_i8: what the kernel's own sums are too large by
   const float* scales;        // [registers * width] with words_i8: a query value is its integer times this
   const float*
-      margins;  // [registers][2][width], null: words_i8 are the scores' own, or there are none; see margin_inl.h
+      margins;        // [registers][3][width], null: words_i8 are the scores' own, or there are none; see margin_inl.h
+  const float* rows;  // [registers * width][dim rounded up to the width] with margins: the query tokens themselves
   int64_t registers;
   float peak;  // largest |x|, infinity if any is not finite
 };
@@ -77,6 +79,7 @@ struct Screen {
   int16_t* scores;      // [block_tokens + tile_tokens, panel_registers * width]
   uint32_t* hits;       // [block_tokens] bits of the query lanes whose maximum a token can be
   uint32_t* pairs;      // [(block_tokens + 2) * panel_registers * width] that can win: token << 8 | lane of the panel
+  float* products;      // [(block_tokens + 2) * panel_registers * width] of the pairs' rows
   uint32_t* rows;       // [2 * width] widened document tokens
   float largest;        // |x| that is expected of the next document; 0: nothing is known
   int64_t tried, done;  // documents
@@ -95,7 +98,7 @@ struct ScoreJob {
   const QueryGroup* group;
   int64_t block_tokens;  // document tokens widened at a time
   char* scratch;         // aligned to 64 bytes
-  Screen* screen;        // with group->margins
+  Screen* screen;        // null: no document is screened
   float* best;           // [registers * width] out
   int32_t* index;        // [registers * width] out when argmax: position among the kept tokens; always writable
 };
@@ -211,6 +214,9 @@ struct Kernels {
 
 constexpr int kScreenedDimensions = 2048;  // at most
 constexpr int64_t kShortestScreened = 64;  // document tokens
-constexpr float kNormEpsilon = 1e-12f;     // of torch.nn.functional.normalize
+// With words_i16: fewer are scored sooner in fixed point. Longer ones are not scored in it, whether or not the screen
+// has success: a score depends on its query and document alone.
+constexpr int64_t kShortestScreenedFast = 160;
+constexpr float kNormEpsilon = 1e-12f;  // of torch.nn.functional.normalize
 
 }  // namespace edgecolbert

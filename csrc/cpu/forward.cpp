@@ -83,7 +83,10 @@ class PackedQueries {
       biases_.reset(new Buffer<int32_t>(registers() * width_));
       scales_.reset(new Buffer<float>(registers() * width_));
     }
-    if (screen) margins_.reset(new Buffer<float>(2 * registers() * width_));
+    if (screen) {
+      margins_.reset(new Buffer<float>(3 * registers() * width_));
+      token_rows_.reset(new Buffer<float>(registers() * width_ * round_up(call.queries.dim, width_)));
+    }
     pack(kernels, call, threads, integer);
   }
 
@@ -121,8 +124,8 @@ class PackedQueries {
 
   // Short documents leave too large a share of their tokens to be scored twice.
   static bool screens(const Kernels& kernels, const ForwardCall& call, Integer integer) {
-    return call.screen && kernels.screens && integer == Integer::none && call.queries.dim <= kScreenedDimensions &&
-           longest_document(call) >= kShortestScreened;
+    return call.screen && kernels.screens && integer != Integer::i8 && call.queries.dim <= kScreenedDimensions &&
+           longest_document(call) >= (integer == Integer::i16 ? kShortestScreenedFast : kShortestScreened);
   }
 
   static int64_t int8_words(const Kernels& kernels, int64_t dim) {
@@ -207,7 +210,10 @@ class PackedQueries {
       const int64_t words = (dim + 1) / 2, words_i8 = words_i8_.data() ? int8_words(kernels, dim) : 0;
       group.words_f32 = words_f32_.data() + first_register * width_ * dim;
       if (used == Integer::i16) group.words_i16 = words_i16_.data() + first_register * width_ * words;
-      if (margins_) group.margins = margins_->data() + 2 * first_register * width_;
+      if (margins_) {
+        group.margins = margins_->data() + 3 * first_register * width_;
+        group.rows = token_rows_->data() + first_register * width_ * row;
+      }
       if (used == Integer::i8 || margins_) {
         group.words_i8 = words_i8_.data() + first_register * width_ * words_i8;
         group.biases = biases_->data() + first_register * width_;
@@ -231,7 +237,10 @@ class PackedQueries {
           job.biases = const_cast<int32_t*>(group.biases) + r * width_;
           job.scales = const_cast<float*>(group.scales) + r * width_;
         }
-        if (group.margins) job.margins = const_cast<float*>(group.margins) + 2 * r * width_;
+        if (group.margins) {
+          job.margins = const_cast<float*>(group.margins) + 3 * r * width_;
+          job.token_rows = const_cast<float*>(group.rows) + r * width_ * row;
+        }
         job.word_stride = panel * width_;
         job.buffer = buffers.data() + 2 * row * thread;
         kernels.pack_register(&job);
@@ -255,7 +264,7 @@ class PackedQueries {
   std::vector<int64_t> order_;                         // queries as the groups hold them
   Words words_f32_, words_i16_, words_i8_;
   std::unique_ptr<Buffer<int32_t>> biases_;
-  std::unique_ptr<Buffer<float>> scales_, margins_;
+  std::unique_ptr<Buffer<float>> scales_, margins_, token_rows_;
 };
 
 // Kept tokens of the document at hand.
@@ -304,7 +313,7 @@ class Scorer {
         tokens * round_up(call_.documents.dim, kernels_.int8_dims_of_word * width) / kernels_.int8_dims_of_word;
     const int64_t lanes = kernels_.panel_registers * width, scores = tokens * lanes / 2;
     const int64_t hits = block_tokens_, pairs = (block_tokens_ + 2) * lanes, rows = 2 * width * row_;
-    const int64_t stride = round_up(narrowed + scores + hits + pairs + rows, 16);
+    const int64_t stride = round_up(narrowed + scores + hits + 2 * pairs + rows, 16);
     screen_words_.reset(new Buffer<uint32_t>(stride * threads_));
     screens_.resize(size_t(threads_));
     for (int thread = 0; thread < threads_; ++thread) {
@@ -313,6 +322,7 @@ class Scorer {
       const auto take = [&](int64_t words) { return std::exchange(next, next + words); };
       screen.narrowed = take(narrowed);
       screen.scores = reinterpret_cast<int16_t*>(take(scores));
+      screen.products = reinterpret_cast<float*>(take(pairs));
       screen.rows = take(rows);
       screen.hits = take(hits);
       screen.pairs = take(pairs);

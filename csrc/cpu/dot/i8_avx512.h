@@ -103,6 +103,19 @@ struct Scores {
     }
     return pairs - first;
   }
+  // Those of `count` pairs whose value reaches their lane's limit move to the front; returns how many they are.
+  static int64_t keep_pairs(uint32_t* pairs, int64_t count, const float* values, __m512 limit, __m512 upper_limit) {
+    uint32_t* kept = pairs;
+    for (int64_t p = 0; p < count; p += 16) {
+      const __m512i pair = _mm512_loadu_si512(pairs + p);
+      const __m512 least = _mm512_permutex2var_ps(limit, pair, upper_limit);  // looks at the lane's bits alone
+      const __mmask16 valid = count - p < 16 ? __mmask16((1u << (count - p)) - 1) : __mmask16(-1);
+      const __mmask16 reaches = _mm512_mask_cmp_ps_mask(valid, _mm512_loadu_ps(values + p), least, _CMP_GE_OQ);
+      _mm512_storeu_si512(kept, _mm512_maskz_compress_epi32(reaches, pair));
+      kept += __builtin_popcount(reaches);
+    }
+    return kept - pairs;
+  }
   static V load(const int16_t* p) { return _mm512_loadu_si512(p); }
   static void store(int16_t* p, V x) { _mm512_storeu_si512(p, x); }
   static V lowest() { return _mm512_set1_epi16(INT16_MIN); }

@@ -7,6 +7,9 @@
 // m, with rest = |m d - v|, that is
 //   2 (1 + gamma) |q| / s * rest + 2 (|q - s u| + gamma |q|) / s * |v|.
 // The two factors belong to the query token, rest and |v| to a block of document tokens (the largest of any).
+//
+// Sums in fp32 in another order are off by 2 G at most from those in the tile's. The token with the largest sum lies at
+// most 4 G <= gamma |q| |d| below the largest of the others: the third factor, in the values' own units.
 #pragma once
 
 namespace {
@@ -36,7 +39,7 @@ struct Extent {
 #ifdef EDGECOLBERT_SCREENS
 inline void clear_margin(const PackJob& job, int lane) {
   job.margins[lane] = kNoneReaches;
-  job.margins[Simd::width + lane] = 0.0f;
+  job.margins[Simd::width + lane] = job.margins[2 * Simd::width + lane] = 0.0f;
 }
 
 // False: int8 cannot stand for this query token.
@@ -56,6 +59,7 @@ inline bool set_margin(const PackJob& job, const float* row, const Extent& exten
               lost = 1.0001f * __builtin_sqrtf(Simd::sum(squares));
   job.margins[lane] = 2.0f * (1.0f + gamma) * norm / scale;
   job.margins[Simd::width + lane] = 2.0f * (lost + gamma * norm) / scale;
+  job.margins[2 * Simd::width + lane] = 1.01f * gamma * norm;
   return true;
 }
 #else

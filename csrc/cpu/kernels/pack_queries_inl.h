@@ -120,7 +120,11 @@ void pack_register(PackJob& job) {
       const Extent extent(row_f32, dim);
       I8* const integers = reinterpret_cast<I8*>(row_f32 + round_up(dim, Simd::width));
       const float scale = round_to_int8(row_f32, dim, bits_to_float(extent.largest), integers);
-      if (job.margins) job.screened &= set_margin(job, row_f32, extent, integers, scale, lane);
+      if (job.margins) {
+        job.screened &= set_margin(job, row_f32, extent, integers, scale, lane);
+        const int64_t stride = round_up(dim, Simd::width);
+        memcpy(job.token_rows + lane * stride, row_f32, size_t(stride) * sizeof(float));
+      }
       pack_int8(job, integers, scale, lane);
     }
 #endif

@@ -7,7 +7,7 @@
 // tokens are left, nothing is gained and the tile does the work.
 #pragma once
 
-#include "narrow_inl.h"
+#include "pairs_inl.h"
 
 #ifdef EDGECOLBERT_SCREENS
 namespace {
@@ -59,7 +59,7 @@ class ScreenedScore {
         narrow_stride_(widened_stride<DotI8>(job.dim)),
         shift_(shift_of(job.dim)),
         widener_(job),
-        pairs_left_(length_ * group_.registers * Simd::width / tokens_of_pair(job.dim)) {}
+        left_(length_ * group_.registers * Simd::width) {}
 
   // False: too many tokens could win, or the values do not allow it; `best` and `index` are then undefined.
   bool run() {
@@ -83,7 +83,9 @@ class ScreenedScore {
   static constexpr int kMostAttempts = 8;
   static constexpr float kDecay = 1.0f - 1.0f / 256.0f;  // of the guess, a block
 
-  // A pair takes as long as so many tokens of a tile take a lane; few dimensions hide less of what is around its sum.
+  // A product of rows, and a pair that is scored, take as long as so many tokens of a tile take a lane; few dimensions
+  // hide less of what is around a sum.
+  static constexpr int kTokensOfProduct = 4;
   static int tokens_of_pair(int dim) { return 4 + 384 / dim; }
 
   // Sums are below 127 * 255 * dim.
@@ -189,10 +191,16 @@ class ScreenedScore {
       for (int64_t token = 0; token < tokens; token += T) tile<registers>(start_of(token, tokens), r, top, nothing);
     }
     find<registers>(tokens, threshold<registers>(r, first, narrowed, top));
-    const int64_t pairs = Scores::list_pairs(screen_.hits, tokens, screen_.pairs);
-    pairs_left_ -= pairs;
-    if (pairs_left_ < 0) return false;
-    score_pairs<registers>(r, first, pairs);
+    PairScore<Element> scorer(job_, widener_, r, first);
+    int64_t pairs = Scores::list_pairs(screen_.hits, tokens, screen_.pairs);
+    if (scorer.many(pairs)) {
+      left_ -= pairs * kTokensOfProduct;
+      if (left_ < 0) return false;
+      pairs = scorer.template keep_best<registers>(pairs, (narrowed.norm + narrowed.rest) / narrowed.steps);
+    }
+    left_ -= pairs * tokens_of_pair(job_.dim);
+    if (left_ < 0) return false;
+    scorer.template score<registers>(pairs);
     return true;
   }
 
@@ -203,7 +211,7 @@ class ScreenedScore {
     alignas(64) float margin[registers * Simd::width];
     Simd::I steps[registers];
     for (int i = 0; i < registers; ++i) {
-      const float* const factors = group_.margins + 2 * (r + i) * Simd::width;
+      const float* const factors = group_.margins + 3 * (r + i) * Simd::width;
       const Simd::F sum =
           Simd::multiply_add(Simd::load(factors), rest, Simd::multiply(Simd::load(factors + Simd::width), norm));
       Simd::store(margin + i * Simd::width, sum);
@@ -235,108 +243,13 @@ class ScreenedScore {
       screen_.hits[t] = Scores::at_least(Scores::load(screen_.scores + t * Scores::lanes), threshold) & wanted;
   }
 
-  // Two registers of pairs at a time hide the latency of their sums; the last ones may repeat a pair.
-  template <int registers>
-  [[gnu::noinline]] void score_pairs(int64_t r, int64_t first, int64_t pairs) {
-    constexpr int batch = 2 * Simd::width;
-    const int64_t padded = round_up(pairs, batch);
-    for (int64_t p = pairs; p < padded; ++p) screen_.pairs[p] = screen_.pairs[pairs - 1];
-    for (int64_t p = 0; p < padded; p += batch) {
-      alignas(64) float values[batch];
-      alignas(64) int32_t lanes[batch], tokens[batch];
-      for (int i = 0; i < batch; ++i) {
-        lanes[i] = int32_t(screen_.pairs[p + i] & 0xff);
-        tokens[i] = int32_t(first) + int32_t(screen_.pairs[p + i] >> 8);
-      }
-      score_batch<registers>(r, tokens, lanes, values);
-      float* const best = job_.best + r * Simd::width;
-      if (job_.argmax) {
-        take(values, lanes, tokens, best, job_.index + r * Simd::width);
-      } else {
-        for (int i = 0; i < batch; ++i) best[lanes[i]] = best[lanes[i]] > values[i] ? best[lanes[i]] : values[i];
-      }
-    }
-  }
-
-  // No branches: whether a token is better than the one before it is as good as random.
-  static void take(const float* values, const int32_t* lanes, const int32_t* tokens, float* best, int32_t* index) {
-    for (int i = 0; i < 2 * Simd::width; ++i) {
-      const int lane = lanes[i];
-      const float before = best[lane];
-      int32_t greater = -int32_t((values[i] > before) | ((values[i] == before) & (tokens[i] < index[lane])));
-      __asm__("" : "+r"(greater));  // else the compiler makes a branch of it
-      best[lane] = before > values[i] ? before : values[i];
-      index[lane] ^= (index[lane] ^ tokens[i]) & greater;
-    }
-  }
-
-  template <int registers>
-  [[gnu::noinline]] void score_batch(int64_t r, const int32_t* tokens, const int32_t* lanes, float* values) {
-    if constexpr (sizeof(Element) > 1) {
-      constexpr int dims_of_step = 16 / int(sizeof(Element));
-      if (widener_.feedable() && job_.dim % dims_of_step == 0) {
-        const Tokens& document = job_.document;
-        const Element* rows[2 * Simd::width];
-        for (int i = 0; i < 2 * Simd::width; ++i) {
-          const int64_t token = document.kept ? document.kept[tokens[i]] : tokens[i];
-          rows[i] = reinterpret_cast<const Element*>(document.data + token * document.token_stride);
-        }
-        multiply_add_pairs<registers, dims_of_step>(r, rows, lanes, values);
-        return;
-      }
-    }
-    const float* rows[2 * Simd::width];
-    for (int i = 0; i < 2 * Simd::width; ++i) {
-      uint32_t* const row = screen_.rows + i * widener_.stride();
-      widener_.widen(tokens[i], tokens[i] + 1, row);
-      rows[i] = reinterpret_cast<const float*>(row);
-    }
-    multiply_add_pairs<registers, 4>(r, rows, lanes, values);
-  }
-
-  // Lanes are pairs: the document's rows are turned around, the query's lanes picked.
-  template <int registers, int dims_of_step, class Row>
-  void multiply_add_pairs(int64_t r, const Row* const* rows, const int32_t* lanes, float* values) {
-    const float* query = reinterpret_cast<const float*>(group_.words_f32) + r * job_.dim * Simd::width;
-    const Simd::I picked[2] = {Simd::load(lanes), Simd::load(lanes + Simd::width)};
-    Simd::F sum[2] = {Simd::zero(), Simd::zero()};
-    int dim = 0;
-    for (; dim + dims_of_step <= job_.dim; dim += dims_of_step)
-      multiply_add_step<registers, dims_of_step, dims_of_step>(rows, dim, query, picked, sum);
-    if constexpr (dims_of_step == 4) {  // rows are filled up
-      if (job_.dim - dim == 1) multiply_add_step<registers, 4, 1>(rows, dim, query, picked, sum);
-      if (job_.dim - dim == 2) multiply_add_step<registers, 4, 2>(rows, dim, query, picked, sum);
-      if (job_.dim - dim == 3) multiply_add_step<registers, 4, 3>(rows, dim, query, picked, sum);
-    }
-    Simd::store(values, sum[0]);
-    Simd::store(values + Simd::width, sum[1]);
-  }
-
-  template <int registers, int dims_of_step, int dims, class Row>
-  [[gnu::always_inline]] static void multiply_add_step(const Row* const* rows, int64_t dim, const float*& query,
-                                                       const Simd::I (&picked)[2], Simd::F (&sum)[2]) {
-#pragma GCC unroll 2
-    for (int batch = 0; batch < 2; ++batch) {
-      Simd::F document[dims_of_step];
-      Simd::transpose(rows + batch * Simd::width, dim, document);
-#pragma GCC unroll 8
-      for (int k = 0; k < dims; ++k) {
-        Simd::I row[registers];
-#pragma GCC unroll 4
-        for (int i = 0; i < registers; ++i) row[i] = Simd::bits(Simd::load(query + (k * registers + i) * Simd::width));
-        sum[batch] = Simd::multiply_add(Simd::from_bits(Simd::pick(row, picked[batch])), document[k], sum[batch]);
-      }
-    }
-    query += dims * registers * Simd::width;
-  }
-
   const ScoreJob& job_;
   const QueryGroup& group_;
   Screen& screen_;
   const int64_t length_, narrow_stride_;
   const int shift_;
   Widener<DotF32, Element> widener_;
-  int64_t pairs_left_;
+  int64_t left_;  // tokens of a tile, for each lane, that pairs may take as long as
 };
 
 constexpr int32_t kMostFailures = 6;  // in a row that make the pause longer
@@ -350,8 +263,8 @@ namespace {
 template <class Element>
 bool score_screened([[maybe_unused]] const ScoreJob& job) {
 #ifdef EDGECOLBERT_SCREENS
+  if (!job.group->margins) return false;
   Screen& screen = *job.screen;
-  if (job.document.length < kShortestScreened) return false;
   if (screen.pause > 0) {
     --screen.pause;
     return false;
@@ -371,7 +284,9 @@ bool score_screened([[maybe_unused]] const ScoreJob& job) {
 
 template <class Element>
 void score(const ScoreJob& job) {
-  if (job.group->margins ? score_screened<Element>(job) : score_integers<Element>(job)) return;
+  const int64_t shortest = job.group->words_i16 ? kShortestScreenedFast : kShortestScreened;
+  const bool screen = job.screen && job.document.length >= shortest;
+  if (screen ? score_screened<Element>(job) : score_integers<Element>(job)) return;
   if (job.argmax ? DocumentScore<DotF32, Element, Pick::argmax>(job).run()
                  : DocumentScore<DotF32, Element, Pick::maximum>(job).run())
     return;

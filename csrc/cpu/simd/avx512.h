@@ -91,6 +91,22 @@ struct Simd {
     const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
     return _mm512_zextps128_ps512(_mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)));
   }
+  // Lane i is the sum of the lanes of x[i].
+  static F sum_each(const F (&x)[16]) {
+    F a[8], b[4];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+      a[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+    // Of four rows each: 128 bits hold a part of every sum.
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512d even = _mm512_castps_pd(a[2 * i]), odd = _mm512_castps_pd(a[2 * i + 1]);
+      b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)),
+                           _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+    }
+    const F low = add_quarters(b[0], b[1]), high = add_quarters(b[2], b[3]);
+    return add_quarters(low, high);
+  }
   // Lane i is that with number lanes[i] of one register, or of two side by side.
   static I pick(const I (&x)[1], I lanes) { return _mm512_permutexvar_epi32(lanes, x[0]); }
   static I pick(const I (&x)[2], I lanes) { return _mm512_permutex2var_epi32(x[0], lanes, x[1]); }
@@ -165,6 +181,10 @@ struct Simd {
   }
 
  private:
+  // Neighbouring 128 bits of a, then of b, added.
+  static F add_quarters(F a, F b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
   static F widen(__m256i x, F16) { return _mm512_cvtph_ps(x); }
   static F widen(__m256i x, BF16) { return widen_bf16(x); }
   static F widen_bf16(__m256i x) { return from_bits(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }

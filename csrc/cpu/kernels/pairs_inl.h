@@ -1,0 +1,189 @@
+// What the screen leaves: pairs of a document token and a lane of a panel, token << 8 | lane.
+//
+// A pair's bits come from the multiply-adds of the tile in the order of the tile, for which rows have to be turned
+// around. So where there are many pairs, a plain product of rows comes first, which costs a third: it is off by the
+// roundings of fp32 alone, and leaves little more than one pair a lane.
+#pragma once
+
+#include "narrow_inl.h"
+
+#ifdef EDGECOLBERT_SCREENS
+namespace {
+
+template <class Element>
+class PairScore {
+ public:
+  // Pairs of document tokens from `first` on with registers from `r` on.
+  PairScore(const ScoreJob& job, Widener<DotF32, Element>& widener, int64_t r, int64_t first)
+      : job_(job),
+        widener_(widener),
+        pairs_(job.screen->pairs),
+        rows_(job.group->rows + r * Simd::width * round_up(job.dim, Simd::width)),
+        words_(reinterpret_cast<const float*>(job.group->words_f32) + r * job.dim * Simd::width),
+        slack_(job.group->margins + (3 * r + 2) * Simd::width),
+        best_(job.best + r * Simd::width),
+        index_(job.index + r * Simd::width),
+        first_(first) {}
+
+  // So many could take longer than scoring them all.
+  bool many(int64_t pairs) const { return widener_.feedable() && pairs > 3 * Simd::width; }
+
+  // Keeps those that may be a lane's best, and returns how many these are. No document token is longer than `norm`.
+  template <int registers>
+  int64_t keep_best(int64_t pairs, float norm) {
+    fill_up(pairs);
+    with_dim(job_.dim, [&](auto dim) { multiply_rows(pairs, dim); });
+    const float* const values = job_.screen->products;
+    alignas(64) float least[registers * Simd::width];
+    for (int i = 0; i < registers * Simd::width; ++i) least[i] = best_[i];
+    for (int64_t p = 0; p < pairs; ++p) {
+      float& top = least[pairs_[p] & 0xff];
+      top = top > values[p] ? top : values[p];
+    }
+    const Simd::F longest = Simd::broadcast(norm);
+    Simd::F limit[registers];
+    for (int i = 0; i < registers; ++i) {
+      const Simd::F slack = Simd::multiply(Simd::load(slack_ + 3 * i * Simd::width), longest);
+      limit[i] = Simd::subtract(Simd::load(least + i * Simd::width), slack);
+    }
+    return Scores::keep_pairs(pairs_, pairs, values, limit[0], limit[registers - 1]);
+  }
+
+  // Two registers of pairs at a time hide the latency of their sums.
+  template <int registers>
+  [[gnu::noinline]] void score(int64_t pairs) {
+    fill_up(pairs);
+    int64_t p = 0;
+    for (; pairs - p > Simd::width; p += 2 * Simd::width) score_batch<registers, 2>(p);
+    if (p < pairs) score_batch<registers, 1>(p);
+  }
+
+ private:
+  static constexpr int kMostBatches = 2;
+
+  // Up to whole batches, with the last one again.
+  void fill_up(int64_t pairs) {
+    for (int64_t p = pairs; p < round_up(pairs, kMostBatches * Simd::width); ++p) pairs_[p] = pairs_[pairs - 1];
+  }
+
+  const Element* row(int64_t token) const {
+    const Tokens& document = job_.document;
+    token = document.kept ? document.kept[token] : token;
+    return reinterpret_cast<const Element*>(document.data + token * document.token_stride);
+  }
+
+  template <class Dim>
+  [[gnu::noinline]] void multiply_rows(int64_t pairs, Dim dim) {
+    const int64_t stride = round_up(dim, Simd::width);
+    for (int64_t p = 0; p < pairs; p += Simd::width) {
+      Simd::F sums[Simd::width];
+#pragma GCC unroll 16
+      for (int i = 0; i < Simd::width; ++i) {
+        const Element* const document = row(first_ + (pairs_[p + i] >> 8));
+        const float* const query = rows_ + (pairs_[p + i] & 0xff) * stride;
+        sums[i] = Simd::zero();
+        for_each_register(document, dim,
+                          [&](int k, Simd::F x) { sums[i] = Simd::multiply_add(x, Simd::load(query + k), sums[i]); });
+      }
+      Simd::store(job_.screen->products + p, Simd::sum_each(sums));
+    }
+  }
+
+  template <int registers, int batches>
+  void score_batch(int64_t p) {
+    constexpr int count = batches * Simd::width;
+    alignas(64) float values[count];
+    alignas(64) int32_t lanes[count], tokens[count];
+    for (int i = 0; i < count; ++i) {
+      lanes[i] = int32_t(pairs_[p + i] & 0xff);
+      tokens[i] = int32_t(first_) + int32_t(pairs_[p + i] >> 8);
+    }
+    multiply_add_lanes<registers, batches>(tokens, lanes, values);
+    if (job_.argmax) return take<count>(values, lanes, tokens);
+    for (int i = 0; i < count; ++i) best_[lanes[i]] = best_[lanes[i]] > values[i] ? best_[lanes[i]] : values[i];
+  }
+
+  // No branches: whether a token is better than the one before it is as good as random.
+  template <int count>
+  void take(const float* values, const int32_t* lanes, const int32_t* tokens) {
+    for (int i = 0; i < count; ++i) {
+      const int lane = lanes[i];
+      const float before = best_[lane];
+      int32_t greater = -int32_t((values[i] > before) | ((values[i] == before) & (tokens[i] < index_[lane])));
+      __asm__("" : "+r"(greater));  // else the compiler makes a branch of it
+      best_[lane] = before > values[i] ? before : values[i];
+      index_[lane] ^= (index_[lane] ^ tokens[i]) & greater;
+    }
+  }
+
+  template <int registers, int batches>
+  [[gnu::noinline]] void multiply_add_lanes(const int32_t* tokens, const int32_t* lanes, float* values) {
+    constexpr int count = batches * Simd::width;
+    if constexpr (sizeof(Element) > 1) {
+      constexpr int dims_of_step = 16 / int(sizeof(Element));
+      if (widener_.feedable() && job_.dim % dims_of_step == 0) {
+        const Element* rows[count];
+        for (int i = 0; i < count; ++i) rows[i] = row(tokens[i]);
+        multiply_add_lanes<registers, batches, dims_of_step>(rows, lanes, values);
+        return;
+      }
+    }
+    const float* rows[count];
+    for (int i = 0; i < count; ++i) {
+      uint32_t* const row = job_.screen->rows + i * widener_.stride();
+      widener_.widen(tokens[i], tokens[i] + 1, row);
+      rows[i] = reinterpret_cast<const float*>(row);
+    }
+    multiply_add_lanes<registers, batches, 4>(rows, lanes, values);
+  }
+
+  // Lanes are pairs: the document's rows are turned around, the query's lanes picked.
+  template <int registers, int batches, int dims_of_step, class Row>
+  void multiply_add_lanes(const Row* const* rows, const int32_t* lanes, float* values) {
+    const float* query = words_;
+    Simd::I picked[batches];
+    Simd::F sum[batches];
+    for (int batch = 0; batch < batches; ++batch) {
+      picked[batch] = Simd::load(lanes + batch * Simd::width);
+      sum[batch] = Simd::zero();
+    }
+    int dim = 0;
+    for (; dim + dims_of_step <= job_.dim; dim += dims_of_step)
+      multiply_add_step<registers, dims_of_step, dims_of_step>(rows, dim, query, picked, sum);
+    if constexpr (dims_of_step == 4) {  // rows are filled up
+      if (job_.dim - dim == 1) multiply_add_step<registers, 4, 1>(rows, dim, query, picked, sum);
+      if (job_.dim - dim == 2) multiply_add_step<registers, 4, 2>(rows, dim, query, picked, sum);
+      if (job_.dim - dim == 3) multiply_add_step<registers, 4, 3>(rows, dim, query, picked, sum);
+    }
+    for (int batch = 0; batch < batches; ++batch) Simd::store(values + batch * Simd::width, sum[batch]);
+  }
+
+  template <int registers, int dims_of_step, int dims, int batches, class Row>
+  [[gnu::always_inline]] static void multiply_add_step(const Row* const* rows, int64_t dim, const float*& query,
+                                                       const Simd::I (&picked)[batches], Simd::F (&sum)[batches]) {
+#pragma GCC unroll 2
+    for (int batch = 0; batch < batches; ++batch) {
+      Simd::F document[dims_of_step];
+      Simd::transpose(rows + batch * Simd::width, dim, document);
+#pragma GCC unroll 8
+      for (int k = 0; k < dims; ++k) {
+        Simd::I row[registers];
+#pragma GCC unroll 4
+        for (int i = 0; i < registers; ++i) row[i] = Simd::bits(Simd::load(query + (k * registers + i) * Simd::width));
+        sum[batch] = Simd::multiply_add(Simd::from_bits(Simd::pick(row, picked[batch])), document[k], sum[batch]);
+      }
+    }
+    query += dims * registers * Simd::width;
+  }
+
+  const ScoreJob& job_;
+  Widener<DotF32, Element>& widener_;
+  uint32_t* const pairs_;
+  const float *const rows_, *const words_, *const slack_;
+  float* const best_;
+  int32_t* const index_;
+  const int64_t first_;
+};
+
+}  // namespace
+#endif
