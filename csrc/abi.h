@@ -187,6 +187,9 @@ struct LoadJob {
   char* buffer;  // dim elements of scratch
 };
 
+// Longer than any document.
+constexpr int64_t kNever = INT64_MAX;
+
 enum class Peak : int32_t { f32 = 0, i16 = 1, i8 = 2 };
 
 // What an instruction set offers. One constant of this type an object file.
@@ -197,7 +200,9 @@ struct Kernels {
   int32_t panel_registers;    // query registers of a tile
   bool fixed_point;           // int16 pays off
   int32_t int8_dims_of_word;  // dimensions of an int8 k-word; 0: int8 does not pay off
-  bool screens;               // int8 pays off as a screen for fp32
+  // Document tokens from which on int8 pays off as a screen for fp32. Of calls in fixed point: longer documents are not
+  // scored in it, whether or not the screen has success, as a score depends on its query and document alone.
+  int64_t shortest_screened, shortest_screened_fast;
   void (*pack_register)(PackJob*);
   bool (*admits_integers)(const AdmitJob*);
   void (*score)(const ScoreJob*);
@@ -213,10 +218,6 @@ struct Kernels {
 };
 
 constexpr int kScreenedDimensions = 2048;  // at most
-constexpr int64_t kShortestScreened = 64;  // document tokens
-// With words_i16: fewer are scored sooner in fixed point. Longer ones are not scored in it, whether or not the screen
-// has success: a score depends on its query and document alone.
-constexpr int64_t kShortestScreenedFast = 160;
-constexpr float kNormEpsilon = 1e-12f;  // of torch.nn.functional.normalize
+constexpr float kNormEpsilon = 1e-12f;     // of torch.nn.functional.normalize
 
 }  // namespace edgecolbert

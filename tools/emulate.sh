@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Runs tests/native on CPUs that this machine is not: the scalar path on a Nehalem and the AVX2 path on a Haswell under
-# qemu-x86_64, the NEON paths cross-compiled and under qemu-aarch64. What is not installed is skipped, with a line that
-# says so. On Debian and Ubuntu: apt install qemu-user g++-aarch64-linux-gnu
+# Runs tests/native on CPUs that this machine is not: AVX-VNNI where only AVX-512 has its instructions, the scalar path
+# on a Nehalem and the AVX2 path on a Haswell under qemu-x86_64, the NEON paths cross-compiled and under qemu-aarch64.
+# What is not installed is skipped, with a line that says so. On Debian and Ubuntu:
+# apt install qemu-user g++-aarch64-linux-gnu
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,6 +25,12 @@ have() {  # <what is skipped> <programs>
 build build/native
 echo "== this CPU"
 build/native/tests/native/native_sweep
+
+if grep -qw avx512_vnni /proc/cpuinfo && ! grep -qw avx_vnni /proc/cpuinfo; then
+  echo "== AVX-VNNI, in the encoding of AVX-512"
+  build build/evex -DEDGECOLBERT_EVEX=ON
+  build/evex/tests/native/native_sweep
+fi
 
 if [ "$(uname -m)" = x86_64 ] && have "emulated x86-64" qemu-x86_64; then
   # qemu warns about each feature of the model that it lacks; none of them matters here.

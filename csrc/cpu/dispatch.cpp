@@ -90,7 +90,11 @@ Cpu detect() {
   cpu.avx512 = zmm_saved && cpu.avx2 && f && dq && bw && vl;
   cpu.avx512vnni = c >> 11 & 1;
   cpu.avx512fp16 = d >> 23 & 1;
+#ifdef EDGECOLBERT_EVEX
+  cpu.avxvnni = cpu.avx512 && cpu.avx512vnni;
+#else
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) cpu.avxvnni = a >> 4 & 1;
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
   cpu.dotprod = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #elif defined(__aarch64__) && defined(__APPLE__)

@@ -122,10 +122,10 @@ class PackedQueries {
     return kernels.int8_dims_of_word > 0 && !call.normalize ? Integer::i8 : Integer::none;
   }
 
-  // Short documents leave too large a share of their tokens to be scored twice.
   static bool screens(const Kernels& kernels, const ForwardCall& call, Integer integer) {
-    return call.screen && kernels.screens && integer != Integer::i8 && call.queries.dim <= kScreenedDimensions &&
-           longest_document(call) >= (integer == Integer::i16 ? kShortestScreenedFast : kShortestScreened);
+    const int64_t shortest = integer == Integer::i16 ? kernels.shortest_screened_fast : kernels.shortest_screened;
+    return call.screen && integer != Integer::i8 && call.queries.dim <= kScreenedDimensions &&
+           longest_document(call) >= shortest;
   }
 
   static int64_t int8_words(const Kernels& kernels, int64_t dim) {

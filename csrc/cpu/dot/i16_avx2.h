@@ -9,7 +9,7 @@ struct Int16 {
   static void multiply_add(__m256i& sum, __m256i query, __m256i document) {
 #ifdef __AVXVNNI__
     // gcc 12 copies and spills accumulators around the intrinsic.
-    __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(query), "x"(document));
+    __asm__(EDGECOLBERT_VEX "vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(query), "x"(document));
 #else
     // Left to itself gcc does all products of a k-step first, and runs out of registers.
     __m256i product;

@@ -23,8 +23,11 @@ struct Int8 {
 
   // Four registers of int32 as bytes in the same order.
   static __m512i to_bytes(__m512i a, __m512i b, __m512i c, __m512i d) {
-    const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
-    return _mm512_permutexvar_epi32(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), bytes);
+    return in_order(_mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)));
+  }
+  // Of two, and zeros.
+  static __m512i to_bytes(__m512i a, __m512i b) {
+    return in_order(_mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_setzero_si512()));
   }
   // Squares of int8 summed in pairs, unsigned 16-bit. With a -128, which only stands for a value that was cut off, a
   // sum is at least 2^15.
@@ -49,6 +52,9 @@ struct Int8 {
   static __m512i add_bias(__m512i x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
 
  private:
+  static __m512i in_order(__m512i bytes) {
+    return _mm512_permutexvar_epi32(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), bytes);
+  }
   static __mmask64 first(int n) { return ~__mmask64(0) >> (64 - n); }
 #else
   static constexpr int dims_of_word = 2;
@@ -69,6 +75,9 @@ struct Int8 {
 };
 
 #ifdef EDGECOLBERT_SCREENS
+// Measured on text. Fewer document tokens leave too large a share of them to be scored twice.
+constexpr int64_t kShortestScreened = 48, kShortestScreenedFast = 160;
+
 // Scores of a token as int16: two registers of sums become one, each 128 bits of it four of either.
 struct Scores {
   static constexpr int lanes = 32;

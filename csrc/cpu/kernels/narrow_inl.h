@@ -40,7 +40,7 @@ constexpr bool has_few(Constant<48>) { return true; }
 constexpr bool has_few(int) { return false; }
 
 // Rounds tokens of a document, at once or on the side of a tile. `exact`: measures what rounding lost, which else is
-// bounded by half a step a dimension. That takes twice as long, and pays off when several panels of queries meet the
+// bounded by half a step a dimension. That takes twice as long, and pays off when many panels of queries meet the
 // tokens.
 template <class Element, class Dim, bool exact>
 class Narrower {
@@ -180,7 +180,8 @@ class Narrower {
           lost = Simd::multiply_add(rest, rest, lost);
         }
       }
-      const Simd::I bytes = Int8::to_bytes(x[0], x[1], x[2], x[3]), pairs = Int8::pair_squares(bytes);
+      const Simd::I bytes = left <= 2 * w ? Int8::to_bytes(x[0], x[1]) : Int8::to_bytes(x[0], x[1], x[2], x[3]);
+      const Simd::I pairs = Int8::pair_squares(bytes);
       seen.pairs = Int8::maximum_pairs(seen.pairs, pairs);
       if constexpr (exact || kSquares) squares = Int8::add_pairs(squares, pairs);
       Simd::store(reinterpret_cast<int32_t*>(out), Int8::add_bias(bytes));

@@ -95,13 +95,14 @@ class ScreenedScore {
     return shift;
   }
 
-  // With one panel of query registers, tiles narrow tokens on the side; with several, that is done before, and better.
+  // Many panels pay for exact errors. For few of them the first one's tiles narrow tokens on the side, where there are
+  // registers for that.
   bool score_block(int64_t first, int64_t tokens) {
     Narrowed narrowed{};
-    alignas(64) int16_t top[Scores::lanes];  // of the only panel
-    bool scored = screen_.largest > 0.0f && (group_.registers == R || group_.registers == 1);
+    alignas(64) int16_t top[Scores::lanes];  // of the first panel
+    bool scored = Simd::registers == 32 && screen_.largest > 0.0f && !many_panels();
     if (scored) {
-      narrowed = group_.registers == R ? narrow_and_score<R>(first, tokens, screen_.largest, top)
+      narrowed = group_.registers >= R ? narrow_and_score<R>(first, tokens, screen_.largest, top)
                                        : narrow_and_score<1>(first, tokens, screen_.largest, top);
     }
     float largest = screen_.largest > 0.0f ? screen_.largest : 1.0f, factor = 1.0f;
@@ -129,10 +130,17 @@ class ScreenedScore {
     return true;
   }
 
+  bool many_panels() const { return group_.registers > 8 * R; }
+
+  Narrowed narrow(int64_t first, int64_t tokens, float largest) {
+    return many_panels() ? narrow<true>(first, tokens, largest) : narrow<false>(first, tokens, largest);
+  }
+
+  template <bool exact>
   Narrowed narrow(int64_t first, int64_t tokens, float largest) {
     Narrowed result;
     with_dim(job_.dim, [&](auto dim) {
-      Narrower<Element, decltype(dim), true> narrower(job_, widener_, dim, largest);
+      Narrower<Element, decltype(dim), exact> narrower(job_, widener_, dim, largest);
       narrower.set(first, first + tokens, screen_.narrowed);
       narrower.finish();
       result = narrower.result();
@@ -258,6 +266,10 @@ constexpr int32_t kMostFailures = 6;  // in a row that make the pause longer
 #endif
 
 namespace {
+
+#ifndef EDGECOLBERT_SCREENS
+constexpr int64_t kShortestScreened = kNever, kShortestScreenedFast = kNever;
+#endif
 
 // False: the tile of fp32 has to. Bits do not tell which of them did, so it may depend on the documents before.
 template <class Element>

@@ -5,19 +5,23 @@
 
 #include "storage.h"
 
+// Instructions of AVX-VNNI. AVX-512 has them in an encoding of its own, in which they can be tested without AVX-VNNI.
+#ifdef EDGECOLBERT_EVEX
+#define EDGECOLBERT_VEX "%{evex%} "
+#else
+#define EDGECOLBERT_VEX "%{vex%} "
+#endif
+
 namespace {
 
 struct Simd {
-  static constexpr int width = 8;
+  static constexpr int width = 8, registers = 16;
   using F = __m256;
   using I = __m256i;
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
-  static F load(const F16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-  static F load(const BF16* p) {
-    return from_bits(
-        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
-  }
+  static F load(const F16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), F16{}); }
+  static F load(const BF16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), BF16{}); }
   static F load(const I8* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
@@ -104,6 +108,72 @@ struct Simd {
   static F from_bits(I x) { return _mm256_castsi256_ps(x); }
   static I absolute_bits(F x) { return _mm256_and_si256(bits(x), _mm256_set1_epi32(0x7fffffff)); }
   static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
+  static I to_integer(F x) { return _mm256_cvtps_epi32(x); }  // to nearest; out of range and NaN: INT32_MIN
+
+  // x - to_float(to_integer(x)) where that is in range.
+  static F rest(F x) { return subtract(x, _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+  // The sum of the lanes, in fewer of them: the others are 0.
+  static F fold(F x) {
+    return _mm256_zextps128_ps256(_mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+  }
+  // Lane i is the sum of the lanes of x[i].
+  static F sum_each(const F (&x)[8]) {
+    F a[4], b[2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      a[i] = add(_mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+    // Of four rows each: 128 bits hold a half of every sum.
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      b[i] = add(_mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44), _mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
+    }
+    return add(_mm256_permute2f128_ps(b[0], b[1], 0x20), _mm256_permute2f128_ps(b[0], b[1], 0x31));
+  }
+  // Lane i is that with number lanes[i] of one register, or of two side by side.
+  static I pick(const I (&x)[1], I lanes) { return _mm256_permutevar8x32_epi32(x[0], lanes); }
+  static I pick(const I (&x)[2], I lanes) {
+    const F low = from_bits(_mm256_permutevar8x32_epi32(x[0], lanes)),
+            high = from_bits(_mm256_permutevar8x32_epi32(x[1], lanes));
+    return bits(_mm256_blendv_ps(low, high, from_bits(_mm256_slli_epi32(lanes, 28))));
+  }
+  // out[k][i] = rows[i][offset + k], widened.
+  [[gnu::always_inline]] static void transpose(const float* const* rows, int64_t offset, F (&out)[4]) {
+    F x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      x[i] = _mm256_castps128_ps256(_mm_loadu_ps(rows[i] + offset));
+      x[i] = _mm256_insertf128_ps(x[i], _mm_loadu_ps(rows[4 + i] + offset), 1);
+    }
+    const F a = _mm256_unpacklo_ps(x[0], x[1]), b = _mm256_unpackhi_ps(x[0], x[1]);
+    const F c = _mm256_unpacklo_ps(x[2], x[3]), d = _mm256_unpackhi_ps(x[2], x[3]);
+    out[0] = _mm256_shuffle_ps(a, c, 0x44);
+    out[1] = _mm256_shuffle_ps(a, c, 0xee);
+    out[2] = _mm256_shuffle_ps(b, d, 0x44);
+    out[3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+  template <class Half>
+  [[gnu::always_inline]] static void transpose(const Half* const* rows, int64_t offset, F (&out)[8]) {
+    const auto eight = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + offset)); };
+    I x[4], y[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) x[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(eight(i)), eight(4 + i), 1);
+#pragma GCC unroll 2
+    for (int i = 0; i < 4; i += 2) {
+      y[i] = _mm256_unpacklo_epi16(x[i], x[i + 1]);
+      y[i + 1] = _mm256_unpackhi_epi16(x[i], x[i + 1]);
+    }
+    // Two dimensions of four rows, and of the other four.
+    x[0] = _mm256_unpacklo_epi32(y[0], y[2]);
+    x[1] = _mm256_unpackhi_epi32(y[0], y[2]);
+    x[2] = _mm256_unpacklo_epi32(y[1], y[3]);
+    x[3] = _mm256_unpackhi_epi32(y[1], y[3]);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const I two = _mm256_permute4x64_epi64(x[k], 0xd8);
+      out[2 * k] = widen(_mm256_castsi256_si128(two), Half{});
+      out[2 * k + 1] = widen(_mm256_extracti128_si256(two, 1), Half{});
+    }
+  }
 
   static I where_equal(F a, F b, I yes, I no) {
     return _mm256_blendv_epi8(no, yes, bits(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)));
@@ -127,6 +197,8 @@ struct Simd {
   }
 
  private:
+  static F widen(__m128i x, F16) { return _mm256_cvtph_ps(x); }
+  static F widen(__m128i x, BF16) { return from_bits(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
   static __m128i narrow_f16(F x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static __m128i narrow_bf16(F x) {
     const I raw = bits(x);

@@ -8,7 +8,7 @@
 namespace {
 
 struct Simd {
-  static constexpr int width = 16;
+  static constexpr int width = 16, registers = 32;
   using F = __m512;
   using I = __m512i;
 
