@@ -56,12 +56,12 @@ def fused(queries, documents, mask=None, *, isa=None, **options):
         return maxsim(queries, documents, d_mask=mask, **options)
 
 
-def unscreened(queries, documents):
-    """This package with every similarity in fp32, as on machines whose int8 is no faster."""
+def unscreened(queries, documents, **options):
+    """This package with every similarity in fp32, or in int16, as on machines whose int8 is no faster."""
     module = machine.compiled_module()
     before = module.set_screening(False)
     try:
-        return maxsim(queries, documents)
+        return maxsim(queries, documents, **options)
     finally:
         module.set_screening(before)
 
