@@ -17,34 +17,34 @@ from hypothesis import strategies as st
 import edgecolbert_kernels as ek
 import oracle
 from cases import DIMENSIONS, STORAGES, embeddings, grid, holes, packed, padded, ragged, storage_name
-from conftest import ISAS
 from edgecolbert_kernels import PackedEmbeddings, reference
 from edgecolbert_kernels.backends import native
 from edgecolbert_kernels.backends.packed import score_packed
+from screening import (
+    _C,
+    INF,
+    NAN,
+    SHORTEST,
+    bits,
+    both,
+    check,
+    check_winners,
+    on_screening_isas,  # noqa: F401 (for every test here)
+    outputs,
+    values,
+    with_gradients,
+)
 from test_int8 import documents_of, forward, operand, queries_of
 
-_C = native.module()
-ISA = "avx512vnni"
-pytestmark = pytest.mark.skipif(ISA not in ISAS, reason=f"only {ISA} screens")
-
-NAN, INF = float("nan"), float("inf")
-LENGTHS = (63, 64, 65, 75, 76, 77, 255, 300, 1000)
+LENGTHS = (47, 48, 49, 63, 64, 65, 75, 76, 77, 255, 300, 1000)
 """Around the shortest document that is screened and around a tile; a full document; one of several blocks."""
+
+
 QUERY_LENGTHS = (1, 2, 12, 16, 17, 32, 33, 100)
 """Around a register of query tokens and a panel of two."""
 
 
-@pytest.fixture(autouse=True)
-def screened_isa():
-    _C.set_isa(ISA)
-    before = _C.set_screening(True)
-    with ek.backend("cpu"):
-        yield
-    _C.set_screening(before)
-    _C.set_isa("")
-
-
-def test_screens_what_it_should():
+def test_screens_what_it_should(screened_isa):
     """Ordinary documents are screened, and nothing that int8 cannot stand for: else the checks below would check nothing."""
 
     def share(Q, D):
@@ -59,58 +59,15 @@ def test_screens_what_it_should():
             assert share(Q, embeddings(50, 300, dim, seed=1)) == (1, 1)
             assert share(Q, embeddings(50, 300, dim, seed=1, dtype=torch.float16)) == (1, 1)
     Q, D = embeddings(1, 32, 48), embeddings(50, 300, 48, seed=1)
-    assert share(Q, D[:, :63]) == (0, 0)
+    shortest = SHORTEST[screened_isa]
+    assert share(Q, D[:, : shortest - 1]) == (0, 0)
+    assert share(Q, D[:, :shortest]) == (1, 1)
     assert share(Q * 1e-12, D) == (0, 0)
     for unfit in (D * 1e-12, D * NAN, D[:, :1].expand(-1, 300, -1)):
         done, tried = share(Q, unfit)
         assert done == 0 and tried < 0.2
     _C.set_screening(False)
     assert share(Q, D) == (0, 0)
-
-
-def bits(x):
-    """As integers, so that NaN equals itself, and 0 differs from -0."""
-    x = x.detach().numpy() if isinstance(x, torch.Tensor) and x.dtype != torch.bfloat16 else x
-    x = x.detach().float().numpy() if isinstance(x, torch.Tensor) else x
-    return x.view(f"u{x.dtype.itemsize}") if x.dtype.kind == "f" else x
-
-
-def both(call):
-    """The outputs of `call` with the screen, which have the bits of those without."""
-    _C.set_screening(False)
-    wanted = call()
-    _C.set_screening(True)
-    found = call()
-    for number, (a, b) in enumerate(zip(found, wanted, strict=True)):
-        np.testing.assert_array_equal(bits(a), bits(b), err_msg=f"output {number}")
-    return found
-
-
-def outputs(Q, D, q_mask=None, d_mask=None, cu_q=None, cu_d=None, normalize=False, mask_mode="exclude"):
-    """Scores with winners, the winners, and the scores alone, for which the kernels do not look who wins."""
-    arguments = (Q, D, q_mask, d_mask, cu_q, cu_d, None, None, normalize, mask_mode, "exact")
-    scores, winners = torch.ops.edgecolbert.maxsim_forward(*arguments, True)
-    return scores, winners, torch.ops.edgecolbert.maxsim_forward(*arguments, False)[0]
-
-
-def check(Q, D, *masks, **options):
-    """(scores [Nq, Nd], winners [Nq, Nd, Lq]) of padded queries and documents."""
-    scores, winners, alone = both(lambda: outputs(Q, D, *masks, **options))
-    assert torch.equal(bits_of(scores), bits_of(alone)), "the scores do not depend on the winners being asked for"
-    return scores, winners.reshape(*scores.shape, -1)
-
-
-def bits_of(scores):
-    return scores.view(torch.int32)
-
-
-def check_winners(Q, D, winners):
-    """float64 agrees on every winner that fp32 can tell from the others."""
-    for i, j in itertools.product(range(len(Q)), range(len(D))):
-        q, d = Q[i].double().numpy(), D[j].double().numpy()
-        similarity, bound = q @ d.T, oracle.rounding_term(q, d)
-        chosen = similarity[np.arange(len(q)), winners[i, j].numpy()]
-        assert (chosen >= similarity.max(1) - 2 * bound.max(1)).all(), (i, j)
 
 
 @functools.cache
@@ -154,21 +111,7 @@ def test_padded(dtype, num_queries, query_length):
     assert (scores - wanted).abs().max() <= 1e-5 * query_length
 
 
-def with_gradients(function, Q, D, **options):
-    """Scores and the gradients of every row, which show who won."""
-    rows = [*(Q if isinstance(Q, list) else [Q]), *(D if isinstance(D, list) else [D])]
-    leaves = [x.detach().requires_grad_() for x in rows]
-    count = len(Q) if isinstance(Q, list) else 1
-    scores = function(
-        leaves[:count] if isinstance(Q, list) else leaves[0],
-        leaves[count:] if isinstance(D, list) else leaves[1],
-        **options,
-    )
-    grad = embeddings(*scores.shape, seed=9, norm=None)
-    return [scores.detach(), *torch.autograd.grad(scores, leaves, grad, materialize_grads=True)]
-
-
-MIXED = (300, 12, 64, 0, 63, 1000, 1, 100, 77)
+MIXED = (300, 12, 64, 0, 47, 1000, 1, 100, 77)
 """Documents that are screened between ones that are not."""
 
 
@@ -647,36 +590,6 @@ def test_company():
 
 
 @st.composite
-def values(draw, seed):
-    """A maker of rows [..., tokens, d]: how they are distributed, how large they are and how often they return."""
-    kind = draw(st.sampled_from(("gaussian", "grid", "half steps", "few directions", "outliers", "sparse")))
-    scale = draw(st.sampled_from((1.0, 1.0, 1e-3, 1e4, 1e-9, 3e9)))
-    spread = draw(st.sampled_from((0.0, 0.3, 3.0)))
-    repeats = draw(st.sampled_from((1, 1, 3)))
-
-    def make(*shape):
-        random = np.random.default_rng(seed)
-        rows = random.standard_normal(shape)
-        if kind == "grid":
-            rows = random.integers(-8, 9, shape) / 64
-        elif kind == "half steps":
-            rows = (random.integers(-119, 119, shape) + random.choice([0.499, 0.501], shape)) / 120
-        elif kind == "few directions":
-            directions = np.random.default_rng(7).standard_normal((4, shape[-1]))
-            rows = directions[random.integers(0, 4, shape[:-1])] + 0.01 * rows
-        elif kind == "outliers":
-            rows = rows * np.where(random.random(shape) < 0.02, 100, 1)
-        elif kind == "sparse":
-            rows = rows * (random.random(shape) < 0.2)
-        rows = rows * np.exp(spread * random.standard_normal((*shape[:-2], 1, 1))) * scale
-        if repeats > 1:
-            rows = rows[..., random.integers(0, max(shape[-2] // repeats, 1), shape[-2]), :]
-        return torch.from_numpy(rows)
-
-    return make
-
-
-@st.composite
 def calls(draw):
     dim = draw(st.sampled_from((*DIMENSIONS, 24, 256, 768)))
     num_queries, query_length = draw(st.sampled_from(((1, 1), (1, 16), (1, 32), (2, 12), (3, 17), (1, 70))))
@@ -693,7 +606,6 @@ def calls(draw):
 @given(call=calls())
 def test_anything(call):
     Q, D, mask, options = call
-    _C.set_isa(ISA)
     with ek.backend("cpu"):
         check(Q, D, None, mask, **options)
 
@@ -713,436 +625,3 @@ def test_whole_and_ragged_rows():
         for dtype in (np.float32, np.float16):
             tokens = rows.astype(dtype)
             both(lambda: [score_packed(queries, query_offsets, tokens, offsets, None)])  # noqa: B023
-
-
-def screened_documents(call):
-    """What `call` returns, and how many documents the screen tried and scored in it."""
-    before = _C.screened()
-    found = call()
-    return found, *(after - earlier for after, earlier in zip(_C.screened(), before, strict=True))
-
-
-def check_all_screened(Q, D, *masks, **options):
-    """As `check`, of documents that the screen scores, all of them."""
-    _, tried, done = screened_documents(lambda: outputs(Q, D, *masks, **options))
-    assert tried == done == 2 * len(D)
-    return check(Q, D, *masks, **options)
-
-
-def permuted(dim, query_length, places, factors=1.0, length=300, count=4, kinds=2, dtype=torch.float32, seed=0):
-    """(Q [1, Lq, d], D [count, length, d]): at `places` tokens that are equally near to a query token but for roundings.
-
-    Query tokens are multiples of one of `kinds` rows of signs, those tokens the same values in other orders, for one such
-    row after the other; times `factors`, one a place. Everything else is far. So int8 has to leave them all, and which of
-    them is the best in fp32, to the bit, is a matter of the order of summation.
-    """
-    random = np.random.default_rng([seed, dim])
-    signs = (random.choice([-1.0, 1.0], dim) * np.array([np.ones(dim), np.resize([1.0, -1.0], dim)]))[:kinds]
-    Q = signs[random.integers(0, kinds, query_length)]
-    Q *= random.uniform(0.5, 1, (query_length, 1)) * 2.0 ** -random.integers(0, 10, (query_length, 1))
-    D = -signs.sum(0) * random.uniform(0.2, 0.5, (count, length, 1))
-    values = torch.from_numpy(2 ** random.uniform(-8, 0, dim)).to(dtype).double().numpy()
-    for document in D:
-        rows = random.permuted(np.tile(values, (len(places), 1)), axis=1)
-        document[places] = signs[np.arange(len(places)) % kinds] * rows * np.resize(factors, (len(places), 1))
-    return torch.from_numpy(Q).to(dtype)[None], torch.from_numpy(D).to(dtype)
-
-
-def most_near(dim, length=300):
-    """So many tokens, near the best one of every query token, that the screen scores them all."""
-    return 5 * length // 6 // (8 + 384 // dim)
-
-
-@pytest.mark.parametrize("query_length", [12, 17, 32, 33, 80])
-@pytest.mark.parametrize("dim", [16, 48, 50, 64, 96, 128, 129, 768, 2048])
-def test_equal_but_for_rounding(dim, query_length):
-    """More than 48 pairs, of which any may be the best: products of rows in another order must not decide."""
-    places = 41 + np.arange(min(most_near(dim), 24))
-    for dtype in STORAGES:
-        Q, D = permuted(dim, query_length, places, dtype=dtype)
-        _, winners = check_all_screened(Q, D)
-        check_winners(Q, D, winners)
-        if dtype == torch.float32:
-            assert len(winners.unique()) > 4
-        check(Q, D.flip(1))
-        if query_length == 32:
-            Q[0, ::3] = 0
-            for scale in (2.0**-20, 2.0**15) if dtype != torch.float16 else (0.75,):
-                check(Q * scale, D)
-                check(Q, D * scale)
-
-
-@pytest.mark.parametrize("query_length", [1, 7, 17, 25, 32])
-def test_every_number_of_pairs(query_length):
-    """From one pair to hundreds, of which products of rows leave one to eight a query token, wherever these are."""
-    most = min(400 * -(-query_length // 16) // query_length, 120)
-    for place in ("first", "last", "anywhere"):
-        Q, documents = None, []
-        for near in range(1, most):
-            factors = 1 - 1e-4 * np.arange(near).clip(near % 9) + 1e-4 * (near % 9)
-            factors = {"first": factors, "last": factors[::-1]}.get(
-                place, np.random.default_rng(near).permutation(factors)
-            )
-            places = {"first": np.arange(near), "last": 299 - np.arange(near)[::-1]}.get(place, 7 + 2 * np.arange(near))
-            Q, D = permuted(48, query_length, places, factors, count=1, kinds=1)
-            documents.append(D)
-        D = torch.cat(documents)
-        check_winners(Q, D, check_all_screened(Q, D)[1])
-
-
-@pytest.mark.parametrize("query_length", [16, 32, 64])
-def test_products_leave_few(query_length):
-    """More pairs than the screen may score, but for their products, which tell that few are near enough."""
-    Q, D = permuted(48, query_length, 41 + np.arange(40), 1 - 1e-4 * np.arange(40), kinds=1)
-    check_all_screened(Q, D)
-    check_all_screened(Q, D, None, torch.ones(4, 300, dtype=torch.bool))
-
-
-@pytest.mark.parametrize("dim", [48, 50, 129])
-def test_views_of_equal_but_for_rounding(dim):
-    """Rows in other places, among NaN: apart, at odd addresses, backwards, masked, and not side by side at all."""
-    for dtype, query_length in itertools.product(STORAGES, (12, 33)):
-        Q, D = permuted(dim, query_length, 30 + np.arange(most_near(dim, 200)), length=200, dtype=dtype)
-        wanted = check_all_screened(Q, D)
-        spread = torch.full((8, 3 * 200, dim + 5), NAN, dtype=dtype)
-        spread[1::2, 1::3, 3 : 3 + dim] = D
-        columns = torch.full((4, 200, 2 * dim), NAN, dtype=dtype)
-        columns[..., ::2] = D
-        for view in (
-            spread[1::2, 1::3, 3 : 3 + dim],
-            columns[..., ::2],
-            D.transpose(0, 1).contiguous().transpose(0, 1),
-        ):
-            found = check_all_screened(Q, view)
-            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-        scores, winners = check_all_screened(
-            Q, spread[1::2, :, 3 : 3 + dim], None, (torch.arange(600) % 3 == 1).repeat(4, 1)
-        )
-        assert torch.equal(scores, wanted[0])
-        assert torch.equal(winners, 3 * wanted[1] + 1)
-        mask = holes(4, 200, seed=1)
-        masked = D.masked_fill(~mask[..., None], NAN)
-        for mode in ("exclude", "zero"):
-            check_all_screened(Q, masked, None, mask, mask_mode=mode)
-        check(Q, D, normalize=True)
-        if dtype != torch.bfloat16:
-            backwards = D.numpy()[:, ::-1].copy()[:, ::-1]
-            (found,) = both(lambda: [ek.maxsim(Q.numpy(), backwards)])  # noqa: B023 (called at once)
-            np.testing.assert_array_equal(found, wanted[0].numpy())
-
-
-@pytest.mark.parametrize("query_length", [12, 32, 80])
-@pytest.mark.parametrize(("dim", "length"), [(16, 3000), (48, 1600), (128, 1000), (768, 300)])
-def test_blocks_of_equal_but_for_rounding(dim, length, query_length):
-    """Every block holds tokens as good as the best of those before, or a few roundings better or worse."""
-    block = 32768 // -(-dim // 32 * 32) // 12 * 12
-    starts = np.arange(0, length - 20, block)
-    near = most_near(dim, length) // len(starts)
-    places = (starts[:, None] + 5 + np.arange(min(near, 14))).ravel()
-    for step, dtype in itertools.product((0, 3e-7, -3e-7, 1e-4, -1e-4), STORAGES[:2]):
-        factors = 1 + step * (places // block)
-        Q, D = permuted(dim, query_length, places, factors, length=length, count=3, dtype=dtype)
-        check_winners(Q, D, check_all_screened(Q, D)[1])
-
-
-def sums_in_order(dim):
-    """(query, winner, rival, lesser): in order of dimension winner sums to more than rival, and in truth to much less.
-
-    Behind 1.25 the rival's products are each a little less than half a unit in the last place, the winner's a little more,
-    and the winner starts lower by as many units as these will be: two times the error that a sum can have, almost.
-    """
-    query = np.full(dim, 2.0**-10)
-    query[0] = 1
-    rival, winner = np.full(dim, 2.0**-14 * (1 - 2**-5)), np.full(dim, 2.0**-14 * (1 + 2**-5))
-    rival[:2] = 1.25, 0
-    units = 1 << max((dim - 3).bit_length() - 7, 0)
-    winner[:2] = 1.25, -((dim - 3) // units * units) * 2.0**-13
-    lesser = rival.copy()
-    lesser[0] = 1.2421875
-    return query, winner, rival, lesser
-
-
-@pytest.mark.parametrize("query_length", [12, 17, 32, 33])
-@pytest.mark.parametrize("dim", [16, 33, 48, 64, 128, 600, 768, 1000, 2048])
-def test_the_order_of_a_sum(dim, query_length):
-    """The best token by the tile's sums is far from the best by its product: among its rivals, or in a block behind them."""
-    near = 100 // query_length + 2
-    query, winner, rival, lesser = sums_in_order(dim)
-    Q = torch.from_numpy(query * 2.0 ** -(np.arange(query_length) % 7)[:, None])[None].float()
-    for dtype in (torch.float32, torch.bfloat16):
-        documents = []
-        for place, earlier in itertools.product((0, near // 2, near - 1), (False, True)):
-            document = -query * np.random.default_rng(place).uniform(0.3, 0.6, (600, 1))
-            later = {48: 504, 64: 504, 128: 252}.get(dim, 240) if earlier else 0
-            document[later : later + near] = lesser if earlier else rival
-            if earlier:
-                document[48 : 48 + near] = rival
-            document[later + place] = winner
-            documents.append(document)
-        D = torch.from_numpy(np.stack(documents)).to(dtype)
-        _, winners = check_all_screened(Q.to(dtype), D)
-        for number, document in enumerate(documents):
-            assert (winners[0, number] == np.flatnonzero((document == winner).all(1))[0]).all(), number
-
-
-@pytest.mark.parametrize("query_length", [12, 32, 33])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
-def test_packed_embeddings_equal_but_for_rounding(dtype, query_length):
-    for dim in (16, 48, 50, 128, 768):
-        Q, D = permuted(dim, query_length, 41 + np.arange(min(most_near(dim), 24)))
-        documents = PackedEmbeddings.from_list([*D, *D[:2, 30:130]], dtype=dtype)
-        (found,) = both(lambda: [ek.maxsim(Q[0].numpy(), documents)])  # noqa: B023 (called at once)
-        _, tried, done = screened_documents(lambda: ek.maxsim(Q[0].numpy(), documents[:4]))  # noqa: B023
-        assert tried == done == 4
-        both(lambda: [ek.maxsim_indexed(Q.numpy(), documents, np.zeros(3, int), np.array([5, 0, 3]))])  # noqa: B023
-        if dtype == "float32":
-            np.testing.assert_array_equal(found[:4], ek.maxsim(Q[0], D).numpy())
-
-
-SHORTEST_FAST = 160
-FAST_LENGTHS = (159, 160, 161, 64, 300, 12, 0, 1000, 63, 200)
-"""Around the shortest document that "fast" screens, in no order."""
-LONG = torch.tensor([length >= SHORTEST_FAST for length in FAST_LENGTHS])
-
-
-def fixed_point(call):
-    """What `call` returns where nothing is screened."""
-    before = _C.set_screening(False)
-    try:
-        return call()
-    finally:
-        _C.set_screening(before)
-
-
-def check_fast(fast, exact, unscreened, long=LONG):
-    """[..., Nd]: exact for long documents, fixed point for the others, both to the bit."""
-    for columns, wanted in ((long, exact), (~long, unscreened)):
-        np.testing.assert_array_equal(bits(fast[..., columns]), bits(wanted[..., columns]))
-
-
-@pytest.mark.parametrize("dtype", STORAGES, ids=storage_name)
-@pytest.mark.parametrize("dim", [16, 48, 50, 128, 768, 2048, 2049])
-def test_fast(dim, dtype):
-    """Long documents are scored exactly, short ones in fixed point, and neither is further off than fixed point may be."""
-    documents = ragged(FAST_LENGTHS, dim, dtype=dtype, seed=1)
-    for lengths in ((32,), (12,), (17, 33, 1)):
-        queries = ragged(lengths, dim, dtype=dtype, seed=2)
-        fast = ek.maxsim(queries, documents, precision="fast")
-        exact = ek.maxsim(queries, documents)
-        unscreened = fixed_point(lambda: ek.maxsim(queries, documents, precision="fast"))  # noqa: B023 (called at once)
-        check_fast(fast, exact, unscreened, LONG if dim <= 2048 else LONG & False)
-        if dim <= 128:  # more do not fit fixed point in every storage
-            assert not torch.equal(fast[:, ~LONG], exact[:, ~LONG])
-            assert not torch.equal(unscreened[:, LONG], exact[:, LONG])
-        for (i, q), (j, d) in itertools.product(enumerate(queries), enumerate(documents)):
-            q, d = q.double().numpy(), d.double().numpy()
-            assert abs(fast[i, j].item() - oracle.maxsim(q, d)[0]) <= oracle.bound(q, d, "fast")
-
-
-def test_fast_as_without_a_screen():
-    """Fixed point is that of an instruction set that does not screen."""
-    Q, D = ragged((32, 5), 48, seed=1), ragged(FAST_LENGTHS, 48, seed=2)
-    fast, unscreened = ek.maxsim(Q, D, precision="fast"), fixed_point(lambda: ek.maxsim(Q, D, precision="fast"))
-    _C.set_isa("avx512")
-    wanted = ek.maxsim(Q, D, precision="fast")
-    assert torch.equal(unscreened, wanted)
-    assert torch.equal(fast[:, ~LONG], wanted[:, ~LONG])
-
-
-def mixed_queries(dtype=torch.float32):
-    """Ordinary ones beside some that int8 or fixed point cannot stand for."""
-    Q = embeddings(9, 17, 48, dtype=dtype, seed=1)
-    Q[1, 3] *= 1e-12
-    Q[2, 4, 5] = NAN
-    Q[3, 16] *= 30
-    Q[4, 0] = 0
-    Q[5, 1, 2] = INF
-    Q[6] *= 1e-4
-    Q[7, 2] *= 3e4
-    return Q
-
-
-def mixed_documents(dtype=torch.float32):
-    """The same of documents, of many lengths; some whose tokens are all equal, for which the screen gives up and pauses."""
-    lengths = (300, 159, 160, 300, 300, 170, 170, 100, 400, 300, 64, 1200, 161, 159, 300, 40)
-    D = ragged(lengths, 48, dtype=dtype, seed=2)
-    for equal in (3, 4, 6, 7, 13):
-        D[equal] = D[equal][:1].repeat(lengths[equal], 1)
-    D[8] = D[8] * 40
-    D[9][17, 5] = NAN
-    D[10] = D[10] * 3
-    D[12] = D[12] * 1e-12
-    return D
-
-
-@pytest.mark.parametrize("dtype", STORAGES, ids=storage_name)
-def test_fast_company(dtype):
-    """A score is the same with other queries and documents in the call, and alone; in every order and layout."""
-    Q, D = mixed_queries(dtype), mixed_documents(dtype)
-
-    def same(found, wanted):
-        np.testing.assert_array_equal(bits(found), bits(wanted))
-
-    scores = ek.maxsim(list(Q), D, precision="fast")
-    for i, j in itertools.product(range(len(Q)), range(len(D))):
-        same(ek.maxsim(Q[i : i + 1], D[j][None], precision="fast"), scores[i : i + 1, j : j + 1])
-    same(ek.maxsim(list(Q.flip(0)), D[::-1], precision="fast").flip(0, 1), scores)
-    for i in range(len(Q)):
-        same(ek.maxsim(Q[i], D, precision="fast"), scores[i])
-    for j in range(len(D)):
-        same(ek.maxsim(Q, D[j][None], precision="fast"), scores[:, j : j + 1])
-    (rows, cu_q), (tokens, cu_d) = packed(list(Q)), packed(D)
-    same(ek.maxsim_varlen(rows, tokens, cu_q, cu_d, precision="fast"), scores)
-    grid_of = torch.cartesian_prod(torch.arange(len(Q)), torch.arange(len(D)))
-    grid_of = grid_of[torch.from_numpy(np.random.default_rng(1).permutation(len(grid_of)))].unbind(1)
-    same(ek.maxsim_indexed(Q, D, *grid_of, precision="fast"), scores[grid_of])
-    short = [number for number, d in enumerate(D) if len(d) < SHORTEST_FAST]
-    chosen = torch.tensor([0, 4, 8] * len(short)), torch.tensor(short).repeat_interleave(3)
-    same(ek.maxsim_indexed(Q, D, *chosen, precision="fast"), scores[chosen])
-    same(ek.maxsim_pairs(list(Q), D[: len(Q)], precision="fast"), scores[:, : len(Q)].diagonal())
-    D, mask = padded(D)
-    same(ek.maxsim(Q, D, None, mask, precision="fast"), scores)
-    own = [t.expand(len(Q), *t.shape) for t in (D, mask)]
-    same(ek.maxsim(Q, own[0], None, own[1], precision="fast"), scores)
-
-
-@pytest.mark.parametrize("dtype", STORAGES, ids=storage_name)
-def test_fast_long_documents_of_every_kind(dtype):
-    """Exact in what int8 or fixed point cannot stand for, too: that is fp32's, with the winners and for the scores alone."""
-    Q, D = mixed_queries(dtype), mixed_documents(dtype)
-    (rows, cu_q), (tokens, cu_d) = packed(list(Q)), packed(D)
-    arguments = rows, tokens, None, None, cu_q, cu_d, None, None, False, "exclude"
-    fast, exact, unscreened = (
-        torch.ops.edgecolbert.maxsim_forward(*arguments, "fast", True),
-        torch.ops.edgecolbert.maxsim_forward(*arguments, "exact", True),
-        fixed_point(lambda: torch.ops.edgecolbert.maxsim_forward(*arguments, "fast", True)),
-    )
-    long = torch.tensor([len(d) >= SHORTEST_FAST for d in D])
-    check_fast(fast[0], exact[0], unscreened[0], long)
-    check_fast(*(winners.reshape(len(Q), len(D), -1).transpose(1, 2) for _, winners in (fast, exact, unscreened)), long)
-    alone = torch.ops.edgecolbert.maxsim_forward(*arguments, "fast", False)[0]
-    np.testing.assert_array_equal(bits(alone), bits(fast[0]))
-
-
-@pytest.mark.parametrize("mask_mode", ["exclude", "zero"])
-@pytest.mark.parametrize("normalize", [False, True], ids=["as they are", "normalized"])
-def test_fast_masked(mask_mode, normalize):
-    """Kept tokens count, not all of them, nor the longest document's."""
-    options = {"mask_mode": mask_mode, "normalize": normalize}
-    kept = torch.tensor([158, 159, 160, 161, 300, 0, 1, 64])
-    for dtype in STORAGES:
-        Q, D = embeddings(3, 20, 48, dtype=dtype, seed=1), embeddings(len(kept), 300, 48, dtype=dtype, seed=2)
-        order = np.random.default_rng(3).random((len(kept), 300)).argsort(1).argsort(1)
-        mask = torch.from_numpy(order) < kept[:, None]
-        masked = D.masked_fill(~mask[..., None], NAN)
-        call = functools.partial(ek.maxsim, Q, masked, holes(3, 20, seed=4), mask, **options)
-        fast, unscreened = call(precision="fast"), fixed_point(lambda: call(precision="fast"))  # noqa: B023
-        check_fast(fast, call(), unscreened, kept >= SHORTEST_FAST)
-        assert not torch.equal(fast[:, 1], call()[:, 1])
-        for j in range(len(kept)):
-            alone = ek.maxsim(Q, masked[j : j + 1], holes(3, 20, seed=4), mask[j : j + 1], precision="fast", **options)
-            assert torch.equal(alone[:, 0], fast[:, j])
-        if mask_mode == "exclude":
-            compact = [rows[keep] for rows, keep in zip(D, mask, strict=True)]
-            found = ek.maxsim(list(Q), compact, list(holes(3, 20, seed=4)), precision="fast", normalize=normalize)
-            assert torch.equal(found, fast)
-
-
-@pytest.mark.parametrize("query_length", [12, 32, 40])
-def test_fast_threads(threads, query_length):
-    """Documents that make the screen pause are another thread's, or not: the bits do not show it."""
-    Q = embeddings(5, query_length, 48, seed=1)
-    Q[3, 4] *= 1e-12
-    D = ragged((300, 159, 160, 200, 100) * 16, 48, seed=2)
-    for equal in range(3, len(D), 7):
-        D[equal] = D[equal][:1].repeat(len(D[equal]), 1)
-    long = torch.tensor([len(d) >= SHORTEST_FAST for d in D])
-    for count in (1, 2, 4):
-        threads(count)
-        fast = ek.maxsim(list(Q), D, precision="fast")
-        check_fast(fast, ek.maxsim(list(Q), D), fixed_point(lambda: ek.maxsim(list(Q), D, precision="fast")), long)
-        one_by_one = torch.cat([ek.maxsim(Q, d[None], precision="fast") for d in D], 1)
-        assert torch.equal(fast, one_by_one)
-
-
-@pytest.mark.parametrize("name", ["in batch", "own candidates", "pairs", "indexed", "lists", "padded", "varlen"])
-def test_fast_gradients(name):
-    """They are those of the exact scores' winners, where every document is long."""
-    for dtype in STORAGES:
-        Q, D = embeddings(4, 17, 48, dtype=dtype, seed=1), embeddings(4, 200, 48, dtype=dtype, seed=2)
-        function, options = ek.maxsim, {}
-        if name == "own candidates":
-            D = embeddings(4, 2, 200, 48, dtype=dtype, seed=2)
-        elif name == "pairs":
-            function = ek.maxsim_pairs
-        elif name == "indexed":
-            function = ek.maxsim_indexed
-            options = {"query_index": torch.tensor([2, 0, 0, 3, 1]), "document_index": torch.tensor([3, 0, 3, 2, 1])}
-        elif name == "lists":
-            Q, D = ragged((17, 2, 33), 48, dtype=dtype, seed=3), ragged((160, 300, 1000), 48, dtype=dtype, seed=4)
-        elif name == "padded":
-            D, mask = padded(ragged((160, 300, 1000), 48, dtype=dtype, seed=4))
-            options = {"d_mask": mask}
-        elif name == "varlen":
-            function = ek.maxsim_varlen
-            (Q, cu_q), (D, cu_d) = packed(list(Q)), packed(ragged((160, 300, 1000), 48, dtype=dtype, seed=4))
-            options = {"cu_seqlens_q": cu_q, "cu_seqlens_d": cu_d}
-        fast, exact = (
-            with_gradients(function, Q, D, precision=precision, **options) for precision in ("fast", "exact")
-        )
-        for number, (a, b) in enumerate(zip(fast, exact, strict=True)):
-            np.testing.assert_array_equal(bits(a), bits(b), err_msg=f"output {number}")
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
-def test_fast_packed_embeddings(dtype):
-    """Stored floats as any others; int8 with a scale has a fixed point of its own, which no screen replaces."""
-    documents = PackedEmbeddings.from_list(ragged(FAST_LENGTHS, 48, seed=1), dtype=dtype)
-    Q = embeddings(3, 32, 48, seed=2)
-    index = torch.tensor([0, 2, 1, 0, 2]), torch.tensor([0, 4, 2, 3, 7])
-    for kind in (np.asarray, torch.as_tensor):
-        queries = kind(Q)
-        fast, exact = (ek.maxsim(queries, documents, precision=precision) for precision in ("fast", "exact"))
-        unscreened = fixed_point(lambda: ek.maxsim(queries, documents, precision="fast"))  # noqa: B023 (called at once)
-        check_fast(fast, exact, unscreened, LONG.numpy() & (dtype != "int8"))
-        for j in range(len(documents)):
-            alone = ek.maxsim(queries, documents[j : j + 1], precision="fast")
-            np.testing.assert_array_equal(bits(alone[:, 0]), bits(fast[:, j]))
-        pairs = ek.maxsim_indexed(queries, documents, *map(kind, index), precision="fast")
-        np.testing.assert_array_equal(bits(pairs), bits(fast[tuple(map(kind, index))]))
-
-
-def test_fast_numpy():
-    """The same bits from NumPy as from PyTorch, also of rows whose values do not lie side by side."""
-    Q, D = embeddings(3, 32, 48, seed=1), embeddings(5, 200, 48, seed=2)
-    for long in (True, False):
-        rows = D if long else D[:, :159]
-        wanted = ek.maxsim(Q, rows, precision="fast")
-        assert torch.equal(wanted, ek.maxsim(Q, rows)) == long
-        for d in (rows.numpy(), np.asfortranarray(rows.numpy())):
-            np.testing.assert_array_equal(ek.maxsim(Q.numpy(), d, precision="fast"), wanted.numpy())
-
-
-@st.composite
-def fast_calls(draw):
-    dim = draw(st.sampled_from((1, 7, 16, 48, 50, 128, 300)))
-    seed = draw(st.integers(0, 2**20))
-    Q = draw(values(seed))(draw(st.integers(1, 4)), draw(st.sampled_from((1, 12, 17, 33))), dim)
-    lengths = draw(st.lists(st.sampled_from((0, 40, 159, 160, 161, 260, 700)), min_size=1, max_size=5))
-    D = [draw(values(seed + 1 + number))(1, length, dim)[0] for number, length in enumerate(lengths)]
-    q_dtype, d_dtype = draw(st.sampled_from(STORAGES)), draw(st.sampled_from(STORAGES))
-    return Q.to(q_dtype), [d.to(d_dtype) for d in D], draw(st.booleans())
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(call=fast_calls())
-def test_fast_anything(call):
-    Q, D, normalize = call
-    _C.set_isa(ISA)
-    with ek.backend("cpu"):
-        options = {"normalize": normalize, "precision": "fast"}
-        fast, unscreened = ek.maxsim(list(Q), D, **options), fixed_point(lambda: ek.maxsim(list(Q), D, **options))
-        exact = ek.maxsim(list(Q), D, normalize=normalize)
-        check_fast(fast, exact, unscreened, torch.tensor([len(d) >= SHORTEST_FAST for d in D]))
-        for j, d in enumerate(D):
-            np.testing.assert_array_equal(bits(ek.maxsim(Q, d[None], **options)[:, 0]), bits(fast[:, j]))

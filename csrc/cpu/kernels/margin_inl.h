@@ -59,7 +59,7 @@ inline bool set_margin(const PackJob& job, const float* row, const Extent& exten
               lost = 1.0001f * __builtin_sqrtf(Simd::sum(squares));
   job.margins[lane] = 2.0f * (1.0f + gamma) * norm / scale;
   job.margins[Simd::width + lane] = 2.0f * (lost + gamma * norm) / scale;
-  job.margins[2 * Simd::width + lane] = 1.01f * gamma * norm;
+  job.margins[2 * Simd::width + lane] = 1.01f * (gamma + 0x1p-22f) * norm;  // the limit is rounded as well
   return true;
 }
 #else
