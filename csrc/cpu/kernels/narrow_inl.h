@@ -95,7 +95,7 @@ class Narrower {
       if (left_ == 0) return;
       --left_;
       const char* const ahead = intptr_t(row_) < prefetch_end_ ? row_ + kPrefetchBytes : row_;
-      for (int byte = 0; byte < dim_ * int(sizeof(Element)); byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
+      for (int byte = 0; byte < dim_ * int(sizeof(Element)); byte += 64) __builtin_prefetch(ahead + byte);
       round(reinterpret_cast<const Element*>(row_), dim_, scale_, out_, seen_);
       row_ += row_stride_;
       out_ += widened_stride<DotI8>(dim_);
