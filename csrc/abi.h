@@ -38,7 +38,7 @@ struct PackJob {
   int32_t* biases;      // [width] out with words_i8, see QueryGroup
   float* scales;        // [width] out with words_i8
   float* margins;       // [3][width] out, null: int8 is no screen
-  float* token_rows;    // [width][dim rounded up to the width] out with margins
+  float* token_rows;    // [width][dim rounded up to the width] out, null: not wanted
   int64_t word_stride;  // 32-bit elements from one k-word to the next
   float* buffer;        // 2 * (dim rounded up to the width) floats of scratch
   float peak;           // out: largest |x|; NaN if any x is NaN
@@ -66,9 +66,10 @@ struct QueryGroup {
   const uint32_t* words_i8;   // null: exact only
   const int32_t* biases;      // [registers * width] with words_i8: what the kernel's own sums are too large by
   const float* scales;        // [registers * width] with words_i8: a query value is its integer times this
-  const float*
-      margins;        // [registers][3][width], null: words_i8 are the scores' own, or there are none; see margin_inl.h
-  const float* rows;  // [registers * width][dim rounded up to the width] with margins: the query tokens themselves
+  // [registers][3][width], see margin_inl.h. Null: words_i8 are the scores' own, or there are none.
+  const float* margins;
+  // [registers * width] with margins: the query tokens themselves, filled up to whole registers.
+  const float* const* rows;
   int64_t registers;
   float peak;  // largest |x|, infinity if any is not finite
 };

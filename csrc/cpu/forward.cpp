@@ -85,7 +85,7 @@ class PackedQueries {
     }
     if (screen) {
       margins_.reset(new Buffer<float>(3 * registers() * width_));
-      token_rows_.reset(new Buffer<float>(registers() * width_ * round_up(call.queries.dim, width_)));
+      keep_rows(call);
     }
     pack(kernels, call, threads, integer);
   }
@@ -198,6 +198,18 @@ class PackedQueries {
     groups_.back().registers.registers = int64_t(rows_.size()) / width_ - groups_.back().first_register;
   }
 
+  // The screen reads whole query tokens: those of the caller where they are as it wants them.
+  void keep_rows(const ForwardCall& call) {
+    const Sequences& queries = call.queries;
+    const bool whole =
+        queries.dtype == DType::f32 && queries.dim_stride == 4 && queries.dim % width_ == 0 && !call.normalize;
+    if (whole) return;
+    const int64_t stride = round_up(queries.dim, width_);
+    token_rows_.reset(new Buffer<float>(int64_t(rows_.size()) * stride));
+    for (size_t lane = 0; lane < rows_.size(); ++lane)
+      row_addresses_.push_back(token_rows_->data() + int64_t(lane) * stride);
+  }
+
   void pack(const Kernels& kernels, const ForwardCall& call, int threads, Integer integer) {
     const int32_t dim = call.queries.dim;
     const int64_t row = round_up(dim, width_);
@@ -212,7 +224,8 @@ class PackedQueries {
       if (used == Integer::i16) group.words_i16 = words_i16_.data() + first_register * width_ * words;
       if (margins_) {
         group.margins = margins_->data() + 3 * first_register * width_;
-        group.rows = token_rows_->data() + first_register * width_ * row;
+        group.rows = token_rows_ ? row_addresses_.data() + first_register * width_
+                                 : reinterpret_cast<const float* const*>(rows_.data()) + first_register * width_;
       }
       if (used == Integer::i8 || margins_) {
         group.words_i8 = words_i8_.data() + first_register * width_ * words_i8;
@@ -239,7 +252,7 @@ class PackedQueries {
         }
         if (group.margins) {
           job.margins = const_cast<float*>(group.margins) + 3 * r * width_;
-          job.token_rows = const_cast<float*>(group.rows) + r * width_ * row;
+          if (token_rows_) job.token_rows = token_rows_->data() + (first_register + r) * width_ * row;
         }
         job.word_stride = panel * width_;
         job.buffer = buffers.data() + 2 * row * thread;
@@ -259,6 +272,7 @@ class PackedQueries {
   const bool masked_;
   std::vector<Group> groups_;
   std::vector<const char*> rows_;                      // of every lane
+  std::vector<const float*> row_addresses_;            // of every lane, where tokens are copied for the screen
   std::vector<int32_t> tokens_;                        // of every lane, where there is a mask
   std::vector<int64_t> first_lane_, kept_, group_of_;  // of every query
   std::vector<int64_t> order_;                         // queries as the groups hold them

@@ -115,16 +115,16 @@ void pack_register(PackJob& job) {
 #ifndef EDGECOLBERT_NO_FIXED_POINT
     if (job.words_i16) pack_fixed_point(job, row_f32, lane);
 #endif
+    if (job.token_rows) {
+      const int64_t stride = round_up(dim, Simd::width);
+      memcpy(job.token_rows + lane * stride, row_f32, size_t(stride) * sizeof(float));
+    }
 #ifndef EDGECOLBERT_NO_INT8
     if (job.words_i8) {
       const Extent extent(row_f32, dim);
       I8* const integers = reinterpret_cast<I8*>(row_f32 + round_up(dim, Simd::width));
       const float scale = round_to_int8(row_f32, dim, bits_to_float(extent.largest), integers);
-      if (job.margins) {
-        job.screened &= set_margin(job, row_f32, extent, integers, scale, lane);
-        const int64_t stride = round_up(dim, Simd::width);
-        memcpy(job.token_rows + lane * stride, row_f32, size_t(stride) * sizeof(float));
-      }
+      if (job.margins) job.screened &= set_margin(job, row_f32, extent, integers, scale, lane);
       pack_int8(job, integers, scale, lane);
     }
 #endif

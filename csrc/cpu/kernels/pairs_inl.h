@@ -18,7 +18,7 @@ class PairScore {
       : job_(job),
         widener_(widener),
         pairs_(job.screen->pairs),
-        rows_(job.group->rows + r * Simd::width * round_up(job.dim, Simd::width)),
+        rows_(job.group->rows + r * Simd::width),
         words_(reinterpret_cast<const float*>(job.group->words_f32) + r * job.dim * Simd::width),
         slack_(job.group->margins + (3 * r + 2) * Simd::width),
         best_(job.best + r * Simd::width),
@@ -74,13 +74,12 @@ class PairScore {
 
   template <class Dim>
   [[gnu::noinline]] void multiply_rows(int64_t pairs, Dim dim) {
-    const int64_t stride = round_up(dim, Simd::width);
     for (int64_t p = 0; p < pairs; p += Simd::width) {
       Simd::F sums[Simd::width];
 #pragma GCC unroll 16
       for (int i = 0; i < Simd::width; ++i) {
         const Element* const document = row(first_ + (pairs_[p + i] >> 8));
-        const float* const query = rows_ + (pairs_[p + i] & 0xff) * stride;
+        const float* const query = rows_[pairs_[p + i] & 0xff];
         sums[i] = Simd::zero();
         for_each_register(document, dim,
                           [&](int k, Simd::F x) { sums[i] = Simd::multiply_add(x, Simd::load(query + k), sums[i]); });
@@ -179,7 +178,8 @@ class PairScore {
   const ScoreJob& job_;
   Widener<DotF32, Element>& widener_;
   uint32_t* const pairs_;
-  const float *const rows_, *const words_, *const slack_;
+  const float* const* const rows_;
+  const float *const words_, *const slack_;
   float* const best_;
   int32_t* const index_;
   const int64_t first_;
