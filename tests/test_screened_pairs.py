@@ -50,7 +50,7 @@ def permuted(dim, query_length, places, factors=1.0, length=300, count=4, kinds=
 
 def most_near(dim, length=300):
     """So many tokens, near the best one of every query token, that the screen scores them all."""
-    return 5 * length // 6 // (8 + 384 // dim)
+    return 5 * length // 9 // (8 + 384 // dim)
 
 
 @pytest.mark.parametrize("query_length", [12, 17, 32, 33, 80])

@@ -59,7 +59,7 @@ class ScreenedScore {
         narrow_stride_(widened_stride<DotI8>(job.dim)),
         shift_(shift_of(job.dim)),
         widener_(job),
-        left_(length_ * group_.registers * Simd::width) {}
+        left_(kToken * length_ * group_.registers * Simd::width * 2 / 3) {}
 
   // False: too many tokens could win, or the values do not allow it; `best` and `index` are then undefined.
   bool run() {
@@ -83,10 +83,11 @@ class ScreenedScore {
   static constexpr int kMostAttempts = 8;
   static constexpr float kDecay = 1.0f - 1.0f / 256.0f;  // of the guess, a block
 
-  // A product of rows, and a pair that is scored, take as long as so many tokens of a tile take a lane; few dimensions
-  // hide less of what is around a sum.
-  static constexpr int kTokensOfProduct = 4;
-  static int tokens_of_pair(int dim) { return 4 + 384 / dim; }
+  // What pairs may take: what a token takes a lane of the fp32 tile is `kToken`. Few dimensions hide less of what is
+  // around a sum.
+  static constexpr int64_t kToken = 4;
+  static int64_t cost_of_product(int dim) { return 2 * kToken + 240 / dim; }
+  static int64_t cost_of_pair(int dim) { return 4 * kToken + 1536 / dim; }
 
   // Sums are below 127 * 255 * dim.
   static int shift_of(int dim) {
@@ -202,11 +203,11 @@ class ScreenedScore {
     PairScore<Element> scorer(job_, widener_, r, first);
     int64_t pairs = Scores::list_pairs(screen_.hits, tokens, screen_.pairs);
     if (scorer.many(pairs)) {
-      left_ -= pairs * kTokensOfProduct;
+      left_ -= pairs * cost_of_product(job_.dim);
       if (left_ < 0) return false;
       pairs = scorer.template keep_best<registers>(pairs, (narrowed.norm + narrowed.rest) / narrowed.steps);
     }
-    left_ -= pairs * tokens_of_pair(job_.dim);
+    left_ -= pairs * cost_of_pair(job_.dim);
     if (left_ < 0) return false;
     scorer.template score<registers>(pairs);
     return true;
@@ -257,7 +258,7 @@ class ScreenedScore {
   const int64_t length_, narrow_stride_;
   const int shift_;
   Widener<DotF32, Element> widener_;
-  int64_t left_;  // tokens of a tile, for each lane, that pairs may take as long as
+  int64_t left_;  // for pairs, of two thirds of the time of the fp32 tile: int8 takes a third
 };
 
 constexpr int32_t kMostFailures = 6;  // in a row that make the pause longer
