@@ -297,8 +297,9 @@ than in the machine's best row ("dispatched"), as another thread was on it. [In 
 SET_FOR = """\
 The numbers of one query and of int8 were set for a CPU with AVX-512 and VNNI; AVX2 has a line of its own. All were set for a
 core that is not shared with another thread. Where a multiple of another contender's speed is missed, beside it stands the share
-of its peak that would be needed, or of training how much of the time that would be left its scores take at the peak (twice,
-where they are recomputed); where a share of the bandwidth is, how a copy of as many bytes did in the same rounds."""
+of its peak that would be needed (fp32's of exact, int16's of fast: where int8 screens them both can be passed), or of training
+how much of the time that would be left its scores take at the peak (twice, where they are recomputed); where a share of the
+bandwidth is, how a copy of as many bytes did in the same rounds."""
 
 
 def page(rows: Rows) -> str:
