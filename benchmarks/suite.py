@@ -122,14 +122,16 @@ def of_machine(row: Mapping) -> tuple[str, str | None]:
     return row["cpu"], row.get("gpu")
 
 
-def save(name: str, new: Iterable[Mapping]) -> Path:
+def save(name: str, new: Iterable[Mapping], *, other_cases: bool = False) -> Path:
+    """In place of this machine's rows; with `other_cases` those of cases that `new` has not stay."""
     new = list(new)
+    measured = {row.get("case") for row in new}
     folder = QUICK_RESULTS if any(row.get("quick") for row in new) else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.jsonl"
     here = machine.cpu_model(), machine.gpu()
     old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    kept = [row for row in old if of_machine(row) != here]
+    kept = [row for row in old if of_machine(row) != here or (other_cases and row.get("case") not in measured)]
     path.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *new]))
     return path
 

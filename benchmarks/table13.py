@@ -285,7 +285,7 @@ def main() -> None:
                 + (f"  (extrapolated x {made['extrapolated']:.3g})" if made.get("extrapolated", 1) > 1 else ""),
                 flush=True,
             )
-            suite.save("table13", rows)  # what is measured stays, should the rest be interrupted
+            suite.save("table13", rows, other_cases=True)  # what is measured stays, should the rest be interrupted
 
 
 if __name__ == "__main__":

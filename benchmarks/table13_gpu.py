@@ -129,7 +129,7 @@ def main() -> None:
                     f" ({100 * made['score_share']:.1f} %), memory {made['memory_mib']:.0f} and {made['peak_mib']} MiB",
                     flush=True,
                 )
-                suite.save("table13", rows)
+                suite.save("table13", rows, other_cases=True)
 
 
 if __name__ == "__main__":

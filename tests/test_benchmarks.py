@@ -121,6 +121,12 @@ def test_a_run_replaces_the_rows_of_its_machine_alone(tmp_path, monkeypatch):
     (tmp_path / "s.jsonl").write_text(f"{json.dumps(other)}\n{json.dumps(mine)}\n")
     suite.save("s", [{**mine, "case": "new"}])
     assert [json.loads(line)["case"] for line in (tmp_path / "s.jsonl").read_text().splitlines()] == ["old", "new"]
+    suite.save("s", [{**mine, "case": "part"}], other_cases=True)
+    assert [json.loads(line)["case"] for line in (tmp_path / "s.jsonl").read_text().splitlines()] == [
+        "old",
+        "new",
+        "part",
+    ]
 
 
 def test_rows_name_the_commit_and_the_versions():
