@@ -1,8 +1,8 @@
 // What the screen leaves: pairs of a document token and a lane of a panel, token << 8 | lane.
 //
 // A pair's bits come from the multiply-adds of the tile in the order of the tile, for which rows have to be turned
-// around. So where there are many pairs, a plain product of rows comes first, which costs a third: it is off by the
-// roundings of fp32 alone, and leaves little more than one pair a lane.
+// around. So where there are many pairs, a plain product of rows comes first, which costs less than half: it is off by
+// the roundings of fp32 alone, and leaves little more than one pair a lane.
 #pragma once
 
 #include "narrow_inl.h"

@@ -2,7 +2,7 @@
 //
 // Query and document tokens are rounded to int8, which multiplies four times as much an instruction as fp32. How far an
 // int8 similarity can be off is known for every query token (margin_inl.h), so a token that lies further below the best
-// one than twice that cannot be the maximum. What is left, two to five tokens of hundreds, is scored by the same
+// one than twice that cannot be the maximum. What is left, a few tokens of hundreds, is scored by the same
 // multiply-adds in the same order as in a tile: the result has the same bits as without the screen. Where too many
 // tokens are left, nothing is gained and the tile does the work.
 #pragma once
