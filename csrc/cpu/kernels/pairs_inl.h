@@ -25,7 +25,7 @@ class PairScore {
         index_(job.index + r * Simd::width),
         first_(first) {}
 
-  // So many could take longer than scoring them all.
+  // So many are worth a product of rows first; which wants rows as they are stored.
   bool many(int64_t pairs) const { return widener_.feedable() && pairs > 3 * Simd::width; }
 
   // Keeps those that may be a lane's best, and returns how many these are. No document token is longer than `norm`.
