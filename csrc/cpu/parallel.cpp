@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -35,6 +36,28 @@ class SubnormalsAreZero {
 #endif
 };
 
+#ifdef _OPENMP
+struct Range {
+  int64_t begin, end;
+};
+
+// What a thread begins with: tasks in a row, whose documents often lie in memory in a row. A cache line of its own.
+struct alignas(64) Share {
+  std::atomic<int64_t> next{0};
+  int64_t end = 0;
+
+  // Many at first, for small tasks, and single ones in the end, so that threads finish together. Empty: none is left.
+  Range take() {
+    int64_t begin = next.load(std::memory_order_relaxed);
+    while (begin < end) {
+      const int64_t stop = begin + std::max<int64_t>(1, (end - begin) / 8);
+      if (next.compare_exchange_weak(begin, stop, std::memory_order_relaxed)) return {begin, stop};
+    }
+    return {end, end};
+  }
+};
+#endif
+
 }  // namespace
 
 bool has_openmp() {
@@ -57,18 +80,20 @@ void run_tasks(int64_t tasks, int threads, void (*body)(void*, int64_t, int), vo
     return;
   }
 #ifdef _OPENMP
-  std::atomic<int64_t> next{0};
+  std::vector<Share> shares(static_cast<size_t>(threads));
+  for (int t = 0; t < threads; ++t) {
+    shares[size_t(t)].next = tasks * t / threads;
+    shares[size_t(t)].end = tasks * (t + 1) / threads;
+  }
 #pragma omp parallel num_threads(threads)
   {
     SubnormalsAreZero mode;
     const int thread = omp_get_thread_num();
-    int64_t begin = next.load(std::memory_order_relaxed);
-    while (begin < tasks) {
-      // Many at first, for small tasks, and single ones in the end, so that threads finish together.
-      const int64_t end = begin + std::max<int64_t>(1, (tasks - begin) / (int64_t(threads) * 8));
-      if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-      for (int64_t task = begin; task < end; ++task) body(context, task, thread);
-      begin = next.load(std::memory_order_relaxed);
+    for (int t = 0; t < threads; ++t) {  // its own share, then what the others have not begun
+      Share& share = shares[size_t((thread + t) % threads)];
+      for (Range range = share.take(); range.begin < range.end; range = share.take()) {
+        for (int64_t task = range.begin; task < range.end; ++task) body(context, task, thread);
+      }
     }
   }
 #endif

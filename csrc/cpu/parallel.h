@@ -12,9 +12,9 @@ bool has_openmp();
 // pool is gone.
 int threads_for(int64_t tasks, int threads);
 
-// Runs body(context, task, thread) for every task, threads taking the next free chunk of tasks. `body` must not throw.
-// Subnormal operands cost dozens of cycles each, so they count as zero inside; the caller's floating-point mode is
-// restored.
+// Runs body(context, task, thread) for every task: neighbouring tasks on one thread, until a thread is done and takes
+// some of what another has not begun. `body` must not throw. Subnormal operands cost dozens of cycles each, so they
+// count as zero inside; the caller's floating-point mode is restored.
 void run_tasks(int64_t tasks, int threads, void (*body)(void* context, int64_t task, int thread), void* context);
 
 template <class Body>
