@@ -16,13 +16,16 @@ enum class Integer : int32_t { none = 0, i16 = 1, i8 = 2 };
 
 // Kept tokens of one sequence, read in place.
 struct Tokens {
-  const char* data;          // token 0, kept or not
-  int64_t token_stride;      // bytes, any sign
-  int64_t dim_stride;        // bytes, any sign
-  int64_t length;            // kept tokens
-  const int32_t* kept;       // [length] their token numbers, ascending; null: 0 .. length - 1
-  const char* prefetch_end;  // memory that may be prefetched ends here
+  const char* data;        // token 0, kept or not
+  int64_t token_stride;    // bytes, any sign
+  int64_t dim_stride;      // bytes, any sign
+  int64_t length;          // kept tokens
+  const int32_t* kept;     // [length] their token numbers, ascending; null: 0 .. length - 1
+  const char* memory_end;  // of the documents around, read one after another; null: unknown
 };
+
+// What a query token's margin is made of, see margin_inl.h: the rows of [kMarginFactors][width].
+enum MarginFactor { kOfRest, kOfHalfSteps, kOfNorm, kOfSum, kMarginFactors };
 
 // One register row of query tokens, turned so that a lane is a token: [k-word][lane].
 // A k-word is 32 bits: one float, two int16 dimensions, or Kernels::int8_dims_of_word int8 dimensions.
@@ -37,7 +40,7 @@ struct PackJob {
   uint32_t* words_i8;   // null: int8 is not wanted
   int32_t* biases;      // [width] out with words_i8, see QueryGroup
   float* scales;        // [width] out with words_i8
-  float* margins;       // [3][width] out, null: int8 is no screen
+  float* margins;       // [kMarginFactors][width] out, null: int8 is no screen
   float* token_rows;    // [width][dim rounded up to the width] out, null: not wanted
   int64_t word_stride;  // 32-bit elements from one k-word to the next
   float* buffer;        // 2 * (dim rounded up to the width) floats of scratch
@@ -66,7 +69,7 @@ struct QueryGroup {
   const uint32_t* words_i8;   // null: exact only
   const int32_t* biases;      // [registers * width] with words_i8: what the kernel's own sums are too large by
   const float* scales;        // [registers * width] with words_i8: a query value is its integer times this
-  // [registers][3][width], see margin_inl.h. Null: words_i8 are the scores' own, or there are none.
+  // [registers][kMarginFactors][width]. Null: words_i8 are the scores' own, or there are none.
   const float* margins;
   // [registers * width] with margins: the query tokens themselves, filled up to whole registers.
   const float* const* rows;

@@ -84,7 +84,7 @@ class PackedQueries {
       scales_.reset(new Buffer<float>(registers() * width_));
     }
     if (screen) {
-      margins_.reset(new Buffer<float>(3 * registers() * width_));
+      margins_.reset(new Buffer<float>(kMarginFactors * registers() * width_));
       keep_rows(call);
     }
     pack(kernels, call, threads, integer);
@@ -223,7 +223,7 @@ class PackedQueries {
       group.words_f32 = words_f32_.data() + first_register * width_ * dim;
       if (used == Integer::i16) group.words_i16 = words_i16_.data() + first_register * width_ * words;
       if (margins_) {
-        group.margins = margins_->data() + 3 * first_register * width_;
+        group.margins = margins_->data() + kMarginFactors * first_register * width_;
         group.rows = token_rows_ ? row_addresses_.data() + first_register * width_
                                  : reinterpret_cast<const float* const*>(rows_.data()) + first_register * width_;
       }
@@ -251,7 +251,7 @@ class PackedQueries {
           job.scales = const_cast<float*>(group.scales) + r * width_;
         }
         if (group.margins) {
-          job.margins = const_cast<float*>(group.margins) + 3 * r * width_;
+          job.margins = const_cast<float*>(group.margins) + kMarginFactors * r * width_;
           if (token_rows_) job.token_rows = token_rows_->data() + (first_register + r) * width_ * row;
         }
         job.word_stride = panel * width_;
@@ -427,11 +427,12 @@ class Scorer {
     view.tokens.dim_stride = documents.dim_stride;
     view.tokens.length = documents.tokens(document);
     view.tokens.kept = nullptr;
-    // Documents side by side are read one after another: prefetching may run ahead into the next one.
+    // Documents of one array are read one after another: prefetching may run ahead into the next one.
     const bool dense = !documents.pointers && documents.token_stride > 0;
-    view.tokens.prefetch_end =
-        dense ? documents.start(documents.count - 1) + documents.tokens(documents.count - 1) * documents.token_stride
-              : nullptr;
+    const int64_t last = documents.count - 1;
+    view.tokens.memory_end = dense ? documents.start(last) + (documents.tokens(last) - 1) * documents.token_stride +
+                                         (documents.dim - 1) * documents.dim_stride + bytes_of(documents.dtype)
+                                   : nullptr;
     view.first_masked = -1;
     const uint8_t* const mask = documents.mask_of(document);
     if (!mask) return view;

@@ -83,8 +83,7 @@ struct Scores {
   static constexpr int lanes = 32;
   using V = __m512i;
   static V pack(__m512i a, __m512i b, int shift) {
-    const __m128i count = _mm_cvtsi32_si128(shift);
-    return _mm512_packs_epi32(_mm512_sra_epi32(a, count), _mm512_sra_epi32(b, count));
+    return _mm512_packs_epi32(_mm512_srai_epi32(a, shift), _mm512_srai_epi32(b, shift));
   }
   static constexpr int kLaneOf[lanes] = {0, 1, 2,  3,  16, 17, 18, 19, 4,  5,  6,  7,  20, 21, 22, 23,
                                          8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31};

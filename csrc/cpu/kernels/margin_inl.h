@@ -1,15 +1,17 @@
 // How far below the best int8 similarity a document token can lie and still win: the screen's proof.
 //
 // A query token q is rounded to s u, a document token d to v / m, with integers u and v. Then
-//   |<q, d> - (s / m) <u, v>| <= |q| |d - v / m| + |q - s u| |v / m| = E,
+//   |<q, d> - (s / m) <u, v>| <= |<q, d - v / m>| + |q - s u| |v / m| = E,
 // and the sum in fp32 is off by another G <= gamma |q| |d|, gamma = dim 2^-24, of which there is four times as much
-// here. The token with the largest sum in fp32 lies at most 2 (E + G) below the best int8 similarity. In steps of s /
-// m, with rest = |m d - v|, that is
-//   2 (1 + gamma) |q| / s * rest + 2 (|q - s u| + gamma |q|) / s * |v|.
-// The two factors belong to the query token, rest and |v| to a block of document tokens (the largest of any).
+// here. The token with the largest sum in fp32 lies at most 2 (E + G) below the best int8 similarity. The first part of
+// E has two bounds: by norms, and since no value is rounded by more than half a step, by the sum of |q|'s values, which
+// is the smaller one unless rest = |m d - v| was measured. In steps of s / m:
+//   2 (1 + gamma) |q| / s * rest  or  2 (sum |q_k| + gamma sqrt(dim) |q|) / s / 2
+//   + 2 (|q - s u| + gamma |q|) / s * |v|.
+// The factors belong to the query token, rest and |v| to a block of document tokens (the largest of any).
 //
 // Sums in fp32 in another order are off by 2 G at most from those in the tile's. The token with the largest sum lies at
-// most 4 G <= gamma |q| |d| below the largest of the others: the third factor, in the values' own units.
+// most 4 G <= gamma |q| |d| below the largest of the others: the last factor, in the values' own units.
 #pragma once
 
 namespace {
@@ -18,6 +20,8 @@ namespace {
 constexpr float kSmallestScreened = 1e-10f, kLargestScreened = 1e10f;
 // Factor of a query token of zeros, or none: 10^-3 of it, the least rest, already lies beyond every sum of zeros.
 constexpr float kNoneReaches = -1e8f;
+// Half a step, and what fp32 adds to it.
+constexpr float kHalfStep = 0.501f;
 
 // Largest |x| as bits, and |x|^2, of the widened query token in the job's buffer.
 struct Extent {
@@ -38,8 +42,8 @@ struct Extent {
 
 #ifdef EDGECOLBERT_SCREENS
 inline void clear_margin(const PackJob& job, int lane) {
-  job.margins[lane] = kNoneReaches;
-  job.margins[Simd::width + lane] = job.margins[2 * Simd::width + lane] = 0.0f;
+  for (int factor = 0; factor < kMarginFactors; ++factor) job.margins[factor * Simd::width + lane] = 0.0f;
+  job.margins[kOfRest * Simd::width + lane] = job.margins[kOfHalfSteps * Simd::width + lane] = kNoneReaches;
 }
 
 // False: int8 cannot stand for this query token.
@@ -49,17 +53,20 @@ inline bool set_margin(const PackJob& job, const float* row, const Extent& exten
   const float largest = bits_to_float(extent.largest);
   if (largest == 0.0f) return true;
   if (!(largest >= kSmallestScreened && largest <= kLargestScreened)) return false;
-  Simd::F squares = Simd::zero();
+  Simd::F squares = Simd::zero(), magnitudes = Simd::zero();
   for_each_register(row, job.dim, [&](int k, Simd::F x) {
+    magnitudes = Simd::add(magnitudes, Simd::from_bits(Simd::absolute_bits(x)));
     const Simd::F rest = Simd::subtract(x, Simd::multiply(Simd::load(integers + k), Simd::broadcast(scale)));
     squares = Simd::multiply_add(rest, rest, squares);
   });
   const float gamma = float(job.dim) * 0x1p-22f;
   const float norm = 1.0001f * __builtin_sqrtf(extent.square_norm),
               lost = 1.0001f * __builtin_sqrtf(Simd::sum(squares));
-  job.margins[lane] = 2.0f * (1.0f + gamma) * norm / scale;
-  job.margins[Simd::width + lane] = 2.0f * (lost + gamma * norm) / scale;
-  job.margins[2 * Simd::width + lane] = 1.01f * (gamma + 0x1p-22f) * norm;  // the limit is rounded as well
+  const float sum = 1.0001f * Simd::sum(magnitudes) + gamma * __builtin_sqrtf(float(job.dim)) * norm;
+  job.margins[kOfRest * Simd::width + lane] = 2.0f * (1.0f + gamma) * norm / scale;
+  job.margins[kOfHalfSteps * Simd::width + lane] = 2.0f * kHalfStep * sum / scale;
+  job.margins[kOfNorm * Simd::width + lane] = 2.0f * (lost + gamma * norm) / scale;
+  job.margins[kOfSum * Simd::width + lane] = 1.01f * (gamma + 0x1p-22f) * norm;  // the limit is rounded as well
   return true;
 }
 #else

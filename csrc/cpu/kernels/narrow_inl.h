@@ -4,6 +4,7 @@
 // that were cut off show in the largest of them, and the block is done again with a better guess.
 #pragma once
 
+#include "margin_inl.h"
 #include "score_inl.h"
 
 #ifdef EDGECOLBERT_SCREENS
@@ -17,6 +18,7 @@ constexpr float kMostSteps = 126.9f, kFewestSteps = 16.0f;
 struct Narrowed {
   float largest;     // of |v_k|, and not much more: |(v_k, v_k+1)| of neighbours
   float norm, rest;  // no token has a larger |v|, nor |steps d - v|
+  bool measured;     // rest was: else it is half a step a dimension
   float steps;
 
   // None was cut off, and they are not too coarse.
@@ -45,13 +47,13 @@ constexpr bool has_few(int) { return false; }
 template <class Element, class Dim, bool exact>
 class Narrower {
  public:
-  static constexpr bool kIdle = false;
+  static constexpr int kTokensOfStep = 1;
 
   Narrower(const ScoreJob& job, Widener<DotF32, Element>& widener, Dim dim, float largest)
       : tokens_(job.document),
         dim_(dim),
         stride_(widened_stride<DotI8>(dim)),
-        prefetch_end_(intptr_t(job.document.prefetch_end) - kPrefetchBytes - int64_t(dim) * int64_t(sizeof(Element))),
+        prefetch_end_(intptr_t(job.document.memory_end) - kPrefetchBytes - int64_t(dim) * int64_t(sizeof(Element))),
         widener_(widener),
         rolls_(widener.feedable() && !job.document.kept),
         steps_(kGuessedSteps / largest) {}
@@ -141,6 +143,7 @@ class Narrower {
     result.largest = __builtin_sqrtf(float(Int8::largest_pair(seen_.pairs)));
     result.steps = steps_;
     const float root = __builtin_sqrtf(float(dim_));
+    result.measured = exact;
     if constexpr (exact) {
       result.norm = Simd::sum(seen_.norms);
     } else if constexpr (kSquares) {
@@ -152,7 +155,7 @@ class Narrower {
     if constexpr (exact) {
       result.rest = 1.0001f * __builtin_sqrtf(Simd::sum(seen_.rests)) + 1e-3f * root;
     } else {
-      result.rest = 0.501f * root;
+      result.rest = kHalfStep * root;
     }
     return result;
   }

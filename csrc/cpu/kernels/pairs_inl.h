@@ -20,7 +20,7 @@ class PairScore {
         pairs_(job.screen->pairs),
         rows_(job.group->rows + r * Simd::width),
         words_(reinterpret_cast<const float*>(job.group->words_f32) + r * job.dim * Simd::width),
-        slack_(job.group->margins + (3 * r + 2) * Simd::width),
+        slack_(job.group->margins + (kMarginFactors * r + kOfSum) * Simd::width),
         best_(job.best + r * Simd::width),
         index_(job.index + r * Simd::width),
         first_(first) {}
@@ -43,7 +43,7 @@ class PairScore {
     const Simd::F longest = Simd::broadcast(norm);
     Simd::F limit[registers];
     for (int i = 0; i < registers; ++i) {
-      const Simd::F slack = Simd::multiply(Simd::load(slack_ + 3 * i * Simd::width), longest);
+      const Simd::F slack = Simd::multiply(Simd::load(slack_ + kMarginFactors * i * Simd::width), longest);
       limit[i] = Simd::subtract(Simd::load(least + i * Simd::width), slack);
     }
     return Scores::keep_pairs(pairs_, pairs, values, limit[0], limit[registers - 1]);

@@ -110,14 +110,15 @@ class DocumentScore {
   bool roll() {
     uint32_t* const rows = widener_.rows();
     const int64_t first_tokens = length_ < T ? length_ : T;
-    widener_.widen(0, first_tokens, rows);
+    widener_.feed(0, first_tokens, rows).finish();
     widener_.repeat_last(rows, first_tokens, T);
     if (!sound()) return false;
     uint32_t *now = rows, *next = rows + T * widener_.stride();
+    NoFeed nothing;
     for (int64_t start = 0;;) {
       const int64_t left = length_ - start - T;  // tokens behind this tile
       if (left <= 0) {
-        tile<registers>(now, 0, start);
+        tile<registers>(now, 0, start, nothing);
         return sound();
       }
       const int64_t following = left < T ? length_ - T : start + T;
@@ -131,6 +132,7 @@ class DocumentScore {
   }
 
   bool score_blocks() {
+    NoFeed nothing;
     for (int64_t done = 0; done < length_;) {
       const int64_t first = length_ - done < T && length_ >= T ? length_ - T : done;
       const int64_t tokens = length_ - first < job_.block_tokens ? length_ - first : job_.block_tokens;
@@ -140,7 +142,7 @@ class DocumentScore {
         for (int64_t token = 0; token < tokens; token += T) {
           const int64_t start = start_of(token, tokens);
           uint32_t* const rows = widener_.rows() + start * widener_.stride();
-          panel ? tile<R>(rows, r, first + start) : tile<1>(rows, r, first + start);
+          panel ? tile<R>(rows, r, first + start, nothing) : tile<1>(rows, r, first + start, nothing);
         }
         r += panel ? R : 1;
       }
@@ -154,7 +156,7 @@ class DocumentScore {
   void widen_and_score_panel(int64_t first, int64_t tokens) {
     const auto row = [&](int64_t i) { return widener_.rows() + i * widener_.stride(); };
     int64_t ready = tokens < T ? tokens : T;
-    widener_.widen(first, first + ready, row(0));
+    widener_.feed(first, first + ready, row(0)).finish();
     widener_.repeat_last(row(0), ready, T);
     for (int64_t token = 0; token < tokens; token += T) {
       const int64_t start = start_of(token, tokens);
@@ -170,14 +172,14 @@ class DocumentScore {
   }
 
   // Scores the tile of widened rows that stand for tokens `token` and on, against registers r and on.
-  template <int registers, class... Feeder>
-  void tile(const uint32_t* rows, int64_t r, int64_t token, Feeder&... feed) {
+  template <int registers, class Feeder>
+  void tile(const uint32_t* rows, int64_t r, int64_t token, Feeder& feed) {
     const int64_t words = (job_.dim + Dot::dims_of_word - 1) / Dot::dims_of_word;
     const uint32_t* const query = Dot::words(group_) + r * words * Simd::width;
     Lane* const best = best_ + r * Simd::width;
     int32_t* const index = job_.index + r * Simd::width;
-    score_tile<Dot, T, registers, pick>(rows, widener_.stride(), query, words, best, index, int32_t(token), feed...);
-    (feed.finish(), ...);
+    score_tile<Dot, T, registers, pick>(rows, widener_.stride(), query, words, best, index, int32_t(token), feed);
+    feed.finish();
   }
 
   const ScoreJob& job_;

@@ -12,32 +12,23 @@
 #ifdef EDGECOLBERT_SCREENS
 namespace {
 
-// Of a tile whose tokens are all narrowed.
-struct NoFeed {
-  static constexpr bool kIdle = true;
-  struct Cursor {
-    void step() {}
-  };
-  Cursor begin() { return {}; }
-  void end(Cursor) {}
-};
+// By how many bits sums become int16: they are below 127 * 255 * dim.
+constexpr int shift_of(int dim) {
+  int shift = 0;
+  while (127.0f * 255.0f * float(dim) > float(1 << (15 + shift))) ++shift;
+  return shift;
+}
 
 // int8 sums of T tokens with R registers of query tokens: `scores` [T][lanes] takes them as int16, `top` the largest.
-template <int T, int R, class Feed>
-[[gnu::noinline]] void screen_tile(const uint32_t* document, int64_t row_stride, const uint32_t* query, int64_t words,
-                                   int16_t* scores, int16_t* top, int shift, Feed& feed) {
+template <int T, int R, class Dim, class Feed>
+[[gnu::noinline]] void screen_tile(const uint32_t* document, int64_t row_stride, const uint32_t* query, Dim dim,
+                                   int16_t* scores, int16_t* top, Feed& feed) {
+  const int64_t words = (dim + DotI8::dims_of_word - 1) / DotI8::dims_of_word;
+  const int shift = shift_of(dim);
   Simd::I sum[T][R];
   const uint32_t* rows[T / 3];
   start_tile<DotI8>(sum, rows, document, row_stride);
-  const uint32_t* const query_end = query + words * (R * Simd::width);
-  const int64_t steps = Feed::kIdle ? words * (R * Simd::width) : (words + T - 1) / T * (R * Simd::width);
-  auto cursor = feed.begin();  // a copy, which can live in registers
-  while (query != query_end) {
-    const uint32_t* const pause = query_end - query > steps ? query + steps : query_end;
-    multiply_add<DotI8>(sum, rows, row_stride, query, pause);
-    cursor.step();
-  }
-  feed.end(cursor);
+  multiply_add_and_feed<DotI8>(sum, rows, row_stride, query, words, feed);
   typename Scores::V highest = Scores::load(top);
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) {
@@ -57,7 +48,6 @@ class ScreenedScore {
         screen_(*job.screen),
         length_(job.document.length),
         narrow_stride_(widened_stride<DotI8>(job.dim)),
-        shift_(shift_of(job.dim)),
         widener_(job),
         left_(kToken * length_ * group_.registers * Simd::width * 2 / 3) {}
 
@@ -81,20 +71,13 @@ class ScreenedScore {
   static constexpr int T = kTileTokens;
   static constexpr int R = kPanelRegisters;
   static constexpr int kMostAttempts = 8;
-  static constexpr float kDecay = 1.0f - 1.0f / 256.0f;  // of the guess, a block
+  static constexpr float kDecay = 1.0f - 1.0f / 512.0f;  // of the guess, a block
 
   // What pairs may take: what a token takes a lane of the fp32 tile is `kToken`. Few dimensions hide less of what is
   // around a sum.
   static constexpr int64_t kToken = 4;
   static int64_t cost_of_product(int dim) { return 2 * kToken + 240 / dim; }
   static int64_t cost_of_pair(int dim) { return 4 * kToken + 1536 / dim; }
-
-  // Sums are below 127 * 255 * dim.
-  static int shift_of(int dim) {
-    int shift = 0;
-    while (127.0f * 255.0f * float(dim) > float(1 << (15 + shift))) ++shift;
-    return shift;
-  }
 
   // Many panels pay for exact errors. For few of them the first one's tiles narrow tokens on the side, where there are
   // registers for that.
@@ -169,7 +152,7 @@ class ScreenedScore {
       for (int64_t token = 0; token < tokens; token += T) {
         const int64_t wanted = ready + T < tokens ? ready + T : tokens;
         narrower.set(first + ready, first + wanted, screen_.narrowed + ready * narrow_stride_);
-        tile<registers>(start_of(token, tokens), 0, top, narrower);
+        tile<registers>(dim, start_of(token, tokens), 0, top, narrower);
         narrower.finish();
         ready = wanted;
       }
@@ -182,12 +165,12 @@ class ScreenedScore {
     return token + T > tokens && tokens >= T ? tokens - T : token;
   }
 
-  template <int registers, class Feed>
-  void tile(int64_t token, int64_t r, int16_t* top, Feed& feed) {
-    const int64_t words = (job_.dim + DotI8::dims_of_word - 1) / DotI8::dims_of_word;
+  template <int registers, class Dim, class Feed>
+  void tile(Dim dim, int64_t token, int64_t r, int16_t* top, Feed& feed) {
+    const int64_t words = (dim + DotI8::dims_of_word - 1) / DotI8::dims_of_word;
     screen_tile<T, registers>(screen_.narrowed + token * narrow_stride_, narrow_stride_,
-                              group_.words_i8 + r * words * Simd::width, words, screen_.scores + token * Scores::lanes,
-                              top, shift_, feed);
+                              group_.words_i8 + r * words * Simd::width, dim, screen_.scores + token * Scores::lanes,
+                              top, feed);
   }
 
   // `known`: the largest scores, where the tiles have been done.
@@ -197,7 +180,8 @@ class ScreenedScore {
     Scores::store(top, known ? Scores::load(known) : Scores::lowest());
     if (!known) {
       NoFeed nothing;
-      for (int64_t token = 0; token < tokens; token += T) tile<registers>(start_of(token, tokens), r, top, nothing);
+      for (int64_t token = 0; token < tokens; token += T)
+        tile<registers>(job_.dim, start_of(token, tokens), r, top, nothing);
     }
     find<registers>(tokens, threshold<registers>(r, first, narrowed, top));
     PairScore<Element> scorer(job_, widener_, r, first);
@@ -213,22 +197,30 @@ class ScreenedScore {
     return true;
   }
 
+  // How far below the best one a token can win, in steps.
+  Simd::F margin_of(int64_t r, const Narrowed& narrowed) const {
+    const float* const factors = group_.margins + kMarginFactors * r * Simd::width;
+    const auto times = [&](MarginFactor factor, float x) {
+      return Simd::multiply(Simd::load(factors + factor * Simd::width), Simd::broadcast(x));
+    };
+    return Simd::add(narrowed.measured ? times(kOfRest, narrowed.rest) : times(kOfHalfSteps, 1.0f),
+                     times(kOfNorm, narrowed.norm));
+  }
+
   // Scores from which on a token may be the best one.
   template <int registers>
   typename Scores::V threshold(int64_t r, int64_t first, const Narrowed& narrowed, const int16_t* top) const {
-    const Simd::F rest = Simd::broadcast(narrowed.rest), norm = Simd::broadcast(narrowed.norm);
     alignas(64) float margin[registers * Simd::width];
     Simd::I steps[registers];
     for (int i = 0; i < registers; ++i) {
-      const float* const factors = group_.margins + 3 * (r + i) * Simd::width;
-      const Simd::F sum =
-          Simd::multiply_add(Simd::load(factors), rest, Simd::multiply(Simd::load(factors + Simd::width), norm));
+      const Simd::F sum = margin_of(r + i, narrowed);
       Simd::store(margin + i * Simd::width, sum);
       steps[i] = Simd::to_integer(sum);
     }
     // Two more: scores are rounded down, and so is this.
     const typename Scores::V threshold = Scores::subtract(
-        Scores::subtract(Scores::load(top), Scores::pack(steps[0], steps[registers - 1], shift_)), Scores::two());
+        Scores::subtract(Scores::load(top), Scores::pack(steps[0], steps[registers - 1], shift_of(job_.dim))),
+        Scores::two());
     if (first == 0) return threshold;
     // The best of the blocks before may be out of reach already.
     alignas(64) int32_t sums[registers * Simd::width];
@@ -240,7 +232,7 @@ class ScreenedScore {
       sums[i] = sum > -1e9 && sum < 1e9 ? int32_t(sum) : -1000000000;
     }
     const typename Scores::V earlier =
-        Scores::pack(Simd::load(sums), Simd::load(sums + (registers - 1) * Simd::width), shift_);
+        Scores::pack(Simd::load(sums), Simd::load(sums + (registers - 1) * Simd::width), shift_of(job_.dim));
     return Scores::maximum(threshold, Scores::subtract(earlier, Scores::two()));
   }
 
@@ -256,7 +248,6 @@ class ScreenedScore {
   const QueryGroup& group_;
   Screen& screen_;
   const int64_t length_, narrow_stride_;
-  const int shift_;
   Widener<DotF32, Element> widener_;
   int64_t left_;  // for pairs, of two thirds of the time of the fp32 tile: int8 takes a third
 };

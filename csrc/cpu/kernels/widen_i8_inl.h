@@ -36,60 +36,96 @@ class Feed<DotI8, I8> {
 
   // Kept tokens [begin, end), whose dimensions lie side by side.
   Feed(const Tokens& tokens, int dim, int64_t begin, int64_t end, uint32_t* out, Seen<DotI8, I8>*)
-      : tokens_(tokens),
+      : row_(tokens.data + begin * tokens.token_stride),
+        row_stride_(tokens.token_stride),
+        left_(end - begin),
         dim_(dim),
-        next_(begin),
-        end_(end),
-        prefetch_end_(intptr_t(tokens.prefetch_end) - kPrefetchBytes - dim),
+        prefetch_end_(intptr_t(tokens.memory_end) - kPrefetchBytes - dim),
+        whole_end_(end_of_memory(tokens, dim) - round_up(dim, kRegisterBytes)),
         out_(out),
-        stride_(widened_stride<DotI8>(dim)) {}
+        out_stride_(widened_stride<DotI8>(dim)) {
+    if (!tokens.kept) return;
+    for (int64_t i = begin; i < end; ++i) {
+      row_ = tokens.data + tokens.kept[i] * tokens.token_stride;
+      copy<false>();
+    }
+  }
 
-  [[gnu::always_inline]] void step() { copy(end_ - next_ < kTokensOfStep ? end_ : next_ + kTokensOfStep); }
+  // What a tile steps through: a copy, which can live in registers.
+  [[gnu::always_inline]] Feed begin() const { return *this; }
+  [[gnu::always_inline]] void end(const Feed& cursor) {
+    row_ = cursor.row_;
+    left_ = cursor.left_;
+    out_ = cursor.out_;
+  }
 
-  void finish() { copy(end_); }
+  [[gnu::always_inline]] void step() {
+    const int64_t tokens = left_ < kTokensOfStep ? left_ : kTokensOfStep;
+    if (tokens == 0) return;
+    const bool whole = intptr_t(row_ + (tokens - 1) * row_stride_) <= whole_end_;
+    if (whole && dim_ <= kRegisterBytes) {
+      for (int64_t i = 0; i < tokens; ++i) copy_register();
+    } else if (whole) {
+      for (int64_t i = 0; i < tokens; ++i) copy<true>();
+    } else {
+      for (int64_t i = 0; i < tokens; ++i) copy<false>();
+    }
+  }
+
+  void finish() {
+    while (left_ > 0) step();
+  }
 
  private:
   static constexpr int64_t kPrefetchBytes = 8192;
 
-  [[gnu::always_inline]] void copy(int64_t end) {
-    if (dim_ <= kRegisterBytes && !tokens_.kept) {
-      copy_short(end);
-      return;
+  // Addresses from a token's to this one can be read.
+  static intptr_t end_of_memory(const Tokens& tokens, int dim) {
+    const intptr_t end = intptr_t(tokens.data + (tokens.length - 1) * tokens.token_stride + dim);
+    return end > intptr_t(tokens.memory_end) ? end : intptr_t(tokens.memory_end);
+  }
+
+  // `whole`: registers may be read behind the row's end. What is there meets zeros of the query.
+  template <bool whole>
+  [[gnu::always_inline]] void copy() {
+    prefetch(dim_);
+    const I8* const row = reinterpret_cast<const I8*>(row_);
+    if constexpr (whole) {
+      for (int byte = 0; byte < dim_; byte += kRegisterBytes)
+        Simd::store(reinterpret_cast<int32_t*>(out_ + byte / DotI8::dims_of_word), Int8::to_words(row + byte));
+    } else {
+      Seen<DotI8, I8> nothing;
+      store_widened(row, dim_, out_, nothing);
     }
-    Seen<DotI8, I8> nothing;
-    uint32_t* out = out_;
-    for (int64_t i = next_; i < end; ++i, out += stride_) {
-      const char* const row = tokens_.data + (tokens_.kept ? tokens_.kept[i] : i) * tokens_.token_stride;
-      if (intptr_t(row) < prefetch_end_) {
-        for (int ahead = 0; ahead < dim_; ahead += 64) __builtin_prefetch(row + kPrefetchBytes + ahead);
-      }
-      store_widened(reinterpret_cast<const I8*>(row), dim_, out, nothing);
-    }
-    next_ = end;
-    out_ = out;
+    next();
   }
 
   // The models' own dimensions: a row is one register and often less than one cache line.
-  [[gnu::always_inline]] void copy_short(int64_t end) {
-    uint32_t* out = out_;
-    const char* row = tokens_.data + next_ * tokens_.token_stride;
-    for (int64_t i = next_; i < end; ++i) {
-      if (intptr_t(row) < prefetch_end_) __builtin_prefetch(row + kPrefetchBytes);
-      Simd::store(reinterpret_cast<int32_t*>(out), Int8::to_words_first(reinterpret_cast<const I8*>(row), dim_));
-      row += tokens_.token_stride;
-      out += Simd::width;
-    }
-    next_ = end;
-    out_ = out;
+  [[gnu::always_inline]] void copy_register() {
+    prefetch(1);
+    Simd::store(reinterpret_cast<int32_t*>(out_), Int8::to_words(reinterpret_cast<const I8*>(row_)));
+    next();
   }
 
-  const Tokens tokens_;
-  const int dim_;
-  int64_t next_;
-  const int64_t end_;
-  const intptr_t prefetch_end_;  // of the addresses of rows that prefetch
+  [[gnu::always_inline]] void prefetch(int bytes) const {
+    const char* const ahead = intptr_t(row_) < prefetch_end_ ? row_ + kPrefetchBytes : row_;
+    for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(ahead + byte);
+  }
+
+  [[gnu::always_inline]] void next() {
+    row_ += row_stride_;
+    out_ += out_stride_;
+    --left_;
+  }
+
+  const char* row_;
+  int64_t row_stride_;
+  int64_t left_;
+  int dim_;
+  intptr_t prefetch_end_;  // of the addresses of rows that prefetch
+  intptr_t whole_end_;     // the last address of a row of which whole registers may be read
   uint32_t* out_;
-  const int64_t stride_;
+  int64_t out_stride_;
 };
 
 }  // namespace

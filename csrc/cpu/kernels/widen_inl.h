@@ -110,10 +110,14 @@ class Feed {
         next_(begin),
         end_(end),
         row_(tokens.data + begin * tokens.token_stride),
-        prefetch_end_(intptr_t(tokens.prefetch_end) - kPrefetchBytes - int64_t(dim) * int64_t(sizeof(Element))),
+        prefetch_end_(intptr_t(tokens.memory_end) - kPrefetchBytes - int64_t(dim) * int64_t(sizeof(Element))),
         out_(out),
         stride_(widened_stride<Dot>(dim)),
         seen_(seen) {}
+
+  // What a tile steps through.
+  [[gnu::always_inline]] Feed& begin() { return *this; }
+  [[gnu::always_inline]] void end(const Feed&) {}
 
   [[gnu::always_inline]] void step() {
     if (next_ >= end_) return;
