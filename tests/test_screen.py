@@ -461,7 +461,7 @@ def steps_of_blocks(count):
     for _ in range(count):
         steps.append(np.float32(120) / largest)
         seen = (np.rint(steps[-1]) + np.float32(0.5)) / steps[-1]
-        largest = max(seen, largest * np.float32(1 - 1 / 256))
+        largest = max(seen, largest * np.float32(1 - 1 / 512))
     return steps
 
 
@@ -472,6 +472,17 @@ def rounded_documents(dim, steps, random):
     gap = int(np.ceil(0.998 * dim)) - 1
     more = random.permutation(dim) < gap
     return signs, signs * (integers + 0.499) / steps, signs * (integers + more - 0.499) / steps
+
+
+def rounded_documents_uneven(dim, steps, random):
+    """The same with a query whose values are of every size, and integers at 127 to 1."""
+    query = random.choice([-1.0, 1.0], dim) * random.integers(1, 128, dim) / 127
+    query[random.integers(dim)] = 1
+    largest_first = np.argsort(-np.abs(query))
+    more = np.zeros(dim)
+    more[largest_first] = np.abs(query)[largest_first].cumsum() < 0.9975 * np.abs(query).sum()
+    integers, signs = random.integers(20, 40, dim), np.sign(query)
+    return query, signs * (integers + 0.499) / steps, signs * (integers + more - 0.499) / steps
 
 
 def rounded_query(dim, steps, random):
@@ -509,7 +520,7 @@ def check_hard(query, documents, winner_at, query_length):
 
 
 @pytest.mark.parametrize("query_length", [1, 16, 17, 32, 33])
-@pytest.mark.parametrize("make", [rounded_documents, rounded_query])
+@pytest.mark.parametrize("make", [rounded_documents, rounded_documents_uneven, rounded_query])
 @pytest.mark.parametrize("dim", [8, 16, 33, 48, 64, 128, 600, 768, 1000, 2048])
 def test_roundings_that_agree(make, dim, query_length):
     """Every rounding goes against the winner, up to the bound itself; the rival stands before and behind it."""
