@@ -131,6 +131,7 @@ def cases() -> Iterator[suite.Case]:
         contenders=[Contender(name, lambda _turn, name=name: gradients(name), missing=missing) for name in STEPS],
         references=("GradCache, fused loss", "one piece, fused loss"),
         rounds=(9, 3),
+        warm=False,
         expected=lambda: gradients("one piece, eager loss"),
         error=relative_error,
         tolerance=1e-2,

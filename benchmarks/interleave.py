@@ -99,9 +99,14 @@ def interleave(
     calls: int = 1,
     clock: Callable[[], float] = time.process_time,
     keep: float = 1.0,
+    warm: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Samples:
-    """Time every contender once a round, for ``rounds`` rounds after one that is not counted.
+    """Time every contender once a round, for ``rounds`` rounds.
+
+    What is timed follows a call of the same contender on other inputs, as in a loop in a process of its own. Else a
+    contender has to map memory from the system that another one has given back, or finds what another one has left:
+    PyTorch's eager lines, 33 ms in a loop of their own, then take 37 to 56 for a forward and a backward.
 
     A virtual machine shares its cores with others, a hyperthread each. While the other one is busy, a core starts about
     half as many instructions a cycle; loads and conversions suffer, and multiply-adds on registers, so the peak, do not.
@@ -113,8 +118,10 @@ def interleave(
             ``time.perf_counter`` (needed where several threads share the work).
         keep: share of the quiet rounds kept, those in which this process waited least for a core.
             Below 1 only for wall-clock times, which other processes lengthen.
+        warm: whether the call before comes first; without it, each contender has one before the first round.
     """
-    for contender in contenders:
+    machine.release_free_memory()  # what a reference needed
+    for contender in () if warm else contenders:
         contender.once(0)
     values = {contender.name: np.empty(rounds) for contender in contenders}
     cpu = {contender.name: np.empty(rounds) for contender in contenders}
@@ -128,6 +135,8 @@ def interleave(
             if contender.returns_rate:
                 values[contender.name][turn] = contender.call(turn)
                 continue
+            if warm:
+                contender.once(turn + 1)
             with contender.around():
                 cpu_start, start = time.process_time(), clock()
                 for _ in range(calls):

@@ -133,6 +133,7 @@ def case(name: str, kind: str, *arguments: object, rounds: tuple[int, int]) -> s
         contenders=[Contender(library, call, around=partial(patched, library)) for library in LIBRARIES],
         references=("patched",),
         rounds=rounds,
+        warm=False,
         clock=time.perf_counter,
         threads=THREADS,
         expected=lambda: call(0),

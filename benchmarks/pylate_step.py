@@ -132,6 +132,7 @@ def case(loss: str, size: int, alone: bool) -> suite.Case:
         contenders=[Contender(library, calls[library]) for library in LIBRARIES],
         references=("fused",),
         rounds=(7, 5),
+        warm=False,
         clock=time.perf_counter,
         threads=THREADS,
         expected=lambda: calls["PyLate"](0),

@@ -69,9 +69,9 @@ def int8_case(name: str, shape: Shape, rounds: tuple[int, int]) -> suite.Case:
 
 def cases() -> Iterator[suite.Case]:
     for dim in DIMS:
-        yield case(f"d={dim}", Shape(1, 32, 1000, 300, dim), rounds=(41, 9 if dim in QUICK_DIMS else 0))
+        yield case(f"d={dim}", Shape(1, 32, 1000, 300, dim), rounds=(27, 7 if dim in QUICK_DIMS else 0))
     for dim in DIMS:
-        yield int8_case(f"d={dim}, int8", Shape(1, 32, 1000, 300, dim), rounds=(41, 9 if dim in QUICK_DIMS else 0))
+        yield int8_case(f"d={dim}, int8", Shape(1, 32, 1000, 300, dim), rounds=(27, 7 if dim in QUICK_DIMS else 0))
 
 
 if __name__ == "__main__":

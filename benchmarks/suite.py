@@ -37,7 +37,7 @@ class Case:
     ``references`` are the contenders that ratios are taken to. ``expected`` makes what every call returns, ``error`` is
     the distance to it, at most ``tolerance``: a wrong result has no speed. ``derive`` turns the samples into further
     rows, for what is a difference of contenders. ``rounds`` is (full, quick); a quick run leaves a case out that has no
-    rounds for it.
+    rounds for it. Without ``warm``, for calls of seconds, a timed call does not come after one of the same contender.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Case:
     references: Sequence[str] = ()
     parameters: Mapping[str, object] = field(default_factory=dict)
     rounds: tuple[int, int] = (41, 13)
+    warm: bool = True
     calls: int = 1
     clock: Callable[[], float] = time.process_time
     keep: float = 1.0
@@ -79,6 +80,7 @@ def rows(case: Case, contenders: Sequence[Contender], *, quick: bool, label: str
         calls=case.calls,
         clock=case.clock,
         keep=case.keep,
+        warm=case.warm,
         progress=show_progress(label),
     )
     shared = {

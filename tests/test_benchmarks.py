@@ -146,7 +146,8 @@ def test_every_contender_has_a_turn_in_every_round():
     seen = []
     made = [Contender(name, lambda turn, name=name: seen.append((turn, name))) for name in "ab"]
     samples = interleave.interleave(made, 3)
-    assert sorted(seen[2:]) == [(turn, name) for turn in range(3) for name in "ab"]
+    assert sorted(seen) == sorted((turn + ahead, name) for turn in range(3) for name in "ab" for ahead in (0, 1))
+    assert all(warm == (turn + 1, name) for warm, (turn, name) in zip(seen[::2], seen[1::2], strict=True))
     assert {len(values) for values in samples.values.values()} == {3}
 
 
