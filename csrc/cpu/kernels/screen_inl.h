@@ -13,11 +13,7 @@
 namespace {
 
 // By how many bits sums become int16: they are below 127 * 255 * dim.
-constexpr int shift_of(int dim) {
-  int shift = 0;
-  while (127.0f * 255.0f * float(dim) > float(1 << (15 + shift))) ++shift;
-  return shift;
-}
+constexpr int shift_of(int dim) { return 17 - __builtin_clz(127u * 255u * unsigned(dim) - 1); }
 
 // int8 sums of T tokens with R registers of query tokens: `scores` [T][lanes] takes them as int16, `top` the largest.
 template <int T, int R, class Dim, class Feed>
@@ -179,9 +175,11 @@ class ScreenedScore {
     alignas(64) int16_t top[Scores::lanes];
     Scores::store(top, known ? Scores::load(known) : Scores::lowest());
     if (!known) {
-      NoFeed nothing;
-      for (int64_t token = 0; token < tokens; token += T)
-        tile<registers>(job_.dim, start_of(token, tokens), r, top, nothing);
+      with_dim(job_.dim, [&](auto dim) {
+        NoFeed nothing;
+        for (int64_t token = 0; token < tokens; token += T)
+          tile<registers>(dim, start_of(token, tokens), r, top, nothing);
+      });
     }
     find<registers>(tokens, threshold<registers>(r, first, narrowed, top));
     PairScore<Element> scorer(job_, widener_, r, first);
