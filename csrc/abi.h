@@ -71,8 +71,8 @@ struct QueryGroup {
   const float* scales;        // [registers * width] with words_i8: a query value is its integer times this
   // [registers][kMarginFactors][width]. Null: words_i8 are the scores' own, or there are none.
   const float* margins;
-  // [registers * width] with margins: the query tokens themselves, filled up to whole registers.
-  const float* const* rows;
+  // [registers * width] with margins: the query tokens themselves in fp32, filled up to whole registers.
+  const char* const* rows;
   int64_t registers;
   float peak;  // largest |x|, infinity if any is not finite
 };

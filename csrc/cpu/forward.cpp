@@ -207,7 +207,7 @@ class PackedQueries {
     const int64_t stride = round_up(queries.dim, width_);
     token_rows_.reset(new Buffer<float>(int64_t(rows_.size()) * stride));
     for (size_t lane = 0; lane < rows_.size(); ++lane)
-      row_addresses_.push_back(token_rows_->data() + int64_t(lane) * stride);
+      row_addresses_.push_back(reinterpret_cast<const char*>(token_rows_->data() + int64_t(lane) * stride));
   }
 
   void pack(const Kernels& kernels, const ForwardCall& call, int threads, Integer integer) {
@@ -224,8 +224,7 @@ class PackedQueries {
       if (used == Integer::i16) group.words_i16 = words_i16_.data() + first_register * width_ * words;
       if (margins_) {
         group.margins = margins_->data() + kMarginFactors * first_register * width_;
-        group.rows = token_rows_ ? row_addresses_.data() + first_register * width_
-                                 : reinterpret_cast<const float* const*>(rows_.data()) + first_register * width_;
+        group.rows = (token_rows_ ? row_addresses_ : rows_).data() + first_register * width_;
       }
       if (used == Integer::i8 || margins_) {
         group.words_i8 = words_i8_.data() + first_register * width_ * words_i8;
@@ -272,7 +271,7 @@ class PackedQueries {
   const bool masked_;
   std::vector<Group> groups_;
   std::vector<const char*> rows_;                      // of every lane
-  std::vector<const float*> row_addresses_;            // of every lane, where tokens are copied for the screen
+  std::vector<const char*> row_addresses_;             // of every lane, where tokens are copied for the screen
   std::vector<int32_t> tokens_;                        // of every lane, where there is a mask
   std::vector<int64_t> first_lane_, kept_, group_of_;  // of every query
   std::vector<int64_t> order_;                         // queries as the groups hold them

@@ -79,7 +79,7 @@ class PairScore {
 #pragma GCC unroll 16
       for (int i = 0; i < Simd::width; ++i) {
         const Element* const document = row(first_ + (pairs_[p + i] >> 8));
-        const float* const query = rows_[pairs_[p + i] & 0xff];
+        const float* const query = reinterpret_cast<const float*>(rows_[pairs_[p + i] & 0xff]);
         sums[i] = Simd::zero();
         for_each_register(document, dim,
                           [&](int k, Simd::F x) { sums[i] = Simd::multiply_add(x, Simd::load(query + k), sums[i]); });
@@ -178,7 +178,7 @@ class PairScore {
   const ScoreJob& job_;
   Widener<DotF32, Element>& widener_;
   uint32_t* const pairs_;
-  const float* const* const rows_;
+  const char* const* const rows_;
   const float *const words_, *const slack_;
   float* const best_;
   int32_t* const index_;
