@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks import machine
 
 QUANTILES = {"p20": 20, "p50": 50, "p80": 80}
-# A round counts when the core started at least this share of the instructions a cycle that it did in the best round.
+# A round counts when a core started at least this share of the instructions a cycle that it did in the best round.
 QUIET = 0.85
 FEWEST_QUIET = 5
 
@@ -81,9 +81,9 @@ def waiting_seconds() -> float:
 
 
 def dispatch_rate() -> float:
-    """Instructions that this core starts a cycle now, 0 where unknown."""
+    """Instructions that a core starts a cycle now, the least of this thread's cores; 0 where unknown."""
     module = machine.compiled_module()
-    return module.dispatch_rate() if module else 0.0
+    return min(machine.on_each_core(module.dispatch_rate)) if module else 0.0
 
 
 def quiet_rounds(dispatched: np.ndarray) -> np.ndarray:
@@ -110,7 +110,8 @@ def interleave(
 
     A virtual machine shares its cores with others, a hyperthread each. While the other one is busy, a core starts about
     half as many instructions a cycle; loads and conversions suffer, and multiply-adds on registers, so the peak, do not.
-    Every round is enclosed by a measurement of that rate, and rounds in which it was low do not count.
+    Every round is enclosed by a measurement of that rate on every core that may be used, and rounds in which one was low
+    do not count.
 
     Args:
         calls: calls behind one sample, for work shorter than the clock's resolution.

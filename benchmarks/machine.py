@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -137,6 +137,20 @@ def set_threads(threads: int) -> None:
     """Thread count of PyTorch and of the kernels, which follow it on tensors and the variable on arrays."""
     torch.set_num_threads(threads)
     os.environ["EDGECOLBERT_NUM_THREADS"] = str(threads)
+
+
+def on_each_core(call: Callable[[], float]) -> list[float]:
+    """What ``call`` returns on each core that this thread may use."""
+    if not hasattr(os, "sched_setaffinity"):
+        return [call()]
+    cores, found = os.sched_getaffinity(0), []
+    try:
+        for core in cores:
+            os.sched_setaffinity(0, {core})
+            found.append(call())
+    finally:
+        os.sched_setaffinity(0, cores)
+    return found
 
 
 def release_free_memory() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import re
 
 import numpy as np
@@ -159,6 +160,15 @@ def test_rounds_beside_a_neighbour_do_not_count(monkeypatch):
     assert samples.dispatched.tolist() == [6] * 6
     assert len(samples.values["a"]) == len(samples.waited) == 6
     assert interleave.quiet_rounds(np.array([6, 6, 3, 3])).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system does not tell cores apart")
+def test_every_core_is_asked():
+    cores = os.sched_getaffinity(0)
+    assert machine.on_each_core(lambda: os.sched_getaffinity(0)) == [{core} for core in cores]
+    with pytest.raises(ZeroDivisionError):
+        machine.on_each_core(lambda: 1 / 0)
+    assert os.sched_getaffinity(0) == cores
 
 
 def test_a_row_beside_a_neighbour_is_marked():
