@@ -68,7 +68,7 @@ def case(shape: Shape, rounds: tuple[int, int]) -> suite.Case:
 
 def cases() -> Iterator[suite.Case]:
     for dim in DIMS:
-        yield case(Shape(1, 32, 1000, 300, dim), rounds=(21, 0))
+        yield case(Shape(1, 32, 1000, 300, dim), rounds=(13, 0))
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ def cases() -> Iterator[suite.Case]:
         print("isa: skipped, the compiled module is not built")
         return
     isas = [isa for isa in module.available_isas() if isa != "scalar"]
-    yield case("1 query", Shape(1, 32, 1000, 300, 48), isas, rounds=(41, 13))
-    yield case("8 queries", Shape(8, 32, 1000, 300, 48), isas, rounds=(21, 7))
-    yield case("1 query, scalar", Shape(1, 32, 1000, 300, 48), ["scalar"], rounds=(9, 3))
+    yield case("1 query", Shape(1, 32, 1000, 300, 48), isas, rounds=(27, 9))
+    yield case("8 queries", Shape(8, 32, 1000, 300, 48), isas, rounds=(13, 5))
+    yield case("1 query, scalar", Shape(1, 32, 1000, 300, 48), ["scalar"], rounds=(7, 3))
 
 
 if __name__ == "__main__":

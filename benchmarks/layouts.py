@@ -78,21 +78,21 @@ def cases() -> Iterator[suite.Case]:
         tokens,
         lambda x, **options: maxsim(x["queries"], x["documents"], **options),
         lambda x: eager_candidates(x["queries_f32"], x["documents_f32"]),
-        (41, 9),
+        (27, 7),
     )
     yield case(
         "candidates, document mask",
         float(inputs()["mask"].sum()),
         lambda x, **options: maxsim(x["queries"], x["documents"], d_mask=x["mask"], **options),
         lambda x: eager_candidates(x["queries_f32"], x["documents_f32"], x["mask"]),
-        (41, 9),
+        (27, 7),
     )
     yield case(
         "pairs",
         QUERIES * LENGTH,
         lambda x, **options: maxsim_pairs(x["queries"], x["documents"][:, 0], **options),
         lambda x: eager_pairs(x["queries_f32"], x["documents_f32"][:, 0]),
-        (41, 9),
+        (27, 7),
         calls=10,
     )
 
@@ -108,7 +108,7 @@ def cases() -> Iterator[suite.Case]:
         lambda x: eager_pairs(
             x["queries_f32"][x["query_index"]], x["documents_f32"].flatten(0, 1)[x["document_index"]]
         ),
-        (41, 9),
+        (27, 7),
     )
 
 

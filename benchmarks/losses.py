@@ -127,11 +127,11 @@ def distillation(size: int, candidates: int, normalize: bool, rounds: tuple[int,
 
 
 def cases() -> Iterator[suite.Case]:
-    for size, rounds in ((32, (31, 11)), (128, (9, 0))):
+    for size, rounds in ((32, (21, 7)), (128, (7, 0))):
         for temperature in (1.0, 0.02):
             yield contrastive(size, temperature, rounds)
     for normalize in (False, True):
-        yield distillation(32, 16, normalize, (31, 11))
+        yield distillation(32, 16, normalize, (21, 7))
 
 
 def resident_bytes() -> int:

@@ -117,7 +117,7 @@ def ragged_case(num_documents: int, rounds: tuple[int, int], calls: int) -> suit
 def cases() -> Iterator[suite.Case]:
     for make in (uniform_case, ragged_case):
         for num_documents in COUNTS:
-            rounds = {10: (61, 13), 100: (41, 9), 1000: (21, 5), 10_000: (7, 0)}[num_documents]
+            rounds = {10: (41, 9), 100: (27, 7), 1000: (13, 5), 10_000: (5, 0)}[num_documents]
             yield make(num_documents, rounds, calls=max(1, 200 // num_documents))
 
 

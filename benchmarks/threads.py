@@ -60,7 +60,7 @@ def case(name: str, shape: Shape, calls: int) -> suite.Case:
             for precision in PRECISIONS
             for threads in counts
         ],
-        rounds=(61, 21),
+        rounds=(41, 15),
         calls=calls,
         clock=time.perf_counter,
         keep=0.5,
