@@ -110,7 +110,7 @@ class DocumentScore {
   bool roll() {
     uint32_t* const rows = widener_.rows();
     const int64_t first_tokens = length_ < T ? length_ : T;
-    widener_.feed(0, first_tokens, rows).finish();
+    widener_.widen(0, first_tokens, rows);
     widener_.repeat_last(rows, first_tokens, T);
     if (!sound()) return false;
     uint32_t *now = rows, *next = rows + T * widener_.stride();
@@ -156,7 +156,7 @@ class DocumentScore {
   void widen_and_score_panel(int64_t first, int64_t tokens) {
     const auto row = [&](int64_t i) { return widener_.rows() + i * widener_.stride(); };
     int64_t ready = tokens < T ? tokens : T;
-    widener_.feed(first, first + ready, row(0)).finish();
+    widener_.widen(first, first + ready, row(0));
     widener_.repeat_last(row(0), ready, T);
     for (int64_t token = 0; token < tokens; token += T) {
       const int64_t start = start_of(token, tokens);

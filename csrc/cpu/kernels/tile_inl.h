@@ -58,31 +58,32 @@ template <class Dot, int T, int R>
   for (int i = 0; i < T / 3; ++i) rows[i] = document + 3 * i * row_stride;
 }
 
+// For a tile that has nothing to widen.
+struct NoFeed {
+  static constexpr int kTokensOfStep = 0;
+  void finish() {}
+};
+
 // All k-steps of a tile. Between them `feed` widens tokens of another one.
 template <class Dot, int T, int R, class Feeder>
 [[gnu::always_inline]] inline void multiply_add_and_feed(typename Dot::V (&sum)[T][R], const uint32_t* (&rows)[T / 3],
                                                          int64_t row_stride, const uint32_t* query, int64_t words,
                                                          Feeder& feed) {
-  constexpr int steps_of_tile = (T + Feeder::kTokensOfStep - 1) / Feeder::kTokensOfStep;
   const uint32_t* const query_end = query + words * (R * Simd::width);
-  const int64_t steps = (words + steps_of_tile - 1) / steps_of_tile * (R * Simd::width);
-  auto&& cursor = feed.begin();
-  while (query != query_end) {
-    const uint32_t* const pause = query_end - query > steps ? query + steps : query_end;
-    multiply_add<Dot>(sum, rows, row_stride, query, pause);
-    cursor.step();
+  if constexpr (Feeder::kTokensOfStep == 0) {
+    multiply_add<Dot>(sum, rows, row_stride, query, query_end);
+  } else {
+    constexpr int steps_of_tile = (T + Feeder::kTokensOfStep - 1) / Feeder::kTokensOfStep;
+    const int64_t steps = (words + steps_of_tile - 1) / steps_of_tile * (R * Simd::width);
+    auto&& cursor = feed.begin();
+    while (query != query_end) {
+      const uint32_t* const pause = query_end - query > steps ? query + steps : query_end;
+      multiply_add<Dot>(sum, rows, row_stride, query, pause);
+      cursor.step();
+    }
+    feed.end(cursor);
   }
-  feed.end(cursor);
 }
-
-// For a tile that has nothing to widen.
-struct NoFeed {
-  static constexpr int kTokensOfStep = 1 << 16;
-  NoFeed& begin() { return *this; }
-  void step() {}
-  void end(const NoFeed&) {}
-  void finish() {}
-};
 
 // best[lane] = max(best[lane], <query lane, document token>), and where asked the token of the maximum.
 template <class Dot, int T, int R, Pick pick, class Feeder>
