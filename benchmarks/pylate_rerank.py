@@ -154,11 +154,11 @@ def measure_memory(kind: str, library: str, *arguments: str) -> None:
 
 def cases() -> Iterator[suite.Case]:
     for dim in DIMS:
-        yield case(f"rerank, {DOCUMENTS} documents, d={dim}", "rerank", dim, rounds=(9, 5))
+        yield case(f"rerank, {DOCUMENTS} documents, d={dim}", "rerank", dim, rounds=(7, 5))
     for loss, sizes in LOSSES.items():
         for size in sizes:
-            yield case(f"{loss}, batch {size}, step", "step", loss, size, rounds=(7, 5))
-            yield case(f"{loss}, batch {size}, from the embeddings on", "scores", loss, size, rounds=(7, 5))
+            yield case(f"{loss}, batch {size}, step", "step", loss, size, rounds=(5, 5))
+            yield case(f"{loss}, batch {size}, from the embeddings on", "scores", loss, size, rounds=(5, 5))
     yield suite.Case(
         name="patch and undo",
         contenders=[Contender("patched", lambda turn: patch_and_undo())],

@@ -131,7 +131,7 @@ def case(loss: str, size: int, alone: bool) -> suite.Case:
         parameters={"loss": loss, "batch": size, "alone": alone, "pylate": machine.version("pylate")},
         contenders=[Contender(library, calls[library]) for library in LIBRARIES],
         references=("fused",),
-        rounds=(7, 5),
+        rounds=(5, 5),
         warm=False,
         clock=time.perf_counter,
         threads=THREADS,
