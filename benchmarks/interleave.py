@@ -119,11 +119,9 @@ def interleave(
             ``time.perf_counter`` (needed where several threads share the work).
         keep: share of the quiet rounds kept, those in which this process waited least for a core.
             Below 1 only for wall-clock times, which other processes lengthen.
-        warm: whether the call before comes first; without it, each contender has one before the first round.
+        warm: whether the call before comes first; a suite's check has called each contender once in any case.
     """
     machine.release_free_memory()  # what a reference needed
-    for contender in () if warm else contenders:
-        contender.once(0)
     values = {contender.name: np.empty(rounds) for contender in contenders}
     cpu = {contender.name: np.empty(rounds) for contender in contenders}
     waited, dispatched = np.empty(rounds), np.empty(rounds)
