@@ -25,7 +25,7 @@ struct Tokens {
 };
 
 // What a query token's margin is made of, see margin_inl.h: the rows of [kMarginFactors][width].
-enum MarginFactor { kOfRest, kOfHalfSteps, kOfNorm, kOfSum, kMarginFactors };
+enum MarginFactor { kOfRest, kOfHalfSteps, kOfNorm, kOfSteps, kOfSum, kMarginFactors };
 
 // One register row of query tokens, turned so that a lane is a token: [k-word][lane].
 // A k-word is 32 bits: one float, two int16 dimensions, or Kernels::int8_dims_of_word int8 dimensions.

@@ -18,7 +18,7 @@ from edgecolbert_kernels.backends import native
 
 _C = native.module()
 NAN, INF = float("nan"), float("inf")
-SHORTEST = {isa: length for isa, length in (("avx512vnni", 48), ("avxvnni", 64)) if isa in ISAS}
+SHORTEST = {isa: length for isa, length in (("avx512vnni", 32), ("avxvnni", 64)) if isa in ISAS}
 """Instruction sets that screen, and the document tokens from which on they do."""
 NONE = pytest.param(None, marks=pytest.mark.skip(reason="no instruction set here screens"))
 

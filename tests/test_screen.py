@@ -36,7 +36,7 @@ from screening import (
 )
 from test_int8 import documents_of, forward, operand, queries_of
 
-LENGTHS = (47, 48, 49, 63, 64, 65, 75, 76, 77, 255, 300, 1000)
+LENGTHS = (31, 32, 33, 35, 36, 37, 63, 64, 65, 75, 76, 77, 255, 300, 1000)
 """Around the shortest document that is screened and around a tile; a full document; one of several blocks."""
 
 

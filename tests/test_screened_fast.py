@@ -36,10 +36,10 @@ def screened_isa(request):
         yield
 
 
-SHORTEST_FAST = 160
+SHORTEST_FAST = 128
 
 
-FAST_LENGTHS = (159, 160, 161, 64, 300, 12, 0, 1000, 63, 200)
+FAST_LENGTHS = (127, 128, 129, 64, 300, 12, 0, 1000, 63, 200)
 """Around the shortest document that "fast" screens, in no order."""
 
 
@@ -105,7 +105,7 @@ def mixed_queries(dtype=torch.float32):
 
 def mixed_documents(dtype=torch.float32):
     """The same of documents, of many lengths; some whose tokens are all equal, for which the screen gives up and pauses."""
-    lengths = (300, 159, 160, 300, 300, 170, 170, 100, 400, 300, 64, 1200, 161, 159, 300, 40)
+    lengths = (300, 127, 128, 300, 300, 170, 170, 100, 400, 300, 64, 1200, 129, 127, 300, 40)
     D = ragged(lengths, 48, dtype=dtype, seed=2)
     for equal in (3, 4, 6, 7, 13):
         D[equal] = D[equal][:1].repeat(lengths[equal], 1)
@@ -170,7 +170,7 @@ def test_fast_long_documents_of_every_kind(dtype):
 def test_fast_masked(mask_mode, normalize):
     """Kept tokens count, not all of them, nor the longest document's."""
     options = {"mask_mode": mask_mode, "normalize": normalize}
-    kept = torch.tensor([158, 159, 160, 161, 300, 0, 1, 64])
+    kept = torch.tensor([126, 127, 128, 129, 300, 0, 1, 64])
     for dtype in STORAGES:
         Q, D = embeddings(3, 20, 48, dtype=dtype, seed=1), embeddings(len(kept), 300, 48, dtype=dtype, seed=2)
         order = np.random.default_rng(3).random((len(kept), 300)).argsort(1).argsort(1)
@@ -194,7 +194,7 @@ def test_fast_threads(threads, query_length):
     """Documents that make the screen pause are another thread's, or not: the bits do not show it."""
     Q = embeddings(5, query_length, 48, seed=1)
     Q[3, 4] *= 1e-12
-    D = ragged((300, 159, 160, 200, 100) * 16, 48, seed=2)
+    D = ragged((300, 127, 128, 200, 100) * 16, 48, seed=2)
     for equal in range(3, len(D), 7):
         D[equal] = D[equal][:1].repeat(len(D[equal]), 1)
     long = torch.tensor([len(d) >= SHORTEST_FAST for d in D])
@@ -220,13 +220,13 @@ def test_fast_gradients(name):
             function = ek.maxsim_indexed
             options = {"query_index": torch.tensor([2, 0, 0, 3, 1]), "document_index": torch.tensor([3, 0, 3, 2, 1])}
         elif name == "lists":
-            Q, D = ragged((17, 2, 33), 48, dtype=dtype, seed=3), ragged((160, 300, 1000), 48, dtype=dtype, seed=4)
+            Q, D = ragged((17, 2, 33), 48, dtype=dtype, seed=3), ragged((128, 300, 1000), 48, dtype=dtype, seed=4)
         elif name == "padded":
-            D, mask = padded(ragged((160, 300, 1000), 48, dtype=dtype, seed=4))
+            D, mask = padded(ragged((128, 300, 1000), 48, dtype=dtype, seed=4))
             options = {"d_mask": mask}
         elif name == "varlen":
             function = ek.maxsim_varlen
-            (Q, cu_q), (D, cu_d) = packed(list(Q)), packed(ragged((160, 300, 1000), 48, dtype=dtype, seed=4))
+            (Q, cu_q), (D, cu_d) = packed(list(Q)), packed(ragged((128, 300, 1000), 48, dtype=dtype, seed=4))
             options = {"cu_seqlens_q": cu_q, "cu_seqlens_d": cu_d}
         fast, exact = (
             with_gradients(function, Q, D, precision=precision, **options) for precision in ("fast", "exact")
@@ -257,7 +257,7 @@ def test_fast_numpy():
     """The same bits from NumPy as from PyTorch, also of rows whose values do not lie side by side."""
     Q, D = embeddings(3, 32, 48, seed=1), embeddings(5, 200, 48, seed=2)
     for long in (True, False):
-        rows = D if long else D[:, :159]
+        rows = D if long else D[:, :127]
         wanted = ek.maxsim(Q, rows, precision="fast")
         assert torch.equal(wanted, ek.maxsim(Q, rows)) == long
         for d in (rows.numpy(), np.asfortranarray(rows.numpy())):
@@ -269,7 +269,7 @@ def fast_calls(draw):
     dim = draw(st.sampled_from((1, 7, 16, 48, 50, 128, 300)))
     seed = draw(st.integers(0, 2**20))
     Q = draw(values(seed))(draw(st.integers(1, 4)), draw(st.sampled_from((1, 12, 17, 33))), dim)
-    lengths = draw(st.lists(st.sampled_from((0, 40, 159, 160, 161, 260, 700)), min_size=1, max_size=5))
+    lengths = draw(st.lists(st.sampled_from((0, 40, 127, 128, 129, 260, 700)), min_size=1, max_size=5))
     D = [draw(values(seed + 1 + number))(1, length, dim)[0] for number, length in enumerate(lengths)]
     q_dtype, d_dtype = draw(st.sampled_from(STORAGES)), draw(st.sampled_from(STORAGES))
     return Q.to(q_dtype), [d.to(d_dtype) for d in D], draw(st.booleans())

@@ -94,7 +94,8 @@ alignas(64) constexpr BitNumbers kBitNumbers;
 
 // Scores of a token as int16: two registers of sums become one, each 128 bits of it four of either.
 struct Scores {
-  static constexpr int lanes = 16;
+  static constexpr int lanes = 16, kTags = 7;
+  static constexpr int kLaneOf[lanes] = {0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15};
   using V = __m256i;
   static V pack(__m256i a, __m256i b, int shift) {
     const __m128i count = _mm_cvtsi32_si128(shift);
@@ -126,16 +127,19 @@ struct Scores {
     }
     return pairs - first;
   }
-  // Those of `count` pairs whose value reaches their lane's limit move to the front; returns how many they are.
-  static int64_t keep_pairs(uint32_t* pairs, int64_t count, const float* values, __m256 limit, __m256 upper_limit) {
+  // Those of `count` pairs whose value reaches their lane's limit move to the front, with it; returns how many they
+  // are.
+  static int64_t keep_pairs(uint32_t* pairs, int64_t count, float* values, __m256 limit, __m256 upper_limit) {
     uint32_t* kept = pairs;
     for (int64_t p = 0; p < count; p += 8) {
       const __m256i pair = load_words(pairs + p);
       const __m256 least = _mm256_blendv_ps(_mm256_permutevar8x32_ps(limit, pair),  // looks at three bits of the lane
                                             _mm256_permutevar8x32_ps(upper_limit, pair),
                                             _mm256_castsi256_ps(_mm256_slli_epi32(pair, 28)));
-      int reaches = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(values + p), least, _CMP_GE_OQ));
+      const __m256 value = _mm256_loadu_ps(values + p);
+      int reaches = _mm256_movemask_ps(_mm256_cmp_ps(value, least, _CMP_GE_OQ));
       if (count - p < 8) reaches &= (1 << (count - p)) - 1;
+      store_some(reinterpret_cast<uint32_t*>(values) + (kept - pairs), _mm256_castps_si256(value), reaches);
       store_some(kept, pair, reaches);
       kept += __builtin_popcount(unsigned(reaches));
     }
@@ -143,11 +147,18 @@ struct Scores {
   }
   static V load(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const V*>(p)); }
   static void store(int16_t* p, V x) { _mm256_storeu_si256(reinterpret_cast<V*>(p), x); }
+  static V zero() { return _mm256_setzero_si256(); }
   static V lowest() { return _mm256_set1_epi16(INT16_MIN); }
+  static V broadcast(int16_t x) { return _mm256_set1_epi16(x); }
   static V maximum(V a, V b) { return _mm256_max_epi16(a, b); }
+  static V where_greater(V a, V b, V yes, V no) { return _mm256_blendv_epi8(no, yes, _mm256_cmpgt_epi16(a, b)); }
+  // The lowest bits hold which token of a tile it is.
+  static V tagged(V x, int tag) {
+    return _mm256_or_si256(_mm256_andnot_si256(_mm256_set1_epi16(kTags), x), _mm256_set1_epi16(int16_t(tag)));
+  }
+  static int tag_of(int16_t score) { return score & kTags; }
   static constexpr uint32_t kFirstRegister = 0x00550055;  // bits of its lanes
-  static V two() { return _mm256_set1_epi16(2); }
-  static V subtract(V a, V b) { return _mm256_subs_epi16(a, b); }
+  static uint32_t bit_of(int i) { return 1u << 2 * i; }
   // Bit 2 i: a[i] >= b[i].
   static uint32_t at_least(V a, V b) { return ~uint32_t(_mm256_movemask_epi8(_mm256_cmpgt_epi16(b, a))) & 0x55555555u; }
 

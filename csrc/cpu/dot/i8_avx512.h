@@ -76,11 +76,14 @@ struct Int8 {
 
 #ifdef EDGECOLBERT_SCREENS
 // Measured on text. Fewer document tokens leave too large a share of them to be scored twice.
-constexpr int64_t kShortestScreened = 48, kShortestScreenedFast = 160;
+constexpr int64_t kShortestScreened = 32, kShortestScreenedFast = 128;
 
 // Scores of a token as int16: two registers of sums become one, each 128 bits of it four of either.
 struct Scores {
-  static constexpr int lanes = 32;
+  static constexpr int lanes = 32, kTags = 15;
+  static constexpr uint32_t kTagWords[kTags + 1] = {0x00000, 0x10001, 0x20002, 0x30003, 0x40004, 0x50005,
+                                                    0x60006, 0x70007, 0x80008, 0x90009, 0xa000a, 0xb000b,
+                                                    0xc000c, 0xd000d, 0xe000e, 0xf000f};
   using V = __m512i;
   static V pack(__m512i a, __m512i b, int shift) {
     return _mm512_packs_epi32(_mm512_srai_epi32(a, shift), _mm512_srai_epi32(b, shift));
@@ -111,14 +114,17 @@ struct Scores {
     }
     return pairs - first;
   }
-  // Those of `count` pairs whose value reaches their lane's limit move to the front; returns how many they are.
-  static int64_t keep_pairs(uint32_t* pairs, int64_t count, const float* values, __m512 limit, __m512 upper_limit) {
+  // Those of `count` pairs whose value reaches their lane's limit move to the front, with it; returns how many they
+  // are.
+  static int64_t keep_pairs(uint32_t* pairs, int64_t count, float* values, __m512 limit, __m512 upper_limit) {
     uint32_t* kept = pairs;
     for (int64_t p = 0; p < count; p += 16) {
       const __m512i pair = _mm512_loadu_si512(pairs + p);
       const __m512 least = _mm512_permutex2var_ps(limit, pair, upper_limit);  // looks at the lane's bits alone
       const __mmask16 valid = count - p < 16 ? __mmask16((1u << (count - p)) - 1) : __mmask16(-1);
-      const __mmask16 reaches = _mm512_mask_cmp_ps_mask(valid, _mm512_loadu_ps(values + p), least, _CMP_GE_OQ);
+      const __m512 value = _mm512_loadu_ps(values + p);
+      const __mmask16 reaches = _mm512_mask_cmp_ps_mask(valid, value, least, _CMP_GE_OQ);
+      _mm512_storeu_ps(values + (kept - pairs), _mm512_maskz_compress_ps(reaches, value));
       _mm512_storeu_si512(kept, _mm512_maskz_compress_epi32(reaches, pair));
       kept += __builtin_popcount(reaches);
     }
@@ -126,11 +132,22 @@ struct Scores {
   }
   static V load(const int16_t* p) { return _mm512_loadu_si512(p); }
   static void store(int16_t* p, V x) { _mm512_storeu_si512(p, x); }
+  static V zero() { return _mm512_setzero_si512(); }
   static V lowest() { return _mm512_set1_epi16(INT16_MIN); }
+  static V broadcast(int16_t x) { return _mm512_set1_epi16(x); }
   static V maximum(V a, V b) { return _mm512_max_epi16(a, b); }
+  static V where_greater(V a, V b, V yes, V no) {
+    return _mm512_mask_mov_epi16(no, _mm512_cmpgt_epi16_mask(a, b), yes);
+  }
+  // The lowest bits hold which token of a tile it is.
+  static V tagged(V x, int tag) {
+    // (x & ~kTags) | tag. Left to itself gcc 12 makes every tag in a general register.
+    __asm__("vpternlogd $0xba, %2%{1to16%}, %1, %0" : "+v"(x) : "v"(_mm512_set1_epi16(kTags)), "m"(kTagWords[tag]));
+    return x;
+  }
+  static int tag_of(int16_t score) { return score & kTags; }
   static constexpr uint32_t kFirstRegister = 0x0f0f0f0f;  // bits of its lanes
-  static V two() { return _mm512_set1_epi16(2); }
-  static V subtract(V a, V b) { return _mm512_subs_epi16(a, b); }
+  static uint32_t bit_of(int i) { return 1u << i; }
   // Bit i: a[i] >= b[i].
   static uint32_t at_least(V a, V b) { return _mm512_cmpge_epi16_mask(a, b); }
 };

@@ -1,17 +1,17 @@
-// How far below the best int8 similarity a document token can lie and still win: the screen's proof.
+// How far a document token's int8 similarity can lie below another's score and the token still win: the screen's proof.
 //
 // A query token q is rounded to s u, a document token d to v / m, with integers u and v. Then
 //   |<q, d> - (s / m) <u, v>| <= |<q, d - v / m>| + |q - s u| |v / m| = E,
 // and the sum in fp32 is off by another G <= gamma |q| |d|, gamma = dim 2^-24, of which there is four times as much
-// here. The token with the largest sum in fp32 lies at most 2 (E + G) below the best int8 similarity. The first part of
+// here. So no token wins against a sum in fp32 if its int8 similarity lies more than E + G below it. The first part of
 // E has two bounds: by norms, and since no value is rounded by more than half a step, by the sum of |q|'s values, which
 // is the smaller one unless rest = |m d - v| was measured. In steps of s / m:
-//   2 (1 + gamma) |q| / s * rest  or  2 (sum |q_k| + gamma sqrt(dim) |q|) / s / 2
-//   + 2 (|q - s u| + gamma |q|) / s * |v|.
+//   (1 + gamma) |q| / s * rest  or  (sum |q_k| + gamma sqrt(dim) |q|) / s / 2
+//   + (|q - s u| + gamma |q|) / s * |v|.
 // The factors belong to the query token, rest and |v| to a block of document tokens (the largest of any).
 //
-// Sums in fp32 in another order are off by 2 G at most from those in the tile's. The token with the largest sum lies at
-// most 4 G <= gamma |q| |d| below the largest of the others: the last factor, in the values' own units.
+// A sum in fp32 in another order than the tile's is off by 2 G at most from that. So the winner's lies at most 4 G
+// below the sums of others, in either order: the last factor, gamma |q| |d|, in the values' own units.
 #pragma once
 
 namespace {
@@ -19,7 +19,7 @@ namespace {
 // Outside of these an underflow, which rounds by more than a share of the value, could count.
 constexpr float kSmallestScreened = 1e-10f, kLargestScreened = 1e10f;
 // Factor of a query token of zeros, or none: 10^-3 of it, the least rest, already lies beyond every sum of zeros.
-constexpr float kNoneReaches = -1e8f;
+constexpr float kNoneReaches = -1e7f;
 // Half a step, and what fp32 adds to it.
 constexpr float kHalfStep = 0.501f;
 
@@ -63,9 +63,10 @@ inline bool set_margin(const PackJob& job, const float* row, const Extent& exten
   const float norm = 1.0001f * __builtin_sqrtf(extent.square_norm),
               lost = 1.0001f * __builtin_sqrtf(Simd::sum(squares));
   const float sum = 1.0001f * Simd::sum(magnitudes) + gamma * __builtin_sqrtf(float(job.dim)) * norm;
-  job.margins[kOfRest * Simd::width + lane] = 2.0f * (1.0f + gamma) * norm / scale;
-  job.margins[kOfHalfSteps * Simd::width + lane] = 2.0f * kHalfStep * sum / scale;
-  job.margins[kOfNorm * Simd::width + lane] = 2.0f * (lost + gamma * norm) / scale;
+  job.margins[kOfRest * Simd::width + lane] = (1.0f + gamma) * norm / scale;
+  job.margins[kOfHalfSteps * Simd::width + lane] = kHalfStep * sum / scale;
+  job.margins[kOfNorm * Simd::width + lane] = (lost + gamma * norm) / scale;
+  job.margins[kOfSteps * Simd::width + lane] = 1.0f / scale;
   job.margins[kOfSum * Simd::width + lane] = 1.01f * (gamma + 0x1p-22f) * norm;  // the limit is rounded as well
   return true;
 }

@@ -1,8 +1,8 @@
 // What the screen leaves: pairs of a document token and a lane of a panel, token << 8 | lane.
 //
 // A pair's bits come from the multiply-adds of the tile in the order of the tile, for which rows have to be turned
-// around. So where there are many pairs, a plain product of rows comes first, which costs less than half: it is off by
-// the roundings of fp32 alone, and leaves little more than one pair a lane.
+// around. So where there are many pairs, a plain product of rows comes first, which costs a third: it is off by the
+// roundings of fp32 alone, and leaves few.
 #pragma once
 
 #include "narrow_inl.h"
@@ -26,27 +26,46 @@ class PairScore {
         first_(first) {}
 
   // So many are worth a product of rows first; which wants rows as they are stored.
-  bool many(int64_t pairs) const { return widener_.feedable() && pairs > 3 * Simd::width; }
+  bool many(int64_t pairs) const { return widener_.feedable() && pairs > Simd::width; }
 
-  // Keeps those that may be a lane's best, and returns how many these are. No document token is longer than `norm`.
+  // Keeps those that may be better than their lane's best, and returns how many these are. No document token is longer
+  // than `norm`.
   template <int registers>
   int64_t keep_best(int64_t pairs, float norm) {
     fill_up(pairs);
     with_dim(job_.dim, [&](auto dim) { multiply_rows(pairs, dim); });
-    const float* const values = job_.screen->products;
-    alignas(64) float least[registers * Simd::width];
-    for (int i = 0; i < registers * Simd::width; ++i) least[i] = best_[i];
+    pairs = keep_near<registers>(pairs, best_, norm);
+    if (pairs <= Simd::width) return pairs;
+    // The best of the products stand higher. Seldom are there enough pairs to look for them.
+    alignas(64) float largest[registers * Simd::width];
+    for (int i = 0; i < registers * Simd::width; ++i) largest[i] = best_[i];
     for (int64_t p = 0; p < pairs; ++p) {
-      float& top = least[pairs_[p] & 0xff];
-      top = top > values[p] ? top : values[p];
+      float& top = largest[pairs_[p] & 0xff];
+      top = top > job_.screen->products[p] ? top : job_.screen->products[p];
     }
-    const Simd::F longest = Simd::broadcast(norm);
-    Simd::F limit[registers];
-    for (int i = 0; i < registers; ++i) {
-      const Simd::F slack = Simd::multiply(Simd::load(slack_ + kMarginFactors * i * Simd::width), longest);
-      limit[i] = Simd::subtract(Simd::load(least + i * Simd::width), slack);
+    return keep_near<registers>(pairs, largest, norm);
+  }
+
+  // A token with every lane; tokens[i] belongs to lane Scores::kLaneOf[i].
+  template <int registers>
+  void score_lanes(const int32_t* tokens) {
+    constexpr int count = registers * Simd::width;
+    alignas(64) float values[count];
+    alignas(64) int32_t of_lane[Scores::lanes];
+    for (int i = 0; i < Scores::lanes; ++i) of_lane[Scores::kLaneOf[i]] = int32_t(first_) + tokens[i];
+    multiply_add_pairs<registers, registers>(of_lane, nullptr, values);
+    for (int i = 0; i < count; i += Simd::width) {
+      Simd::F best = Simd::load(best_ + i);
+      const Simd::F value = Simd::load(values + i);
+      if (job_.argmax) {  // blocks before have lower tokens: of equals the first stays
+        Simd::I index = Simd::load(index_ + i);
+        Simd::take_greater(best, index, value, Simd::load(of_lane + i));
+        Simd::store(index_ + i, index);
+      } else {
+        best = Simd::maximum(value, best);
+      }
+      Simd::store(best_ + i, best);
     }
-    return Scores::keep_pairs(pairs_, pairs, values, limit[0], limit[registers - 1]);
   }
 
   // Two registers of pairs at a time hide the latency of their sums.
@@ -60,6 +79,18 @@ class PairScore {
 
  private:
   static constexpr int kMostBatches = 2;
+
+  // Those whose products are as large as that of their lane, but for the roundings of fp32.
+  template <int registers>
+  int64_t keep_near(int64_t pairs, const float* largest, float norm) {
+    Simd::F limit[registers];
+    for (int i = 0; i < registers; ++i) {
+      const Simd::F slack =
+          Simd::multiply(Simd::load(slack_ + kMarginFactors * i * Simd::width), Simd::broadcast(norm));
+      limit[i] = Simd::subtract(Simd::load(largest + i * Simd::width), slack);
+    }
+    return Scores::keep_pairs(pairs_, pairs, job_.screen->products, limit[0], limit[registers - 1]);
+  }
 
   // Up to whole batches, with the last one again.
   void fill_up(int64_t pairs) {
@@ -97,7 +128,7 @@ class PairScore {
       lanes[i] = int32_t(pairs_[p + i] & 0xff);
       tokens[i] = int32_t(first_) + int32_t(pairs_[p + i] >> 8);
     }
-    multiply_add_lanes<registers, batches>(tokens, lanes, values);
+    multiply_add_pairs<registers, batches>(tokens, lanes, values);
     if (job_.argmax) return take<count>(values, lanes, tokens);
     for (int i = 0; i < count; ++i) best_[lanes[i]] = best_[lanes[i]] > values[i] ? best_[lanes[i]] : values[i];
   }
@@ -115,15 +146,16 @@ class PairScore {
     }
   }
 
+  // values[i] = <query lane lanes[i], document token tokens[i]>; null: lane i.
   template <int registers, int batches>
-  [[gnu::noinline]] void multiply_add_lanes(const int32_t* tokens, const int32_t* lanes, float* values) {
+  [[gnu::noinline]] void multiply_add_pairs(const int32_t* tokens, const int32_t* lanes, float* values) {
     constexpr int count = batches * Simd::width;
     if constexpr (sizeof(Element) > 1) {
       constexpr int dims_of_step = 16 / int(sizeof(Element));
       if (widener_.feedable() && job_.dim % dims_of_step == 0) {
         const Element* rows[count];
         for (int i = 0; i < count; ++i) rows[i] = row(tokens[i]);
-        multiply_add_lanes<registers, batches, dims_of_step>(rows, lanes, values);
+        multiply_add_rows<registers, batches, dims_of_step>(rows, lanes, values);
         return;
       }
     }
@@ -133,44 +165,64 @@ class PairScore {
       widener_.widen(tokens[i], tokens[i] + 1, row);
       rows[i] = reinterpret_cast<const float*>(row);
     }
-    multiply_add_lanes<registers, batches, 4>(rows, lanes, values);
+    multiply_add_rows<registers, batches, 4>(rows, lanes, values);
   }
 
-  // Lanes are pairs: the document's rows are turned around, the query's lanes picked.
   template <int registers, int batches, int dims_of_step, class Row>
-  void multiply_add_lanes(const Row* const* rows, const int32_t* lanes, float* values) {
-    const float* query = words_;
-    Simd::I picked[batches];
-    Simd::F sum[batches];
-    for (int batch = 0; batch < batches; ++batch) {
-      picked[batch] = Simd::load(lanes + batch * Simd::width);
-      sum[batch] = Simd::zero();
+  void multiply_add_rows(const Row* const* rows, const int32_t* lanes, float* values) {
+    if constexpr (registers == batches) {
+      if (!lanes) return multiply_add_rows<registers, batches, dims_of_step>(rows, Own(), values);
     }
+    multiply_add_rows<registers, batches, dims_of_step>(rows, Picked<registers, batches>(lanes), values);
+  }
+
+  // Query lanes of a dimension for every pair of a batch.
+  template <int registers, int batches>
+  struct Picked {
+    Simd::I lanes[batches];
+    explicit Picked(const int32_t* numbers) {
+      for (int batch = 0; batch < batches; ++batch) lanes[batch] = Simd::load(numbers + batch * Simd::width);
+    }
+    [[gnu::always_inline]] Simd::F operator()(const float* query, int batch) const {
+      Simd::I row[registers];
+#pragma GCC unroll 4
+      for (int i = 0; i < registers; ++i) row[i] = Simd::bits(Simd::load(query + i * Simd::width));
+      return Simd::from_bits(Simd::pick(row, lanes[batch]));
+    }
+  };
+  struct Own {
+    [[gnu::always_inline]] Simd::F operator()(const float* query, int batch) const {
+      return Simd::load(query + batch * Simd::width);
+    }
+  };
+
+  // Lanes are pairs: the document's rows are turned around.
+  template <int registers, int batches, int dims_of_step, class Row, class Query>
+  void multiply_add_rows(const Row* const* rows, Query lanes, float* values) {
+    const float* query = words_;
+    Simd::F sum[batches];
+    for (int batch = 0; batch < batches; ++batch) sum[batch] = Simd::zero();
     int dim = 0;
     for (; dim + dims_of_step <= job_.dim; dim += dims_of_step)
-      multiply_add_step<registers, dims_of_step, dims_of_step>(rows, dim, query, picked, sum);
+      multiply_add_step<registers, dims_of_step, dims_of_step>(rows, dim, query, lanes, sum);
     if constexpr (dims_of_step == 4) {  // rows are filled up
-      if (job_.dim - dim == 1) multiply_add_step<registers, 4, 1>(rows, dim, query, picked, sum);
-      if (job_.dim - dim == 2) multiply_add_step<registers, 4, 2>(rows, dim, query, picked, sum);
-      if (job_.dim - dim == 3) multiply_add_step<registers, 4, 3>(rows, dim, query, picked, sum);
+      if (job_.dim - dim == 1) multiply_add_step<registers, 4, 1>(rows, dim, query, lanes, sum);
+      if (job_.dim - dim == 2) multiply_add_step<registers, 4, 2>(rows, dim, query, lanes, sum);
+      if (job_.dim - dim == 3) multiply_add_step<registers, 4, 3>(rows, dim, query, lanes, sum);
     }
     for (int batch = 0; batch < batches; ++batch) Simd::store(values + batch * Simd::width, sum[batch]);
   }
 
-  template <int registers, int dims_of_step, int dims, int batches, class Row>
+  template <int registers, int dims_of_step, int dims, int batches, class Row, class Query>
   [[gnu::always_inline]] static void multiply_add_step(const Row* const* rows, int64_t dim, const float*& query,
-                                                       const Simd::I (&picked)[batches], Simd::F (&sum)[batches]) {
+                                                       const Query& lanes, Simd::F (&sum)[batches]) {
 #pragma GCC unroll 2
     for (int batch = 0; batch < batches; ++batch) {
       Simd::F document[dims_of_step];
       Simd::transpose(rows + batch * Simd::width, dim, document);
 #pragma GCC unroll 8
-      for (int k = 0; k < dims; ++k) {
-        Simd::I row[registers];
-#pragma GCC unroll 4
-        for (int i = 0; i < registers; ++i) row[i] = Simd::bits(Simd::load(query + (k * registers + i) * Simd::width));
-        sum[batch] = Simd::multiply_add(Simd::from_bits(Simd::pick(row, picked[batch])), document[k], sum[batch]);
-      }
+      for (int k = 0; k < dims; ++k)
+        sum[batch] = Simd::multiply_add(lanes(query + k * registers * Simd::width, batch), document[k], sum[batch]);
     }
     query += dims * registers * Simd::width;
   }

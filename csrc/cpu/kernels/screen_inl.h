@@ -1,10 +1,11 @@
 // The screen: int8 finds the document tokens that can win, and only those are scored in full.
 //
-// Query and document tokens are rounded to int8, which multiplies four times as much an instruction as fp32. How far an
-// int8 similarity can be off is known for every query token (margin_inl.h), so a token that lies further below the best
-// one than twice that cannot be the maximum. What is left, a few tokens of hundreds, is scored by the same
-// multiply-adds in the same order as in a tile: the result has the same bits as without the screen. Where too many
-// tokens are left, nothing is gained and the tile does the work.
+// Query and document tokens are rounded to int8, which multiplies four times as much an instruction as fp32. The token
+// with the largest int8 similarity is scored first. How far an int8 similarity can be off is known for every query
+// token (margin_inl.h), so a token whose own lies further than that below the score of the first cannot be the maximum.
+// What is left, a few tokens of hundreds, is scored by the same multiply-adds in the same order as in a tile: the
+// result has the same bits as without the screen. Where too many tokens are left, nothing is gained and the tile does
+// the work.
 #pragma once
 
 #include "pairs_inl.h"
@@ -12,27 +13,55 @@
 #ifdef EDGECOLBERT_SCREENS
 namespace {
 
-// By how many bits sums become int16: they are below 127 * 255 * dim.
-constexpr int shift_of(int dim) { return 17 - __builtin_clz(127u * 255u * unsigned(dim) - 1); }
+// By how many bits sums become int16. They are below 127 * 128 * dim, which takes one bit more, but few come near that.
+// Those that do are cut off, and tokens at that limit are left if any of them is.
+constexpr int shift_of(int dim) {
+  const int bits = 32 - __builtin_clz(127u * 128u * unsigned(dim) - 1);
+  return bits > 16 ? bits - 16 : 0;
+}
 
-// int8 sums of T tokens with R registers of query tokens: `scores` [T][lanes] takes them as int16, `top` the largest.
+// The largest scores so far, and the tokens that have them: `start` + Scores::tag_of(score).
+struct Highest {
+  alignas(64) int16_t scores[Scores::lanes];
+  alignas(64) int16_t starts[Scores::lanes];
+  int16_t start;  // of the tile at hand
+
+  void clear() {
+    Scores::store(scores, Scores::lowest());
+    Scores::store(starts, Scores::zero());
+  }
+};
+
+// int8 sums of the T tokens from highest.start on with R registers of query tokens: `scores` [T][lanes] takes them as
+// int16, whose lowest bits tell which of the T it is.
 template <int T, int R, class Dim, class Feed>
-[[gnu::noinline]] void screen_tile(const uint32_t* document, int64_t row_stride, const uint32_t* query, Dim dim,
-                                   int16_t* scores, int16_t* top, Feed& feed) {
+[[gnu::noinline]] void screen_tile(const uint32_t* document, int64_t row_stride, const uint32_t* query,
+                                   const int32_t* biases, Dim dim, int16_t* scores, Highest& highest, Feed& feed) {
   const int64_t words = (dim + DotI8::dims_of_word - 1) / DotI8::dims_of_word;
   const int shift = shift_of(dim);
   Simd::I sum[T][R];
   const uint32_t* rows[T / 3];
   start_tile<DotI8>(sum, rows, document, row_stride);
+  if constexpr (DotI8::kDocumentBias != 0) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      sum[0][r] = Simd::subtract(Simd::zero_integer(), Simd::load(biases + r * Simd::width));
+#pragma GCC unroll 16
+      for (int t = 1; t < T; ++t) sum[t][r] = sum[0][r];
+    }
+  }
   multiply_add_and_feed<DotI8>(sum, rows, row_stride, query, words, feed);
-  typename Scores::V highest = Scores::load(top);
+  const typename Scores::V before = Scores::load(highest.scores);
+  typename Scores::V top = before;
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) {
-    const typename Scores::V packed = Scores::pack(sum[t][0], sum[t][R - 1], shift);
+    const typename Scores::V packed = Scores::tagged(Scores::pack(sum[t][0], sum[t][R - 1], shift), t);
     Scores::store(scores + t * Scores::lanes, packed);
-    highest = Scores::maximum(highest, packed);
+    top = Scores::maximum(top, packed);
   }
-  Scores::store(top, highest);
+  Scores::store(highest.scores, top);
+  Scores::store(highest.starts,
+                Scores::where_greater(top, before, Scores::broadcast(highest.start), Scores::load(highest.starts)));
 }
 
 template <class Element>
@@ -74,16 +103,17 @@ class ScreenedScore {
   static constexpr int64_t kToken = 4;
   static int64_t cost_of_product(int dim) { return 2 * kToken + 240 / dim; }
   static int64_t cost_of_pair(int dim) { return 4 * kToken + 1536 / dim; }
+  static int64_t cost_of_lane(int dim) { return cost_of_pair(dim) / 2; }
 
   // Many panels pay for exact errors. For few of them the first one's tiles narrow tokens on the side, where there are
   // registers for that.
   bool score_block(int64_t first, int64_t tokens) {
     Narrowed narrowed{};
-    alignas(64) int16_t top[Scores::lanes];  // of the first panel
+    Highest highest;  // of the first panel
     bool scored = Simd::registers == 32 && screen_.largest > 0.0f && !many_panels();
     if (scored) {
-      narrowed = group_.registers >= R ? narrow_and_score<R>(first, tokens, screen_.largest, top)
-                                       : narrow_and_score<1>(first, tokens, screen_.largest, top);
+      narrowed = group_.registers >= R ? narrow_and_score<R>(first, tokens, screen_.largest, highest)
+                                       : narrow_and_score<1>(first, tokens, screen_.largest, highest);
     }
     float largest = screen_.largest > 0.0f ? screen_.largest : 1.0f, factor = 1.0f;
     for (int attempt = 0; !narrowed.fits(); ++attempt) {
@@ -100,7 +130,7 @@ class ScreenedScore {
     screen_.largest = largest > screen_.largest * kDecay ? largest : screen_.largest * kDecay;
     repeat_last(tokens);
     for (int64_t r = 0; r < group_.registers;) {
-      const int16_t* const known = r == 0 && scored ? top : nullptr;
+      const Highest* const known = r == 0 && scored ? &highest : nullptr;
       const bool panel = r + R <= group_.registers;
       if (!(panel ? score_panel<R>(r, first, tokens, narrowed, known)
                   : score_panel<1>(r, first, tokens, narrowed, known)))
@@ -134,23 +164,30 @@ class ScreenedScore {
     for (int64_t i = 1; i <= T - tokens; ++i) memcpy(last + i * narrow_stride_, last, size_t(narrow_stride_) * 4);
   }
 
-  // A tile narrows the tokens of the next one between its own k-steps.
+  // A tile narrows the tokens of the next one between its own k-steps. One panel: two tiles take turns, and never leave
+  // the nearest cache.
   template <int registers>
-  Narrowed narrow_and_score(int64_t first, int64_t tokens, float largest, int16_t* top) {
+  Narrowed narrow_and_score(int64_t first, int64_t tokens, float largest, Highest& highest) {
     Narrowed result;
+    const bool again = group_.registers > registers;  // others want the tokens as well
     with_dim(job_.dim, [&](auto dim) {
       Narrower<Element, decltype(dim), false> narrower(job_, widener_, dim, largest);
-      Scores::store(top, Scores::lowest());
-      int64_t ready = tokens < T ? tokens : T;
-      narrower.set(first, first + ready, screen_.narrowed);
+      highest.clear();
+      const int64_t ready = tokens < T ? tokens : T;
+      uint32_t *rows = screen_.narrowed, *other = rows + T * narrow_stride_;
+      narrower.set(first, first + ready, rows);
       narrower.finish();
       repeat_last(ready);
-      for (int64_t token = 0; token < tokens; token += T) {
-        const int64_t wanted = ready + T < tokens ? ready + T : tokens;
-        narrower.set(first + ready, first + wanted, screen_.narrowed + ready * narrow_stride_);
-        tile<registers>(dim, start_of(token, tokens), 0, top, narrower);
+      for (int64_t start = 0, left = tokens - T;; left = tokens - start - T) {
+        const int64_t next = left < T ? start + left : start + T;
+        uint32_t* const next_rows = again ? screen_.narrowed + next * narrow_stride_ : other;
+        narrower.set(first + next, left > 0 ? first + next + T : first + next, next_rows);
+        tile<registers>(dim, rows, start, 0, highest, narrower);
         narrower.finish();
-        ready = wanted;
+        if (left <= 0) break;
+        start = next;
+        other = rows;
+        rows = next_rows;
       }
       result = narrower.result();
     });
@@ -162,27 +199,39 @@ class ScreenedScore {
   }
 
   template <int registers, class Dim, class Feed>
-  void tile(Dim dim, int64_t token, int64_t r, int16_t* top, Feed& feed) {
+  void tile(Dim dim, const uint32_t* rows, int64_t token, int64_t r, Highest& highest, Feed& feed) {
     const int64_t words = (dim + DotI8::dims_of_word - 1) / DotI8::dims_of_word;
-    screen_tile<T, registers>(screen_.narrowed + token * narrow_stride_, narrow_stride_,
-                              group_.words_i8 + r * words * Simd::width, dim, screen_.scores + token * Scores::lanes,
-                              top, feed);
+    highest.start = int16_t(token);
+    screen_tile<T, registers>(rows, narrow_stride_, group_.words_i8 + r * words * Simd::width,
+                              group_.biases + r * Simd::width, dim, screen_.scores + token * Scores::lanes, highest,
+                              feed);
   }
 
   // `known`: the largest scores, where the tiles have been done.
   template <int registers>
-  bool score_panel(int64_t r, int64_t first, int64_t tokens, const Narrowed& narrowed, const int16_t* known) {
-    alignas(64) int16_t top[Scores::lanes];
-    Scores::store(top, known ? Scores::load(known) : Scores::lowest());
+  bool score_panel(int64_t r, int64_t first, int64_t tokens, const Narrowed& narrowed, const Highest* known) {
+    Highest highest;
     if (!known) {
+      highest.clear();
       with_dim(job_.dim, [&](auto dim) {
         NoFeed nothing;
-        for (int64_t token = 0; token < tokens; token += T)
-          tile<registers>(dim, start_of(token, tokens), r, top, nothing);
+        for (int64_t token = 0; token < tokens; token += T) {
+          const int64_t start = start_of(token, tokens);
+          tile<registers>(dim, screen_.narrowed + start * narrow_stride_, start, r, highest, nothing);
+        }
       });
+      known = &highest;
     }
-    find<registers>(tokens, threshold<registers>(r, first, narrowed, top));
     PairScore<Element> scorer(job_, widener_, r, first);
+    int32_t likely[Scores::lanes];  // token of every score, not of every lane
+    for (int i = 0; i < Scores::lanes; ++i) {
+      const int32_t token = known->starts[i] + Scores::tag_of(known->scores[i]);
+      likely[i] = token < int32_t(tokens) ? token : int32_t(tokens) - 1;  // tiles are filled up with the last one
+    }
+    left_ -= registers * Simd::width * cost_of_lane(job_.dim);
+    scorer.template score_lanes<registers>(likely);
+    find<registers>(tokens, threshold<registers>(r, narrowed));
+    for (int i = 0; i < Scores::lanes; ++i) screen_.hits[likely[i]] &= ~Scores::bit_of(i);
     int64_t pairs = Scores::list_pairs(screen_.hits, tokens, screen_.pairs);
     if (scorer.many(pairs)) {
       left_ -= pairs * cost_of_product(job_.dim);
@@ -195,43 +244,25 @@ class ScreenedScore {
     return true;
   }
 
-  // How far below the best one a token can win, in steps.
-  Simd::F margin_of(int64_t r, const Narrowed& narrowed) const {
-    const float* const factors = group_.margins + kMarginFactors * r * Simd::width;
-    const auto times = [&](MarginFactor factor, float x) {
-      return Simd::multiply(Simd::load(factors + factor * Simd::width), Simd::broadcast(x));
-    };
-    return Simd::add(narrowed.measured ? times(kOfRest, narrowed.rest) : times(kOfHalfSteps, 1.0f),
-                     times(kOfNorm, narrowed.norm));
-  }
-
-  // Scores from which on a token may be the best one.
+  // Scores from which on a token may be better than the best of its lane.
   template <int registers>
-  typename Scores::V threshold(int64_t r, int64_t first, const Narrowed& narrowed, const int16_t* top) const {
-    alignas(64) float margin[registers * Simd::width];
+  typename Scores::V threshold(int64_t r, const Narrowed& narrowed) const {
     Simd::I steps[registers];
     for (int i = 0; i < registers; ++i) {
-      const Simd::F sum = margin_of(r + i, narrowed);
-      Simd::store(margin + i * Simd::width, sum);
-      steps[i] = Simd::to_integer(sum);
+      const float* const factors = group_.margins + kMarginFactors * (r + i) * Simd::width;
+      const auto times = [&](MarginFactor factor, float x) {
+        return Simd::multiply(Simd::load(factors + factor * Simd::width), Simd::broadcast(x));
+      };
+      const Simd::F margin = Simd::add(narrowed.measured ? times(kOfRest, narrowed.rest) : times(kOfHalfSteps, 1.0f),
+                                       times(kOfNorm, narrowed.norm));
+      const Simd::F best =
+          Simd::multiply(Simd::load(job_.best + (r + i) * Simd::width), times(kOfSteps, narrowed.steps));
+      // What rounding can cost here: a share of the similarity, and a step.
+      const Simd::F rounding =
+          Simd::multiply_add(Simd::from_bits(Simd::absolute_bits(best)), Simd::broadcast(1e-6f), Simd::broadcast(1.0f));
+      steps[i] = Simd::to_integer(Simd::subtract(best, Simd::add(margin, rounding)));
     }
-    // Two more: scores are rounded down, and so is this.
-    const typename Scores::V threshold = Scores::subtract(
-        Scores::subtract(Scores::load(top), Scores::pack(steps[0], steps[registers - 1], shift_of(job_.dim))),
-        Scores::two());
-    if (first == 0) return threshold;
-    // The best of the blocks before may be out of reach already.
-    alignas(64) int32_t sums[registers * Simd::width];
-    for (int i = 0; i < registers * Simd::width; ++i) {
-      const int64_t lane = r * Simd::width + i;
-      const double scale = group_.scales[lane];
-      const double sum = double(job_.best[lane]) * double(narrowed.steps) / scale + double(group_.biases[lane]) -
-                         0.5 * double(margin[i]) - 1.0;
-      sums[i] = sum > -1e9 && sum < 1e9 ? int32_t(sum) : -1000000000;
-    }
-    const typename Scores::V earlier =
-        Scores::pack(Simd::load(sums), Simd::load(sums + (registers - 1) * Simd::width), shift_of(job_.dim));
-    return Scores::maximum(threshold, Scores::subtract(earlier, Scores::two()));
+    return Scores::tagged(Scores::pack(steps[0], steps[registers - 1], shift_of(job_.dim)), 0);
   }
 
   // The lanes of every token that reach the threshold.
