@@ -83,8 +83,51 @@ def score_packed(*arguments: Any, **options: Any) -> Array:
     return packed.score_packed(*arguments, **options)
 
 
-def score_packed_pairs(*arguments: Any, **options: Any) -> Array:
-    return packed.score_packed_pairs(*arguments, **options)
+def score_stored(
+    Q: Array,
+    q_mask: Array | None,
+    D: Any,
+    query_index: Array | None,
+    places: Array | None,
+    normalize: bool,
+    mask_mode: str,
+    precision: str,
+    out_dtype: Any,
+) -> Array:
+    """Stored documents where they lie: all with every query; those at `places` with the one query, or pair by pair."""
+    dtype = floating(out_dtype)
+    scores = np.empty(scores_shape_of_stored(Q.shape, D, query_index, places), np.float32)
+    options = normalize, mask_mode, precision
+    forward_stored(_operand(Q, q_mask, None), D, query_index, places, _address(scores), options, native.threads())
+    return scores.astype(dtype, copy=False)
+
+
+def scores_shape_of_stored(
+    queries: Sequence[int], D: Any, query_index: Array | None, places: Array | None
+) -> tuple[int, ...]:
+    if query_index is not None:
+        return (len(query_index),)
+    count = len(D) if places is None else len(places)
+    return (count,) if len(queries) == 2 else (queries[0], count)
+
+
+def forward_stored(
+    queries: native.Operand,
+    D: Any,
+    query_index: Array | None,
+    places: Array | None,
+    scores: int,
+    options: tuple[bool, str, str],
+    threads: int,
+) -> None:
+    """Writes float32 scores to that address. What `D.storage` holds was checked when it was made."""
+    if D.operand is None:
+        D.operand = packed.operand(*D.storage())
+    layout, index = native.EVERY, native.NO_INDEX
+    if places is not None:
+        query_index = np.zeros(len(places), np.int64) if query_index is None else query_index
+        layout, index = native.INDEXED, (len(places), _address(query_index), _address(places))
+    native.forward(queries, D.operand, layout, index, scores, *options, threads)
 
 
 def answer(scores: Array, single: bool, out_dtype: Any) -> Array:

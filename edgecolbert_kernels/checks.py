@@ -231,8 +231,8 @@ def _cu_seqlens(name: str, boundaries: np.ndarray, of: str, num_tokens: int) -> 
         raise ValueError(f"{name} ends at {boundaries[-1]}; want at most {num_tokens}, the tokens of {of}")
 
 
-def index(name: str, values: np.ndarray, count: int) -> None:
-    _index(name, values, "documents", count)
+def index(name: str, values: np.ndarray, count: int, of: str = "documents") -> None:
+    _index(name, values, of, count)
 
 
 def _index(name: str, index: np.ndarray, of: str, count: int) -> None:

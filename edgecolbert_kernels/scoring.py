@@ -25,9 +25,13 @@ class Stored:
     """Documents with a storage of their own, such as PackedEmbeddings, in numpy arrays that kernels can read.
 
     Here, so that this file need not know them.
+
+    Attributes:
+        operand: what kernels are told of `storage`, kept from the first call on.
     """
 
-    __slots__ = ()
+    __slots__ = ("operand",)
+    operand: Any
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -63,8 +67,12 @@ class Stored:
         """The same for int8: tokens, boundaries that may start anywhere, and scales. None for other storages."""
         raise NotImplementedError
 
-    def chosen_integers(self, document_index: Array) -> tuple[Array, Array, Array, Array]:
-        """For int8: tokens, boundaries, scales, and the index into these."""
+    def storage(self) -> tuple[Array, Array, Array | None]:
+        """Tokens, boundaries that may start anywhere, and scales for int8, of these documents and maybe others."""
+        raise NotImplementedError
+
+    def places(self, document_index: Array | None) -> Array | None:
+        """Which documents of `storage` these are, int64; None: all of them, in their order."""
         raise NotImplementedError
 
     def chosen(self, document_index: Array) -> Iterator[tuple[Array, Array, Array, Array]]:
@@ -309,6 +317,14 @@ def _score_stored(Q: Any, D: Stored, q_mask: Any, d_mask: Any, options: Options,
         checks.same_dim(Q.shape, (len(D), D.dim))
         return D.device_scores(Q, q_mask, cu_q, options, out_dtype)
     Q, q_mask = _read(xp, "Q", Q, q_mask, (2, 3), QUERIES)
+    if type(Q) is not list:
+        checks.same_dim(Q.shape, (len(D), D.dim))
+        places = D.places(None)
+        # Many queries with documents here and there: better copied together once than fetched for every query.
+        if places is None or Q.ndim == 2 or len(Q) == 1:
+            scores = xp.score_stored(Q, q_mask, D, None, places, *options, out_dtype)
+            if scores is not None:
+                return scores
     if type(Q) is list and D.integers() is not None:
         Q, q_mask = _padded(xp, Q, q_mask, xp.stored(D.nothing()))
     Q, q_mask, cu_q = _packed(xp, Q, q_mask, xp.stored(D.nothing())) if type(Q) is list else (Q, q_mask, None)
@@ -339,7 +355,7 @@ def _score_stored_pairs(
 ) -> Array:
     if d_mask is not None:
         raise checks.stored_mask()
-    xp, arrays = _side(Q), _arrays
+    xp, arrays = _side(Q), _arrays or _load_arrays()
     if D.device is not None or checks.on_accelerator(Q):
         Q, q_mask = _read(xp, "Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
         Q, q_mask = _padded(xp, Q, q_mask, D.nothing()) if type(Q) is list else (Q, q_mask)
@@ -352,11 +368,10 @@ def _score_stored_pairs(
     documents = arrays.integers("document_index", xp.to_numpy(document_index))
     checks.same_shape("query_index", queries.shape, "document_index", documents.shape)
     checks.index("document_index", documents, len(D))
-    if D.integers() is not None and options[:2] == (False, "exclude") and xp.reads_integers(Q):
-        rows, boundaries = xp.query_rows(Q, q_mask)
-        tokens, offsets, scales, index = D.chosen_integers(documents)
-        found = xp.score_packed_pairs(rows, boundaries, tokens, offsets, scales, queries, index, precision=options[2])
-        return xp.answer(found, False, out_dtype)
+    checks.index("query_index", queries, len(Q), "queries")
+    found = xp.score_stored(Q, q_mask, D, queries, D.places(documents), *options, out_dtype)
+    if found is not None:
+        return found
     places, scores = [], []
     for where, tokens, boundaries, index in D.chosen(documents):
         integers = (xp.integers("D", each, Q) for each in (boundaries, queries[where], index))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cases import DIMENSIONS, LENGTHS
 from conftest import ISAS
 from edgecolbert_kernels.backends import native
-from edgecolbert_kernels.backends.packed import score_packed, score_packed_pairs
+from edgecolbert_kernels.backends.packed import score_packed
 from marks import compiled
 
 _C = native.module()
@@ -218,7 +218,7 @@ def test_normalize(isa, precision):
     np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_ranges_pairs_and_threads_give_the_same_bits(isa, precision):
+def test_ranges_and_threads_give_the_same_bits(isa, precision):
     queries, query_offsets = queries_of((32, 5, 0, 40), 48)
     tokens, offsets, scales = documents_of([120, 0, 7, 300] * 25, 48)
     arguments = queries, query_offsets, tokens, offsets, scales
@@ -231,12 +231,6 @@ def test_ranges_pairs_and_threads_give_the_same_bits(isa, precision):
     assert score_packed(*arguments, begin=97, precision=precision, out=out) is out
     np.testing.assert_array_equal(out, scores[:, 97:])
     assert score_packed(*arguments, begin=100, precision=precision).shape == (4, 0)
-    random = np.random.default_rng(0)
-    query_index, document_index = random.integers(0, 4, 200), random.integers(0, 100, 200)
-    for threads in (1, 2, 4):
-        pairs = score_packed_pairs(*arguments, query_index, document_index, precision=precision, threads=threads)
-        np.testing.assert_array_equal(pairs, scores[query_index, document_index])
-    assert score_packed_pairs(*arguments, [], []).shape == (0,)
     one = score_packed(queries[32:37], np.array([0, 5]), tokens, offsets, scales, precision=precision)
     np.testing.assert_array_equal(one, scores[1:2])
 
@@ -326,8 +320,6 @@ def test_float_storage(isa, precision, dtype):
     scores = score_packed(queries, query_offsets, tokens, offsets, None, precision=precision)
     wanted, _ = expected(queries.astype(np.float64) @ values.astype(np.float64).T, query_offsets, offsets, np.ones(4))
     np.testing.assert_allclose(scores, wanted, atol=1e-5 if precision == "exact" else 1e-3)
-    pairs = score_packed_pairs(queries, query_offsets, tokens, offsets, None, [2, 0], [2, 3], precision=precision)
-    np.testing.assert_array_equal(pairs, scores[[2, 0], [2, 3]])
 
 
 class TestWrongInput:
@@ -364,17 +356,6 @@ class TestWrongInput:
     def test_is_named(self, changes, error, names):
         with pytest.raises(error, match=names):
             self.call(**changes)
-
-    def test_pairs(self):
-        arguments = self.queries, self.query_offsets, self.tokens, self.offsets, self.scales
-        with pytest.raises(IndexError, match="document_index"):
-            score_packed_pairs(*arguments, [0], [2])
-        with pytest.raises(IndexError, match="query_index"):
-            score_packed_pairs(*arguments, [-1], [0])
-        with pytest.raises(ValueError, match="query_index"):
-            score_packed_pairs(*arguments, [0, 0], [0])
-        with pytest.raises(ValueError, match="offsets"):
-            score_packed_pairs(*arguments[:3], np.array([3, 7, 99]), self.scales, [0], [1])
 
     def test_the_module_refuses(self):
         queries, documents = operand(self.queries, None, self.query_offsets), operand(self.tokens, None, self.offsets)

@@ -366,6 +366,45 @@ def test_many_runs_and_blocks(monkeypatch):
                 np.testing.assert_array_equal(found, scores[query, index[document]])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalize", [False, True], ids=["as they are", "normalized"])
+def test_one_query_reads_documents_where_they_lie(monkeypatch, dtype, normalize):
+    """Chosen ones too, here and there, without a copy, and with the bits of all in a row."""
+    packed = PackedEmbeddings.from_list(documents(lengths=LENGTHS * 30), dtype=dtype)
+    Q, q_mask = embeddings(1, 32, 48, seed=8), holes(1, 32, seed=9)
+    index = np.random.default_rng(1).permutation(200)[:77]
+    for precision in ("exact", "fast"):
+        wanted = ek.maxsim(Q, packed, q_mask, normalize=normalize, precision=precision)
+        with monkeypatch.context() as patch:
+            for name in ("_gathered", "floats", "blocks", "integers"):
+                patch.setattr(f"edgecolbert_kernels.packed.tokens.PackedTokens.{name}", None)
+            options = {"normalize": normalize, "precision": precision}
+            chosen = packed[index]
+            for _ in range(2):
+                assert torch.equal(ek.maxsim(Q, chosen, q_mask, **options), wanted[:, index])
+            assert torch.equal(ek.maxsim(Q[0], chosen, q_mask[0], **options), wanted[0, index])
+            found = ek.maxsim(Q[0].numpy(), chosen[3:], q_mask[0].numpy(), **options)
+            np.testing.assert_array_equal(found, wanted[0, index[3:]].numpy())
+            pairs = ek.maxsim_indexed(Q, chosen, [0] * 5, [4, 0, 76, 4, 9], q_mask, **options)
+            assert torch.equal(pairs, wanted[0, index[[4, 0, 76, 4, 9]]])
+
+
+def test_arrays_that_change_or_lie_oddly():
+    """Boundaries are copied, so that nobody moves them out of the storage; tokens at odd addresses are read all the same."""
+    rows = np.concatenate(documents(16)).astype(np.float16)
+    offsets = np.cumsum([0, *LENGTHS])
+    odd = np.zeros(rows.nbytes + 1, np.uint8)[1:].view(np.float16).reshape(rows.shape)
+    odd[:] = rows
+    Q = embeddings(2, 5, 16, seed=8)
+    wanted = ek.maxsim(Q, PackedEmbeddings.from_list(documents(16)))
+    for tokens in (rows, odd, np.asfortranarray(rows), np.repeat(rows, 2, axis=1)[:, ::2]):
+        boundaries = offsets.copy()
+        packed = PackedEmbeddings.from_arrays(tokens, boundaries)
+        boundaries[:] = 10**9
+        assert torch.equal(ek.maxsim(Q, packed), wanted)
+        assert torch.equal(ek.maxsim(Q, pickle.loads(pickle.dumps(packed))), wanted)
+
+
 def test_wrong_calls():
     packed = PackedEmbeddings.from_list(documents())
     Q = np.ones((2, 3, 48), np.float32)

@@ -249,10 +249,11 @@ def pytest_configure(config: object) -> None:
 
     for name in ("forward", "backward", "forward_lists"):
         setattr(cpu, name, _counted(getattr(cpu, name)))
+    from edgecolbert_kernels import arrays
     from edgecolbert_kernels.backends import packed
 
-    for name in ("score_packed", "score_packed_pairs"):
-        setattr(packed, name, _counted(getattr(packed, name)))
+    packed.score_packed = _counted(packed.score_packed)
+    arrays.forward_stored = _counted(arrays.forward_stored)
 
 
 def _counted(function: object) -> object:

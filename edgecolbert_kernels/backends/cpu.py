@@ -33,8 +33,8 @@ def forward(
     scores = torch.empty(*shape, dtype=torch.float32, device=_CPU)
     argmax = _empty_argmax(Q, D, shape, cu_q, cu_d) if with_argmax else None
     native.forward(
-        _operand(Q, q_mask, cu_q),
-        _operand(D, d_mask, cu_d),
+        operand(Q, q_mask, cu_q),
+        operand(D, d_mask, cu_d),
         layout.which(D, query_index),
         _index(query_index, document_index),
         scores.data_ptr(),
@@ -74,8 +74,8 @@ def backward(
     grad_queries = (_empty_grad(Q, cu_q) if sum_queries is None else sum_queries) if need_queries else None
     grad_documents = _empty_grad(D, cu_d) if need_documents else None
     native.module().backward(
-        _operand(Q, q_mask, cu_q),
-        _operand(D, d_mask, cu_d),
+        operand(Q, q_mask, cu_q),
+        operand(D, d_mask, cu_d),
         layout.which(D, query_index),
         _index(query_index, document_index),
         grad.data_ptr(),
@@ -100,8 +100,8 @@ def forward_lists(
     precision: str,
 ) -> Tensor:
     """Every query against every document, lists of `[L, d]` with contiguous rows read where they lie, without masks."""
-    queries, _q_rows = _table(Q) if isinstance(Q, list) else (_operand(Q, q_mask, None), None)
-    documents, _d_rows = _table(D) if isinstance(D, list) else (_operand(D, d_mask, None), None)
+    queries, _q_rows = _table(Q) if isinstance(Q, list) else (operand(Q, q_mask, None), None)
+    documents, _d_rows = _table(D) if isinstance(D, list) else (operand(D, d_mask, None), None)
     scores = torch.empty(layout.scores_shape_of_lists(Q, D), dtype=torch.float32, device=_CPU)
     native.forward(
         queries,
@@ -117,7 +117,7 @@ def forward_lists(
     return scores
 
 
-def _operand(X: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> native.Operand:
+def operand(X: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None = None) -> native.Operand:
     mask_address = 0 if mask is None else mask.data_ptr()
     if cu_seqlens is None:
         return native.padded(_address(X), DTYPES[X.dtype], X.shape, X.stride(), mask_address)

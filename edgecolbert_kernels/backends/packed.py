@@ -80,45 +80,6 @@ def score_packed(
     return out
 
 
-def score_packed_pairs(
-    queries: Array,
-    query_offsets: Array,
-    tokens: Array,
-    offsets: Array,
-    scales: Array | None,
-    query_index: Array,
-    document_index: Array,
-    *,
-    precision: str = "exact",
-    threads: int | None = None,
-) -> Array:
-    """MaxSim of chosen pairs: float32 [P], of query `query_index[p]` with document `document_index[p]`.
-
-    The indices are integers [P], counted from 0, in any order, with repeats; the rest is as in `score_packed`. Only the
-    offsets of the chosen documents are looked at.
-    """
-    queries, query_operand, query_offsets = _queries(queries, query_offsets)
-    tokens, offsets, scales = _collection(tokens, offsets, scales)
-    _check_score(queries, tokens, precision)
-    query_index = _index("query_index", query_index, "queries", len(query_offsets) - 1)
-    document_index = _index("document_index", document_index, "documents", len(offsets) - 1)
-    checks.same_count("query_index", len(query_index), "document_index", len(document_index))
-    starts, ends = offsets[document_index], offsets[document_index + 1]
-    if len(starts) and not (starts.min() >= 0 and (starts <= ends).all() and ends.max() <= len(tokens)):
-        raise ValueError(f"offsets of a chosen document decrease or leave the {len(tokens)} rows of tokens")
-    out = np.empty(len(query_index), np.float32)
-    _forward(
-        query_operand,
-        _operand(tokens, offsets, len(offsets) - 1, scales),
-        native.INDEXED,
-        (len(query_index), _address(query_index), _address(document_index)),
-        out,
-        precision,
-        threads,
-    )
-    return out
-
-
 def pack_rows(
     X: Array,
     mask: Array | None = None,
@@ -299,20 +260,17 @@ def _integers(name: str, X: Array) -> Array:
     return np.ascontiguousarray(X, dtype=np.int64)
 
 
-def _index(name: str, X: Array, of: str, count: int) -> Array:
-    X = np.asarray(X)
-    index = np.empty(0, np.int64) if X.size == 0 else _integers(name, X)
-    if len(index) and not (index.min() >= 0 and index.max() < count):
-        raise IndexError(f"{name} spans {index.min()} to {index.max()}; there are {count} {of}, counted from 0")
-    return index
-
-
 def _check_offsets(name: str, offsets: Array, of: str, rows: int) -> None:
     checks.boundaries(name, offsets.shape)
     if offsets[0] < 0 or (offsets[1:] < offsets[:-1]).any() or offsets[-1] > rows:
         raise ValueError(
             f"{name} span {offsets[0]} to {offsets[-1]}; want them in order, within the {rows} rows of {of}"
         )
+
+
+def operand(tokens: Array, offsets: Array, scales: Array | None) -> native.Operand:
+    """What kernels are told of a collection, whose arrays stay alive: contiguous, and checked."""
+    return _operand(tokens, offsets, len(offsets) - 1, scales)
 
 
 def _operand(X: Array, offsets: Array, count: int, scales: Array | None) -> native.Operand:

@@ -97,8 +97,29 @@ def score_packed(*arguments: Any, **options: Any) -> np.ndarray:
     return arrays.score_packed(*arguments, **options, threads=torch.get_num_threads())
 
 
-def score_packed_pairs(*arguments: Any, **options: Any) -> np.ndarray:
-    return arrays.score_packed_pairs(*arguments, **options, threads=torch.get_num_threads())
+def score_stored(
+    Q: Tensor,
+    q_mask: Tensor | None,
+    D: Any,
+    query_index: np.ndarray | None,
+    places: np.ndarray | None,
+    normalize: bool,
+    mask_mode: str,
+    precision: str,
+    out_dtype: Any,
+) -> Tensor | None:
+    """As on numpy arrays; None where the compiled kernels cannot answer, or a gradient is wanted."""
+    if Q.dtype not in cpu.DTYPES or (Q.requires_grad and torch.is_grad_enabled()) or not plain(Q, q_mask) or Q.is_cuda:
+        return None
+    if choose("maxsim", "cpu", "float32") != "cpu":
+        return None
+    dtype = torch.float32 if out_dtype is None else _float(out_dtype)
+    shape = arrays.scores_shape_of_stored(Q.shape, D, query_index, places)
+    scores = torch.empty(shape, dtype=torch.float32, device="cpu")
+    options = normalize, mask_mode, precision
+    queries = cpu.operand(Q, q_mask)
+    arrays.forward_stored(queries, D, query_index, places, scores.data_ptr(), options, torch.get_num_threads())
+    return scores if scores.dtype is dtype else scores.to(dtype)
 
 
 def answer(scores: np.ndarray, single: bool, out_dtype: Any) -> Tensor:

@@ -56,15 +56,15 @@ def from_arrays(tokens: Any, offsets: Any, scales: Any) -> tuple[str, Arrays]:
     boundaries = np.ascontiguousarray(np.asarray(offsets))
     if boundaries.dtype.kind not in "iu":
         raise checks.wrong_dtype("offsets", boundaries.dtype, checks.INTEGERS)
-    boundaries = boundaries.astype(np.int64, copy=False)
+    boundaries = boundaries.astype(np.int64)  # a copy: kernels trust them from now on
     checks.boundaries("offsets", boundaries.shape)
     checks.offsets("offsets", boundaries, len(rows))
     if (scales is None) is (dtype == "int8"):
         raise checks.not_an_array("scales", scales, "float32 [N] with int8 tokens, None with others")
     if scales is not None:
-        scales = np.ascontiguousarray(np.asarray(scales), np.float32)
+        scales = np.require(scales, np.float32, ["C", "A"])
         checks.scales(scales, len(boundaries) - 1, bool((np.isfinite(scales) & (scales >= 0)).all()))
-    return dtype, (np.ascontiguousarray(rows), boundaries, scales)
+    return dtype, (np.require(rows, None, ["C", "A"]), boundaries, scales)
 
 
 def converted(documents: Any, dtype: str) -> Arrays:

@@ -31,6 +31,7 @@ class PackedTokens(Documents):
         """
         self._dtype, self._tokens, self._offsets, self._scales, self._rows = dtype, tokens, offsets, scales, rows
         self._norms: Array | None = None
+        self.operand = None
 
     @property
     def dtype(self) -> str:
@@ -94,9 +95,11 @@ class PackedTokens(Documents):
             for run, in_place in self._runs()
         )
 
-    def chosen_integers(self, document_index: Array) -> tuple[Array, Array, Array, Array]:
-        assert self._scales is not None
-        return self._tokens, self._offsets, self._scales, self._slots(document_index)
+    def storage(self) -> tuple[Array, Array, Array | None]:
+        return self._tokens, self._offsets, self._scales
+
+    def places(self, document_index: Array | None) -> Array | None:
+        return self._rows if document_index is None else self._slots(document_index)
 
     def chosen(self, document_index: Array) -> Iterator[tuple[Array, Array, Array, Array]]:
         if self._dtype != "int8":
