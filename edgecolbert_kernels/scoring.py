@@ -362,7 +362,8 @@ def _score_stored_pairs(
         checks.same_dim(Q.shape, (len(D), D.dim))
         return D.device_pair_scores(Q, query_index, document_index, q_mask, options, out_dtype)
     Q, q_mask = _read(xp, "Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
-    Q, q_mask = _padded(xp, Q, q_mask, xp.stored(D.nothing()))
+    if type(Q) is list:
+        Q, q_mask = _padded(xp, Q, q_mask, xp.stored(D.nothing()))
     checks.same_dim(Q.shape, (len(D), D.dim))
     queries = arrays.integers("query_index", xp.to_numpy(query_index))
     documents = arrays.integers("document_index", xp.to_numpy(document_index))
