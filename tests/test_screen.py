@@ -552,6 +552,23 @@ def test_roundings_that_agree_against_an_earlier_block(dim, query_length):
         check_hard(query, D, later * block + 30, query_length)
 
 
+@pytest.mark.parametrize("query_length", [1, 17, 32, 33])
+@pytest.mark.parametrize("dim", [16, 33, 48, 64, 96, 128, 600])
+def test_queries_that_round_to_almost_nothing(dim, query_length):
+    """int8 sees one dimension of the query: what the others lose grows with the norm of a token, which must be all of it."""
+    query = np.full(dim, 0.499 / 127)
+    query[0] = 1
+    lost = query[1:].sum()
+    for share in (0.6, 0.8, 0.9, 0.95, 0.99):
+        documents = np.full((2, 100, dim), -1.0)
+        documents[:, :, 0] = 0
+        documents[:, 50] = 1
+        documents[:, 20] = 0
+        documents[:, 50, 0] = 0.25
+        documents[:, 20, 0] = 0.25 + share * min(lost, 0.7)
+        check_hard(torch.from_numpy(query).float(), torch.from_numpy(documents).float(), 50, query_length)
+
+
 @pytest.mark.parametrize("query_length", [1, 12, 32, 33])
 @pytest.mark.parametrize("d_dtype", STORAGES, ids=storage_name)
 def test_close_tokens(d_dtype, query_length):

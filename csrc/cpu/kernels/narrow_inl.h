@@ -38,7 +38,8 @@ struct Choose<false> {
   using Type = B;
 };
 
-constexpr bool has_few(Constant<48>) { return true; }
+// One register of bytes: `pairs` of several would not add up.
+constexpr bool has_few(Constant<48>) { return 4 * Simd::width >= 48; }
 constexpr bool has_few(int) { return false; }
 
 // Rounds tokens of a document, at once or on the side of a tile. `exact`: measures what rounding lost, which else is
