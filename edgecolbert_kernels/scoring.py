@@ -321,7 +321,7 @@ def _score_stored(Q: Any, D: Stored, q_mask: Any, d_mask: Any, options: Options,
         checks.same_dim(Q.shape, (len(D), D.dim))
         places = D.places(None)
         # Many queries with documents here and there: better copied together once than fetched for every query.
-        if places is None or Q.ndim == 2 or len(Q) == 1:
+        if _in_place(D, options) and (places is None or Q.ndim == 2 or len(Q) == 1):
             scores = xp.score_stored(Q, q_mask, D, None, places, *options, out_dtype)
             if scores is not None:
                 return scores
@@ -341,6 +341,11 @@ def _score_stored(Q: Any, D: Stored, q_mask: Any, d_mask: Any, options: Options,
         for tokens, boundaries in D.blocks()
     ]
     return scores[0] if len(scores) == 1 else xp.join(scores)
+
+
+def _in_place(D: Stored, options: Options) -> bool:
+    """int8 with other options is scored in float32 throughout: a score has the same bits in every batch."""
+    return D.storage()[2] is None or options[:2] == (False, "exclude")
 
 
 def _score_stored_pairs(
@@ -370,9 +375,10 @@ def _score_stored_pairs(
     checks.same_shape("query_index", queries.shape, "document_index", documents.shape)
     checks.index("document_index", documents, len(D))
     checks.index("query_index", queries, len(Q), "queries")
-    found = xp.score_stored(Q, q_mask, D, queries, D.places(documents), *options, out_dtype)
-    if found is not None:
-        return found
+    if _in_place(D, options):
+        found = xp.score_stored(Q, q_mask, D, queries, D.places(documents), *options, out_dtype)
+        if found is not None:
+            return found
     places, scores = [], []
     for where, tokens, boundaries, index in D.chosen(documents):
         integers = (xp.integers("D", each, Q) for each in (boundaries, queries[where], index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import warnings
 
@@ -366,8 +367,7 @@ def test_many_runs_and_blocks(monkeypatch):
                 np.testing.assert_array_equal(found, scores[query, index[document]])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("normalize", [False, True], ids=["as they are", "normalized"])
+@pytest.mark.parametrize(("dtype", "normalize"), [*((d, False) for d in DTYPES), *((d, True) for d in FLOATS)])
 def test_one_query_reads_documents_where_they_lie(monkeypatch, dtype, normalize):
     """Chosen ones too, here and there, without a copy, and with the bits of all in a row."""
     packed = PackedEmbeddings.from_list(documents(lengths=LENGTHS * 30), dtype=dtype)
@@ -387,6 +387,31 @@ def test_one_query_reads_documents_where_they_lie(monkeypatch, dtype, normalize)
             np.testing.assert_array_equal(found, wanted[0, index[3:]].numpy())
             pairs = ek.maxsim_indexed(Q, chosen, [0] * 5, [4, 0, 76, 4, 9], q_mask, **options)
             assert torch.equal(pairs, wanted[0, index[[4, 0, 76, 4, 9]]])
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": True}, {"mask_mode": "zero"}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_score_does_not_depend_on_the_batch(precision, dtype, options):
+    packed = PackedEmbeddings.from_list(documents(lengths=LENGTHS * 10), dtype=dtype)
+    Q, index = embeddings(4, 32, 48, seed=8), np.random.default_rng(1).permutation(70)[:40]
+    options = {**options, "precision": precision}
+    for view in (packed, packed[3:50], packed[index]):
+        one = torch.stack([ek.maxsim(query, view, **options) for query in Q])
+        pairs = [np.repeat(range(4), len(view)), np.tile(range(len(view)), 4)]
+        assert torch.equal(ek.maxsim(Q, view, **options), one)
+        assert torch.equal(ek.maxsim([*Q], view, **options), one)
+        assert torch.equal(ek.maxsim_indexed(Q, view, *pairs, **options), one.flatten())
+        np.testing.assert_array_equal(ek.maxsim(Q.numpy(), view, **options), one.numpy())
+
+
+def test_copies_have_their_own_memory():
+    """What kernels were told of the arrays of one view is not told of a copy's."""
+    packed, Q = PackedEmbeddings.from_list(documents()), embeddings(2, 5, 48, seed=8)
+    for view in (packed, packed._part(np.arange(5))):
+        wanted = ek.maxsim(Q, view)
+        for again in (copy.copy(view), copy.deepcopy(view), pickle.loads(pickle.dumps(view))):
+            assert again.operand is None
+            assert torch.equal(ek.maxsim(Q, again), wanted)
 
 
 def test_arrays_that_change_or_lie_oddly():

@@ -360,6 +360,17 @@ def test_offsets(folder, values, match):
     refused(folder, match)
 
 
+def test_offsets_that_change_later(folder):
+    """A file that is written over is not looked at again: nothing is read outside the tokens."""
+    packed = PackedEmbeddings.load(folder)
+    Q = np.ones((2, packed.dim), np.float32)
+    wanted = ek.maxsim(Q, packed)
+    for path in folder.glob("*offsets*"):
+        path.write_bytes(np.full(path.stat().st_size // 8, 10**9, np.int64).tobytes())
+    np.testing.assert_array_equal(ek.maxsim(Q, packed), wanted)
+    np.testing.assert_array_equal(ek.maxsim(Q, packed[1:]), wanted[1:])
+
+
 def test_big_endian_offsets(folder):
     (folder / "offsets.0.bin").write_bytes(make().offsets.astype(">i8").tobytes())
     refused(folder, r"offsets\.0\.bin")

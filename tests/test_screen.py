@@ -322,6 +322,15 @@ def test_documents_of_other_scales(dtype, query_length):
         check_winners(Q, within, winners)
 
 
+def test_documents_that_grow_out_of_range():
+    """Each a little larger than the last, as the guessed scale allows, until the sums of fp32 overflow."""
+    count, random = int(np.log(1e21) / np.log(1.04)), np.random.default_rng(0)
+    D = random.standard_normal((count, 40, 48))
+    D[:, 20, :24], D[:, 20, 24:] = 4, -4
+    D *= 1e7 * 1.04 ** np.arange(count)[:, None, None]
+    check(torch.full((1, 3, 48), 1e10), torch.from_numpy(D).float())
+
+
 @pytest.mark.parametrize("query_length", [12, 32, 33])
 @pytest.mark.parametrize("cut_off", [1.04, 1.06, 1.2, 2.0, 5.0])
 def test_tokens_that_are_cut_off(cut_off, query_length):

@@ -62,9 +62,9 @@ def from_arrays(tokens: Any, offsets: Any, scales: Any) -> tuple[str, Arrays]:
     if (scales is None) is (dtype == "int8"):
         raise checks.not_an_array("scales", scales, "float32 [N] with int8 tokens, None with others")
     if scales is not None:
-        scales = np.require(scales, np.float32, ["C", "A"])
+        scales = np.require(np.asarray(scales), np.float32, ["C", "A"])
         checks.scales(scales, len(boundaries) - 1, bool((np.isfinite(scales) & (scales >= 0)).all()))
-    return dtype, (np.require(rows, None, ["C", "A"]), boundaries, scales)
+    return dtype, (np.require(np.asarray(rows), None, ["C", "A"]), boundaries, scales)
 
 
 def converted(documents: Any, dtype: str) -> Arrays:

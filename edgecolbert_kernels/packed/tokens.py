@@ -33,6 +33,10 @@ class PackedTokens(Documents):
         self._norms: Array | None = None
         self.operand = None
 
+    def __reduce__(self) -> Any:
+        # Without what kernels were told of the arrays: their addresses.
+        return PackedTokens, (self._dtype, self._tokens, self._offsets, self._scales, self._rows)
+
     @property
     def dtype(self) -> str:
         return self._dtype

@@ -107,7 +107,7 @@ def _read(folder: Path, found: Header, mapped: bool) -> Contents:
     def array(part: str, dtype: str, mapped: bool = False) -> Array:
         return _array(folder / found.file(part), found.parts[part].size, np.dtype(dtype), mapped)
 
-    def offsets(part: str, last: int) -> Array:
+    def offsets(part: str, last: int, mapped: bool = False) -> Array:
         values = array(part, "<i8", mapped)
         _check_offsets(folder / found.file(part), values, last)
         return values
@@ -123,9 +123,10 @@ def _read(folder: Path, found: Header, mapped: bool) -> Contents:
         ids = array("ids", "<i8")
     elif found.ids == "utf8":
         ids = array("ids", "u1", mapped)
-        id_offsets = offsets("id_offsets", found.parts["ids"].size)
+        id_offsets = offsets("id_offsets", found.parts["ids"].size, mapped)
     removed = np.sort(array("removed", "<i8"))
     _check_removed(folder / found.file("removed"), removed, found.documents)
+    # Kernels trust what was checked here, whatever becomes of the file.
     return Contents(found, tokens, offsets("offsets", found.tokens), scales, ids, id_offsets, removed)
 
 

@@ -127,6 +127,7 @@ class ScreenedScore {
       narrowed = narrow(first, tokens, largest);
     }
     largest = narrowed.largest_value();
+    if (!(largest >= kSmallestScreened && largest <= kLargestScreened)) return false;
     screen_.largest = largest > screen_.largest * kDecay ? largest : screen_.largest * kDecay;
     repeat_last(tokens);
     for (int64_t r = 0; r < group_.registers;) {
