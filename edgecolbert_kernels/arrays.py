@@ -66,7 +66,7 @@ def stored(X: Array) -> Array:
     return X
 
 
-def reads_integers(Q: Array) -> bool:
+def reads_in_place(*inputs: Array | None) -> bool:
     return True
 
 

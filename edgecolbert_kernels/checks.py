@@ -212,9 +212,9 @@ def values(
     if cu_d is not None:
         _cu_seqlens("cu_seqlens_d", cu_d, "D", documents[0])
     if query_index is not None:
-        _index("query_index", query_index, "queries", queries[0])
+        index("query_index", query_index, queries[0], "queries")
     if document_index is not None:
-        _index("document_index", document_index, "documents", documents[0] if cu_d is None else len(cu_d) - 1)
+        index("document_index", document_index, documents[0] if cu_d is None else len(cu_d) - 1)
 
 
 def argmax(lowest: int, highest: int, longest: int) -> None:
@@ -231,11 +231,7 @@ def _cu_seqlens(name: str, boundaries: np.ndarray, of: str, num_tokens: int) -> 
         raise ValueError(f"{name} ends at {boundaries[-1]}; want at most {num_tokens}, the tokens of {of}")
 
 
-def index(name: str, values: np.ndarray, count: int, of: str = "documents") -> None:
-    _index(name, values, of, count)
-
-
-def _index(name: str, index: np.ndarray, of: str, count: int) -> None:
+def index(name: str, index: np.ndarray, count: int, of: str = "documents") -> None:
     if index.size and not (index.min() >= 0 and index.max() < count):
         raise IndexError(f"{name} spans {index.min()} to {index.max()}; there are {count} {of}, counted from 0")
 

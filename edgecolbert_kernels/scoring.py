@@ -100,7 +100,7 @@ def maxsim(
             its queries there.
         q_mask: the tokens of Q to keep, in the shape of Q without d: bool, or 0/1 in any dtype, with holes or without;
             for a list, a list of `[Lq]`.
-        d_mask: the same for D.
+        d_mask: the same for D; None where D is a PackedEmbeddings, which holds kept tokens only.
         normalize: divide every token by its Euclidean norm first (at least 1e-12).
         mask_mode: "exclude": a masked document token is never chosen, and a document with no token left scores 0.
             "zero": its similarity is 0 and takes part in the maximum, as in PyLate.
@@ -247,7 +247,7 @@ def maxsim_indexed(
         query_index: `[P]` integers from 0 to Nq - 1, in any order, repeated at will.
         document_index: `[P]` integers from 0 to Nd - 1.
         q_mask: the tokens of Q to keep, in the shape of Q without d; for a list, a list of `[Lq]`.
-        d_mask: the same for D.
+        d_mask: the same for D; None where D is a PackedEmbeddings, which holds kept tokens only.
 
     The other arguments, dtypes and errors are those of `maxsim`; an index out of range raises IndexError. On a GPU, where
     nobody looks at it first, its pair scores NaN and has no gradient.
@@ -317,20 +317,22 @@ def _score_stored(Q: Any, D: Stored, q_mask: Any, d_mask: Any, options: Options,
         checks.same_dim(Q.shape, (len(D), D.dim))
         return D.device_scores(Q, q_mask, cu_q, options, out_dtype)
     Q, q_mask = _read(xp, "Q", Q, q_mask, (2, 3), QUERIES)
-    if type(Q) is not list:
-        checks.same_dim(Q.shape, (len(D), D.dim))
-        places = D.places(None)
-        # Many queries with documents here and there: better copied together once than fetched for every query.
-        if _in_place(D, options) and (places is None or Q.ndim == 2 or len(Q) == 1):
-            scores = xp.score_stored(Q, q_mask, D, None, places, *options, out_dtype)
-            if scores is not None:
-                return scores
-    if type(Q) is list and D.integers() is not None:
-        Q, q_mask = _padded(xp, Q, q_mask, xp.stored(D.nothing()))
-    Q, q_mask, cu_q = _packed(xp, Q, q_mask, xp.stored(D.nothing())) if type(Q) is list else (Q, q_mask, None)
+    cu_q = None
+    if type(Q) is list:
+        some = xp.stored(D.nothing())
+        if D.integers() is not None:
+            Q, q_mask = _padded(xp, Q, q_mask, some)
+        else:
+            Q, q_mask, cu_q = _packed(xp, Q, q_mask, some)
     checks.same_dim(Q.shape, (len(D), D.dim))
-    integers = D.integers() if cu_q is None and options[:2] == (False, "exclude") else None
-    if integers is not None and xp.reads_integers(Q):
+    places = D.places(None)
+    # Many queries with documents here and there: better copied together once than fetched for every query.
+    if cu_q is None and _in_place(D, options) and (places is None or Q.ndim == 2 or len(Q) == 1):
+        scores = xp.score_stored(Q, q_mask, D, None, places, *options, out_dtype)
+        if scores is not None:
+            return scores
+    integers = D.integers() if _in_place(D, options) else None
+    if integers is not None and xp.reads_in_place(Q, q_mask):
         rows, boundaries = xp.query_rows(Q, q_mask)
         found = [xp.score_packed(rows, boundaries, *block, precision=options[2]) for block in integers]
         return xp.answer(found[0] if len(found) == 1 else _arrays.join(found), Q.ndim == 2, out_dtype)

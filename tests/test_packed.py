@@ -391,7 +391,7 @@ def test_one_query_reads_documents_where_they_lie(monkeypatch, dtype, normalize)
 
 @pytest.mark.parametrize("options", [{}, {"normalize": True}, {"mask_mode": "zero"}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_score_does_not_depend_on_the_batch(precision, dtype, options):
+def test_a_score_does_not_depend_on_the_batch(threads, precision, dtype, options):
     packed = PackedEmbeddings.from_list(documents(lengths=LENGTHS * 10), dtype=dtype)
     Q, index = embeddings(4, 32, 48, seed=8), np.random.default_rng(1).permutation(70)[:40]
     options = {**options, "precision": precision}
@@ -400,7 +400,9 @@ def test_a_score_does_not_depend_on_the_batch(precision, dtype, options):
         pairs = [np.repeat(range(4), len(view)), np.tile(range(len(view)), 4)]
         assert torch.equal(ek.maxsim(Q, view, **options), one)
         assert torch.equal(ek.maxsim([*Q], view, **options), one)
-        assert torch.equal(ek.maxsim_indexed(Q, view, *pairs, **options), one.flatten())
+        for number in (1, 2, 4):
+            threads(number)
+            assert torch.equal(ek.maxsim_indexed(Q, view, *pairs, **options), one.flatten())
         np.testing.assert_array_equal(ek.maxsim(Q.numpy(), view, **options), one.numpy())
 
 

@@ -70,7 +70,7 @@ def score_packed(
         raise ValueError(f"out is {out.dtype} {list(out.shape)}; want writeable C-contiguous float32 {list(shape)}")
     _forward(
         query_operand,
-        _operand(tokens, offsets[begin:], end - begin, None if scales is None else scales[begin:]),
+        operand(tokens, offsets[begin : end + 1], None if scales is None else scales[begin:]),
         native.EVERY,
         native.NO_INDEX,
         out,
@@ -157,8 +157,9 @@ def unpack_rows(tokens: Array, offsets: Array, scales: Array | None = None, *, t
     tokens, offsets, scales = _collection(tokens, offsets, scales)
     _check_offsets("offsets", offsets, "tokens", len(tokens))
     out = empty_lines((int(offsets[-1] - offsets[0]), tokens.shape[1]), np.float32)
-    operand = _operand(tokens, offsets, len(offsets) - 1, scales)
-    native.module().unpack(operand, _address(out), native.threads() if threads is None else threads)
+    native.module().unpack(
+        operand(tokens, offsets, scales), _address(out), native.threads() if threads is None else threads
+    )
     return out
 
 
@@ -181,7 +182,7 @@ def _queries(queries: Array, query_offsets: Array) -> tuple[Array, native.Operan
     queries = _floats("queries", _aligned("queries", queries, 2))
     query_offsets = _integers("query_offsets", query_offsets)
     _check_offsets("query_offsets", query_offsets, "queries", len(queries))
-    return queries, _operand(queries, query_offsets, len(query_offsets) - 1, None), query_offsets
+    return queries, operand(queries, query_offsets, None), query_offsets
 
 
 def empty_lines(shape: tuple[int, ...], dtype: Any) -> Array:
@@ -268,12 +269,9 @@ def _check_offsets(name: str, offsets: Array, of: str, rows: int) -> None:
         )
 
 
-def operand(tokens: Array, offsets: Array, scales: Array | None) -> native.Operand:
-    """What kernels are told of a collection, whose arrays stay alive: contiguous, and checked."""
-    return _operand(tokens, offsets, len(offsets) - 1, scales)
-
-
-def _operand(X: Array, offsets: Array, count: int, scales: Array | None) -> native.Operand:
+def operand(X: Array, offsets: Array, scales: Array | None) -> native.Operand:
+    """What kernels are told of a collection, or of queries: arrays that are checked, and stay alive."""
+    count = len(offsets) - 1
     strides = [stride // X.itemsize for stride in X.strides]
     scales_address = 0 if scales is None else _address(scales)
     return native.packed(_address(X), _code(X), X.shape, strides, _address(offsets), count, 0, scales_address)

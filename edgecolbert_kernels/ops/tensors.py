@@ -75,16 +75,14 @@ def stored(X: np.ndarray) -> Tensor:
     return from_numpy(np.asarray(_Lifted(X)))
 
 
-def reads_integers(Q: Tensor) -> bool:
-    """Whether the kernels on int8 documents can answer: eagerly, without a gradient, in float32."""
-    if (
-        Q.dtype is torch.float64
-        or (torch.is_grad_enabled() and Q.requires_grad)
-        or not plain(Q)
-        or Q.device.type != "cpu"
-    ):
-        return False
-    return choose("maxsim", "cpu", "float32") == "cpu"
+def reads_in_place(*inputs: Tensor | None) -> bool:
+    """Whether the compiled kernels can answer from these addresses: eagerly, without a gradient, in float32."""
+    for x in inputs:
+        if x is not None and (
+            x.dtype is torch.float64 or not x.is_cpu or (x.requires_grad and torch.is_grad_enabled())
+        ):
+            return False
+    return plain(*inputs) and choose("maxsim", "cpu", "float32") == "cpu"
 
 
 def query_rows(Q: Tensor, q_mask: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
@@ -109,9 +107,7 @@ def score_stored(
     out_dtype: Any,
 ) -> Tensor | None:
     """As on numpy arrays; None where the compiled kernels cannot answer, or a gradient is wanted."""
-    if Q.dtype not in cpu.DTYPES or (Q.requires_grad and torch.is_grad_enabled()) or not plain(Q, q_mask) or Q.is_cuda:
-        return None
-    if choose("maxsim", "cpu", "float32") != "cpu":
+    if not reads_in_place(Q, q_mask):
         return None
     dtype = torch.float32 if out_dtype is None else _float(out_dtype)
     shape = arrays.scores_shape_of_stored(Q.shape, D, query_index, places)
@@ -210,9 +206,7 @@ def score_in_place(
             return None
         else:
             every += X
-    if torch.is_grad_enabled() and any(x.requires_grad for x in every):
-        return None
-    if not plain(*every) or {x.device.type for x in every} != {"cpu"} or choose("maxsim", "cpu", "float32") != "cpu":
+    if not reads_in_place(*every):
         return None
     dtype = torch.float32 if out_dtype is None else _float(out_dtype)
     scores = cpu.forward_lists(Q, D, q_mask, d_mask, normalize, mask_mode, precision)

@@ -103,7 +103,7 @@ class PackedEmbeddings(PackedTokens):
         scales: Any = None,
         ids: Iterable[Id] | None = None,
     ) -> PackedEmbeddings:
-        """Take documents that are packed already, without a copy where the arrays are contiguous.
+        """Take documents that are packed already: offsets are copied, tokens and scales only where they are not contiguous.
 
         Args:
             tokens: `[T, d]` float16, float32, uint16 (bits of bfloat16) or, with `scales`, int8; numpy or torch.

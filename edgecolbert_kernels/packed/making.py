@@ -53,10 +53,10 @@ def from_arrays(tokens: Any, offsets: Any, scales: Any) -> tuple[str, Arrays]:
         rows, dtype = dtypes.matrix("tokens", tokens)
     checks.rank("tokens", rows.shape, (2,), "[T, d]")
     checks.at_least("dim", rows.shape[1], 1)
-    boundaries = np.ascontiguousarray(np.asarray(offsets))
+    boundaries = np.asarray(offsets)
     if boundaries.dtype.kind not in "iu":
         raise checks.wrong_dtype("offsets", boundaries.dtype, checks.INTEGERS)
-    boundaries = boundaries.astype(np.int64)  # a copy: kernels trust them from now on
+    boundaries = boundaries.astype(np.int64, order="C")  # a copy: kernels trust them from now on
     checks.boundaries("offsets", boundaries.shape)
     checks.offsets("offsets", boundaries, len(rows))
     if (scales is None) is (dtype == "int8"):
