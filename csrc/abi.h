@@ -66,7 +66,7 @@ struct AdmitJob {
 struct QueryGroup {
   const uint32_t* words_f32;
   const uint32_t* words_i16;  // null: exact only
-  const uint32_t* words_i8;   // null: exact only
+  const uint32_t* words_i8;   // null: exact only; with margins they are the screen's, of four dimensions
   const int32_t* biases;      // [registers * width] with words_i8: what the kernel's own sums are too large by
   const float* scales;        // [registers * width] with words_i8: a query value is its integer times this
   // [registers][kMarginFactors][width]. Null: words_i8 are the scores' own, or there are none.
@@ -207,6 +207,7 @@ struct Kernels {
   // Document tokens from which on int8 pays off as a screen for fp32. Of calls in fixed point: longer documents are not
   // scored in it, whether or not the screen has success, as a score depends on its query and document alone.
   int64_t shortest_screened, shortest_screened_fast;
+  int32_t screened_dimensions;  // at most; 0: there is no screen
   void (*pack_register)(PackJob*);
   bool (*admits_integers)(const AdmitJob*);
   void (*score)(const ScoreJob*);
@@ -221,7 +222,7 @@ struct Kernels {
   void (*move_lines)(const float* source, float* out, int64_t lines, int ratio);
 };
 
-constexpr int kScreenedDimensions = 2048;  // at most
+constexpr int kScreenDimsOfWord = 4;    // of a k-word of a screen
 constexpr float kNormEpsilon = 1e-12f;     // of torch.nn.functional.normalize
 
 }  // namespace edgecolbert

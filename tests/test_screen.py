@@ -23,6 +23,7 @@ from edgecolbert_kernels.backends.packed import score_packed
 from screening import (
     _C,
     INF,
+    MOST_DIMENSIONS,
     NAN,
     SHORTEST,
     bits,
@@ -31,6 +32,7 @@ from screening import (
     check_winners,
     on_screening_isas,  # noqa: F401 (for every test here)
     outputs,
+    screened_documents,
     values,
     with_gradients,
 )
@@ -53,11 +55,12 @@ def test_screens_what_it_should(screened_isa):
         tried, done = (after - before for after, before in zip(_C.screened(), (tried, done), strict=True))
         return done / len(D), tried / len(D)
 
-    for dim in (16, 48, 64, 96, 128, 768):
+    for dim in (16, 48, 64, 96, 128, 256, 768):
+        wanted = (1, 1) if dim <= MOST_DIMENSIONS[screened_isa] else (0, 0)
         for num_queries in (1, 3):
             Q = embeddings(num_queries, 32, dim)
-            assert share(Q, embeddings(50, 300, dim, seed=1)) == (1, 1)
-            assert share(Q, embeddings(50, 300, dim, seed=1, dtype=torch.float16)) == (1, 1)
+            assert share(Q, embeddings(50, 300, dim, seed=1)) == wanted
+            assert share(Q, embeddings(50, 300, dim, seed=1, dtype=torch.float16)) == wanted
     Q, D = embeddings(1, 32, 48), embeddings(50, 300, 48, seed=1)
     shortest = SHORTEST[screened_isa]
     assert share(Q, D[:, : shortest - 1]) == (0, 0)
@@ -459,6 +462,30 @@ def test_one_hot(dim):
         similarity = torch.einsum("qid,kjd->qkij", Q.double(), D.double())
         assert torch.equal(winners.long(), torch.from_numpy(similarity.numpy().argmax(3)))
         assert torch.equal(scores.double(), similarity.amax(3).sum(2))
+
+
+@pytest.mark.parametrize("query_length", [7, 32])
+@pytest.mark.parametrize("dim", [2, 3, 4, 7, 48, 50, 64, 127, 128, 255, 256])
+def test_long_tokens(dim, query_length):
+    """Values that are all as large as the largest, in every dimension or in half of them, and tokens that are parallel to
+    query tokens: where sums are of 16 bits, no other tokens bring as much to them."""
+    random = np.random.default_rng(dim)
+    pair = np.arange(dim) // 2 % 2
+    for part in (pair == 0, pair == 1, pair >= 0):
+        if not part.any():
+            continue
+        D = random.choice([-1.0, 1.0], (12, 300, dim)) * part
+        D[3:] *= random.uniform(0.9, 1, (9, 300, dim))
+        D[6:] *= 2.0 ** random.integers(-3, 4, (6, 1, 1))
+        tokens = D[random.integers(0, 12, query_length), random.integers(0, 300, query_length)]
+        Q = tokens * random.choice([-1, 1], (query_length, 1)) * 2.0 ** -random.integers(0, 4, (query_length, 1))
+        Q[1] *= random.uniform(0, 1, dim)
+        Q, D = torch.from_numpy(Q[None]).float(), torch.from_numpy(D).float()
+        (_, winners, _), tried, done = screened_documents(lambda: outputs(Q, D))  # noqa: B023 (called at once)
+        check_winners(Q, D, winners.reshape(1, 12, -1))
+        check(Q, D)
+        if part.sum() >= 48:
+            assert done >= tried // 2 > 0
 
 
 def steps_of_blocks(count):

@@ -14,23 +14,21 @@ from hypothesis import strategies as st
 import edgecolbert_kernels as ek
 import oracle
 from cases import STORAGES, embeddings, holes, packed, padded, ragged, storage_name
-from conftest import ISAS
 from edgecolbert_kernels import PackedEmbeddings
 from screening import (
     _C,
     INF,
+    MOST_DIMENSIONS,
     NAN,
     NONE,
+    SHORTEST,
     bits,
     screening,
     values,
     with_gradients,
 )
 
-ISA = "avx512vnni"
-
-
-@pytest.fixture(autouse=True, params=[ISA] if ISA in ISAS else [NONE])
+@pytest.fixture(autouse=True, params=[isa for isa in SHORTEST if isa.startswith("avx512")] or [NONE])
 def screened_isa(request):
     with screening(request.param):
         yield
@@ -71,7 +69,7 @@ def test_fast(dim, dtype):
         fast = ek.maxsim(queries, documents, precision="fast")
         exact = ek.maxsim(queries, documents)
         unscreened = fixed_point(lambda: ek.maxsim(queries, documents, precision="fast"))  # noqa: B023 (called at once)
-        check_fast(fast, exact, unscreened, LONG if dim <= 2048 else LONG & False)
+        check_fast(fast, exact, unscreened, LONG if dim <= MOST_DIMENSIONS[_C.get_isa()] else LONG & False)
         if dim <= 128:  # more do not fit fixed point in every storage
             assert not torch.equal(fast[:, ~LONG], exact[:, ~LONG])
             assert not torch.equal(unscreened[:, LONG], exact[:, LONG])
@@ -84,7 +82,7 @@ def test_fast_as_without_a_screen():
     """Fixed point is that of an instruction set that does not screen."""
     Q, D = ragged((32, 5), 48, seed=1), ragged(FAST_LENGTHS, 48, seed=2)
     fast, unscreened = ek.maxsim(Q, D, precision="fast"), fixed_point(lambda: ek.maxsim(Q, D, precision="fast"))
-    _C.set_isa("avx512")
+    _C.set_isa("avx2")
     wanted = ek.maxsim(Q, D, precision="fast")
     assert torch.equal(unscreened, wanted)
     assert torch.equal(fast[:, ~LONG], wanted[:, ~LONG])
@@ -283,6 +281,8 @@ def test_fast_anything(call):
         options = {"normalize": normalize, "precision": "fast"}
         fast, unscreened = ek.maxsim(list(Q), D, **options), fixed_point(lambda: ek.maxsim(list(Q), D, **options))
         exact = ek.maxsim(list(Q), D, normalize=normalize)
-        check_fast(fast, exact, unscreened, torch.tensor([len(d) >= SHORTEST_FAST for d in D]))
+        screened = Q.shape[-1] <= MOST_DIMENSIONS[_C.get_isa()]
+        long = torch.tensor([screened and len(d) >= SHORTEST_FAST for d in D])
+        check_fast(fast, exact, unscreened, long)
         for j, d in enumerate(D):
             np.testing.assert_array_equal(bits(ek.maxsim(Q, d[None], **options)[:, 0]), bits(fast[:, j]))

@@ -79,7 +79,8 @@ class PackedQueries {
     if (integer == Integer::i16) words_i16_.reserve(registers() * width_ * ((call.queries.dim + 1) / 2));
     const bool screen = screens(kernels, call, integer);
     if (integer == Integer::i8 || screen) {
-      words_i8_.reserve(registers() * width_ * int8_words(kernels, call.queries.dim));
+      words_of_token_i8_ = words_of(call.queries.dim, screen ? kScreenDimsOfWord : kernels.int8_dims_of_word);
+      words_i8_.reserve(registers() * width_ * words_of_token_i8_);
       biases_.reset(new Buffer<int32_t>(registers() * width_));
       scales_.reset(new Buffer<float>(registers() * width_));
     }
@@ -124,13 +125,11 @@ class PackedQueries {
 
   static bool screens(const Kernels& kernels, const ForwardCall& call, Integer integer) {
     const int64_t shortest = integer == Integer::i16 ? kernels.shortest_screened_fast : kernels.shortest_screened;
-    return call.screen && integer != Integer::i8 && call.queries.dim <= kScreenedDimensions &&
+    return call.screen && integer != Integer::i8 && call.queries.dim <= kernels.screened_dimensions &&
            longest_document(call) >= shortest;
   }
 
-  static int64_t int8_words(const Kernels& kernels, int64_t dim) {
-    return round_up(dim, kernels.int8_dims_of_word) / kernels.int8_dims_of_word;
-  }
+  static int64_t words_of(int64_t dim, int64_t dims_of_word) { return round_up(dim, dims_of_word) / dims_of_word; }
 
   static std::vector<char> admit(const Kernels& kernels, const ForwardCall& call, Integer integer) {
     const Sequences& queries = call.queries;
@@ -219,7 +218,7 @@ class PackedQueries {
       QueryGroup& group = groups_[size_t(g)].registers;
       const int64_t first_register = groups_[size_t(g)].first_register;
       const Integer used = groups_[size_t(g)].integers ? integer : Integer::none;
-      const int64_t words = (dim + 1) / 2, words_i8 = words_i8_.data() ? int8_words(kernels, dim) : 0;
+      const int64_t words = (dim + 1) / 2, words_i8 = words_of_token_i8_;
       group.words_f32 = words_f32_.data() + first_register * width_ * dim;
       if (used == Integer::i16) group.words_i16 = words_i16_.data() + first_register * width_ * words;
       if (margins_) {
@@ -276,6 +275,7 @@ class PackedQueries {
   std::vector<int64_t> first_lane_, kept_, group_of_;  // of every query
   std::vector<int64_t> order_;                         // queries as the groups hold them
   Words words_f32_, words_i16_, words_i8_;
+  int64_t words_of_token_i8_ = 0;
   std::unique_ptr<Buffer<int32_t>> biases_;
   std::unique_ptr<Buffer<float>> scales_, margins_, token_rows_;
 };
@@ -323,7 +323,7 @@ class Scorer {
   void prepare_screens() {
     const int64_t tokens = block_tokens_ + kernels_.tile_tokens, width = kernels_.width;
     const int64_t narrowed =
-        tokens * round_up(call_.documents.dim, kernels_.int8_dims_of_word * width) / kernels_.int8_dims_of_word;
+        tokens * round_up(call_.documents.dim, kScreenDimsOfWord * width) / kScreenDimsOfWord;
     const int64_t lanes = kernels_.panel_registers * width, scores = tokens * lanes / 2;
     const int64_t hits = block_tokens_, pairs = (block_tokens_ + 2) * lanes, rows = 2 * width * row_;
     const int64_t stride = round_up(narrowed + scores + hits + 2 * pairs + rows, 16);

@@ -22,6 +22,9 @@ struct DotI8 {
   static constexpr int32_t kDocumentBias = Int8::document_bias;
   static constexpr uint32_t kElementBits = dims_of_word == 4 ? 0xff : 0xffff;
 
+  // What sums are too large by, from the sums of a query's integers in either half of the k-words.
+  static int32_t bias(int32_t first, int32_t second) { return kDocumentBias * (first + second); }
+
   static const uint32_t* words(const QueryGroup& group) { return group.words_i8; }
 
   static V zero() { return Simd::zero_integer(); }

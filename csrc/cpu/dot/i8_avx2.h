@@ -4,10 +4,6 @@
 
 namespace {
 
-#ifdef __AVXVNNI__
-#define EDGECOLBERT_SCREENS
-#endif
-
 struct Int8 {
 #ifdef __AVXVNNI__
   static constexpr int dims_of_word = 4;
@@ -18,39 +14,7 @@ struct Int8 {
   }
   // dims_of_word * width bytes of a document token become k-words.
   static __m256i to_words(const I8* p) { return add_bias(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-
-  // Four registers of int32 as bytes in the same order.
-  static __m256i to_bytes(__m256i a, __m256i b, __m256i c, __m256i d) {
-    return in_order(_mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d)));
-  }
-  // Of two, and zeros.
-  static __m256i to_bytes(__m256i a, __m256i b) {
-    return in_order(_mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_setzero_si256()));
-  }
-  // Squares of int8 summed in pairs, unsigned 16-bit. With a -128, which only stands for a value that was cut off, a
-  // sum is at least 2^15.
-  static __m256i pair_squares(__m256i bytes) {
-    const __m256i magnitudes = _mm256_abs_epi8(bytes);
-    return _mm256_maddubs_epi16(magnitudes, magnitudes);
-  }
-  static __m256i maximum_pairs(__m256i a, __m256i b) { return _mm256_max_epu16(a, b); }
-  static uint32_t largest_pair(__m256i x) {
-    return Simd::largest_unsigned(
-        _mm256_max_epu32(_mm256_srli_epi32(x, 16), _mm256_and_si256(x, _mm256_set1_epi32(0xffff))));
-  }
-  static float sum_of_pairs(__m256i x) {
-    const __m256i both = _mm256_add_epi32(_mm256_srli_epi32(x, 16), _mm256_and_si256(x, _mm256_set1_epi32(0xffff)));
-    return Simd::sum(Simd::to_float(both));
-  }
-  // Two sums of pairs a lane.
-  static __m256i add_pairs(__m256i sum, __m256i pairs) {
-    __asm__(EDGECOLBERT_VEX "vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(pairs), "x"(_mm256_set1_epi16(1)));
-    return sum;
-  }
   static __m256i add_bias(__m256i x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }
-  static __m256i in_order(__m256i bytes) {
-    return _mm256_permutevar8x32_epi32(bytes, _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0));
-  }
 #else
   static constexpr int dims_of_word = 2;
   static constexpr int32_t document_bias = 0;
@@ -73,113 +37,6 @@ struct Int8 {
     return to_words(copy);
   }
 };
-
-#ifdef EDGECOLBERT_SCREENS
-// Measured on text. Fewer document tokens leave too large a share of them to be scored twice; int16 is quicker for all.
-constexpr int64_t kShortestScreened = 64, kShortestScreenedFast = kNever;
-
-// For each 8-bit mask the numbers of its bits, ascending, a byte each.
-struct BitNumbers {
-  uint64_t of[256] = {};
-  constexpr BitNumbers() {
-    for (int mask = 0; mask < 256; ++mask) {
-      int count = 0;
-      for (int bit = 0; bit < 8; ++bit) {
-        if (mask >> bit & 1) of[mask] |= uint64_t(bit) << (8 * count++);
-      }
-    }
-  }
-};
-alignas(64) constexpr BitNumbers kBitNumbers;
-
-// Scores of a token as int16: two registers of sums become one, each 128 bits of it four of either.
-struct Scores {
-  static constexpr int lanes = 16, kTags = 7;
-  static constexpr int kLaneOf[lanes] = {0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15};
-  using V = __m256i;
-  static V pack(__m256i a, __m256i b, int shift) {
-    const __m128i count = _mm_cvtsi32_si128(shift);
-    return _mm256_packs_epi32(_mm256_sra_epi32(a, count), _mm256_sra_epi32(b, count));
-  }
-  // Every token with each lane that its bits name, token << 8 | lane. 8 tokens at a time give up their lowest bits, so
-  // the tokens of a lane are in no order. Returns how many there are; 8 more may be written.
-  static int64_t list_pairs(const uint32_t* bits, int64_t tokens, uint32_t* pairs) {
-    const uint32_t* const first = pairs;
-    const __m256i step = _mm256_set1_epi32(8 << 8);
-    // The lane of each bit but the others, which are none.
-    const __m256i lane_of =
-        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15));
-    __m256i token = _mm256_slli_epi32(_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), 8);
-    for (int64_t t = 0; t < tokens; t += 8) {
-      __m256i x = tokens - t < 8 ? load_first(bits + t, tokens - t) : load_words(bits + t);
-      for (int none = zeros(x); none != 0xff; none = zeros(x)) {
-        const int any = ~none & 0xff;
-        const __m256i rest = _mm256_and_si256(x, _mm256_sub_epi32(x, _mm256_set1_epi32(1)));
-        // The exponent of the lowest bit is its number, twice that of the lane.
-        const __m256i exponent = _mm256_castps_si256(_mm256_cvtepi32_ps(_mm256_xor_si256(x, rest)));
-        const __m256i place = _mm256_srli_epi32(_mm256_sub_epi32(exponent, _mm256_set1_epi32(127 << 23)), 24);
-        const __m256i lane = _mm256_shuffle_epi8(lane_of, _mm256_or_si256(place, _mm256_set1_epi32(int(0x80808000))));
-        store_some(pairs, _mm256_or_si256(token, lane), any);
-        pairs += __builtin_popcount(unsigned(any));
-        x = rest;
-      }
-      token = _mm256_add_epi32(token, step);
-    }
-    return pairs - first;
-  }
-  // Those of `count` pairs whose value reaches their lane's limit move to the front, with it; returns how many they
-  // are.
-  static int64_t keep_pairs(uint32_t* pairs, int64_t count, float* values, __m256 limit, __m256 upper_limit) {
-    uint32_t* kept = pairs;
-    for (int64_t p = 0; p < count; p += 8) {
-      const __m256i pair = load_words(pairs + p);
-      const __m256 least = _mm256_blendv_ps(_mm256_permutevar8x32_ps(limit, pair),  // looks at three bits of the lane
-                                            _mm256_permutevar8x32_ps(upper_limit, pair),
-                                            _mm256_castsi256_ps(_mm256_slli_epi32(pair, 28)));
-      const __m256 value = _mm256_loadu_ps(values + p);
-      int reaches = _mm256_movemask_ps(_mm256_cmp_ps(value, least, _CMP_GE_OQ));
-      if (count - p < 8) reaches &= (1 << (count - p)) - 1;
-      store_some(reinterpret_cast<uint32_t*>(values) + (kept - pairs), _mm256_castps_si256(value), reaches);
-      store_some(kept, pair, reaches);
-      kept += __builtin_popcount(unsigned(reaches));
-    }
-    return kept - pairs;
-  }
-  static V load(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const V*>(p)); }
-  static void store(int16_t* p, V x) { _mm256_storeu_si256(reinterpret_cast<V*>(p), x); }
-  static V zero() { return _mm256_setzero_si256(); }
-  static V lowest() { return _mm256_set1_epi16(INT16_MIN); }
-  static V broadcast(int16_t x) { return _mm256_set1_epi16(x); }
-  static V maximum(V a, V b) { return _mm256_max_epi16(a, b); }
-  static V where_greater(V a, V b, V yes, V no) { return _mm256_blendv_epi8(no, yes, _mm256_cmpgt_epi16(a, b)); }
-  // The lowest bits hold which token of a tile it is.
-  static V tagged(V x, int tag) {
-    return _mm256_or_si256(_mm256_andnot_si256(_mm256_set1_epi16(kTags), x), _mm256_set1_epi16(int16_t(tag)));
-  }
-  static int tag_of(int16_t score) { return score & kTags; }
-  static constexpr uint32_t kFirstRegister = 0x00550055;  // bits of its lanes
-  static uint32_t bit_of(int i) { return 1u << 2 * i; }
-  // Bit 2 i: a[i] >= b[i].
-  static uint32_t at_least(V a, V b) { return ~uint32_t(_mm256_movemask_epi8(_mm256_cmpgt_epi16(b, a))) & 0x55555555u; }
-
- private:
-  static __m256i load_words(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  static __m256i load_first(const uint32_t* p, int64_t n) {
-    uint32_t copy[8] = {};
-    memcpy(copy, p, 4 * size_t(n));
-    return load_words(copy);
-  }
-  static int zeros(__m256i x) {
-    return _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(x, _mm256_setzero_si256())));
-  }
-  // The lanes of `mask` come first.
-  static void store_some(uint32_t* out, __m256i x, int mask) {
-    const __m128i numbers = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kBitNumbers.of + mask));
-    const __m256i some = _mm256_permutevar8x32_epi32(x, _mm256_cvtepu8_epi32(numbers));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), some);
-  }
-};
-#endif
 
 }  // namespace
 

@@ -15,6 +15,7 @@ constexpr int kStepsOfRound = 2;
 #include "../dot/f32.h"
 #include "../dot/i16_avx2.h"
 #include "../dot/i8_avx2.h"
+#include "../dot/screen_avx2.h"
 #include "../kernels/table_inl.h"
 
 namespace edgecolbert {

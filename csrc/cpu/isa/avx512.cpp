@@ -14,6 +14,7 @@ constexpr int kStepsOfRound = 1;
 #include "../dot/f32.h"
 #include "../dot/i16_avx512.h"
 #include "../dot/i8_avx512.h"
+#include "../dot/screen_avx512.h"
 #include "../kernels/table_inl.h"
 
 namespace edgecolbert {

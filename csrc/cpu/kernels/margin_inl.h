@@ -70,7 +70,25 @@ inline bool set_margin(const PackJob& job, const float* row, const Extent& exten
   job.margins[kOfSum * Simd::width + lane] = 1.01f * (gamma + 0x1p-22f) * norm;  // the limit is rounded as well
   return true;
 }
+
+// The value that becomes 127: the largest, or more where a half of the dimensions would be too long.
+inline float screened_limit(const float* row, int dim, const Extent& extent) {
+  const float largest = bits_to_float(extent.largest);
+  if constexpr (ScreenInt::sums_halves) {
+    float squares[2] = {0.0f, 0.0f};
+    for (int k = 0; k < dim; ++k) squares[k / 2 % 2] += row[k] * row[k];
+    const float longest = 1.0001f * __builtin_sqrtf(squares[0] > squares[1] ? squares[0] : squares[1]);
+    const float rounded = kHalfStep * __builtin_sqrtf(0.5f * float(dim + 3));  // what rounding can add
+    const float limit = 127.0f * longest / (DotScreen::kLongestHalf - rounded);
+    return limit > largest ? limit : largest;
+  }
+  return largest;
+}
 #else
+#ifndef EDGECOLBERT_NO_INT8
+using DotScreen = DotI8;
+#endif
+inline float screened_limit(const float*, int, const Extent&) { return 0.0f; }
 inline void clear_margin(const PackJob&, int) {}
 inline bool set_margin(const PackJob&, const float*, const Extent&, const I8*, float, int) { return false; }
 #endif

@@ -11,8 +11,8 @@
 namespace {
 
 // A value of the guessed size becomes so many steps; more than kMostSteps could be cut off.
-constexpr float kGuessedSteps = 120.0f;
-constexpr float kMostSteps = 126.9f, kFewestSteps = 16.0f;
+constexpr float kGuessedSteps = float(DotScreen::kDocumentBias) * 15 / 16;
+constexpr float kMostSteps = float(DotScreen::kDocumentBias) - 1.1f, kFewestSteps = float(DotScreen::kDocumentBias) / 8;
 
 // What is known of a block's integers v, which stand for v / steps.
 struct Narrowed {
@@ -21,10 +21,18 @@ struct Narrowed {
   bool measured;     // rest was: else it is half a step a dimension
   float steps;
 
-  // None was cut off, and they are not too coarse.
-  bool fits() const { return largest >= kFewestSteps && largest <= kMostSteps; }
+  // None was cut off, no token is too long, and they are not too coarse.
+  bool fits() const {
+    const bool fine = largest >= kFewestSteps || norm >= DotScreen::kLongestDocument / 8;
+    return fine && largest <= kMostSteps && norm <= DotScreen::kLongestDocument;
+  }
   // A bound of |x|, and not much more, unless values were cut off.
   float largest_value() const { return (largest + 0.5f) / steps; }
+  // The guess that fits these tokens.
+  float best_guess() const {
+    const float by_norm = 1.02f * norm / DotScreen::kLongestDocument * kGuessedSteps / steps;
+    return by_norm > largest_value() ? by_norm : largest_value();
+  }
 };
 
 template <bool first>
@@ -42,6 +50,45 @@ struct Choose<false> {
 constexpr bool has_few(Constant<48>) { return 4 * Simd::width >= 48; }
 constexpr bool has_few(int) { return false; }
 
+// Address of the last row of `dim` elements in the documents' memory.
+template <class Element>
+inline intptr_t end_of_rows(const Tokens& tokens, int dim) {
+  return intptr_t(tokens.memory_end) - int64_t(dim) * int64_t(sizeof(Element));
+}
+
+// On the side of a tile asks for the document that lies behind: tokens that are narrowed at once would wait for it.
+template <class Element>
+class Ahead {
+ public:
+  static constexpr int kTokensOfStep = 1;
+
+  // Of `tokens` rows from `row` on.
+  Ahead(const ScoreJob& job, const char* row, int64_t tokens)
+      : bytes_(job.dim * int(sizeof(Element))),
+        stride_(job.document.token_stride),
+        row_(row + tokens * stride_),
+        left_((end_of_rows<Element>(job.document, job.dim) - intptr_t(row_)) / (stride_ > 0 ? stride_ : 1)) {
+    if (stride_ <= 0) left_ = 0;
+    if (left_ > tokens) left_ = tokens;
+  }
+
+  [[gnu::always_inline]] Ahead& begin() { return *this; }
+  [[gnu::always_inline]] void end(const Ahead&) {}
+  [[gnu::always_inline]] void step() {
+    if (left_ <= 0) return;
+    --left_;
+    for (int byte = 0; byte < bytes_; byte += 64) __builtin_prefetch(row_ + byte, 0, 2);
+    row_ += stride_;
+  }
+  void finish() {}
+
+ private:
+  const int bytes_;
+  const int64_t stride_;
+  const char* row_;
+  int64_t left_;
+};
+
 // Rounds tokens of a document, at once or on the side of a tile. `exact`: measures what rounding lost, which else is
 // bounded by half a step a dimension. That takes twice as long, and pays off when many panels of queries meet the
 // tokens.
@@ -50,11 +97,12 @@ class Narrower {
  public:
   static constexpr int kTokensOfStep = 1;
 
-  Narrower(const ScoreJob& job, Widener<DotF32, Element>& widener, Dim dim, float largest)
+  // `prefetch`: asks for the tokens behind those that it rounds.
+  Narrower(const ScoreJob& job, Widener<DotF32, Element>& widener, Dim dim, float largest, bool prefetch)
       : tokens_(job.document),
         dim_(dim),
-        stride_(widened_stride<DotI8>(dim)),
-        prefetch_end_(intptr_t(job.document.memory_end) - kPrefetchBytes - int64_t(dim) * int64_t(sizeof(Element))),
+        stride_(widened_stride<DotScreen>(dim)),
+        prefetch_end_(prefetch ? end_of_rows<Element>(job.document, dim) - kPrefetchBytes : 0),
         widener_(widener),
         rolls_(widener.feedable() && !job.document.kept),
         steps_(kGuessedSteps / largest) {}
@@ -73,13 +121,19 @@ class Narrower {
     Simd::I pairs;  // squares of neighbours, 16 bits each
   };
   struct Squares : Pairs {
-    Simd::I squares;  // of four neighbours in each register of a token
+    Simd::I squares;  // of ScreenInt::tokens_of_sum tokens
   };
   struct Sums : Pairs {
     Simd::F norms, rests;  // four lanes a token
   };
   static constexpr bool kSquares = !exact && !has_few(Dim());
   using Seen = typename Choose<exact>::template Type<Sums, typename Choose<kSquares>::template Type<Squares, Pairs>>;
+
+  // Of one token: sums of four neighbours in each of its registers, and squares of what rounding lost.
+  struct Told {
+    Simd::I squares;
+    Simd::F lost;
+  };
 
   // What a tile copies, so that the compiler can keep it in registers.
   class Cursor {
@@ -95,17 +149,24 @@ class Narrower {
           seen_(of.seen_) {}
 
     [[gnu::always_inline]] void step() {
-      if (left_ == 0) return;
-      --left_;
-      const char* const ahead = intptr_t(row_) < prefetch_end_ ? row_ + kPrefetchBytes : row_;
-      for (int byte = 0; byte < dim_ * int(sizeof(Element)); byte += 64) __builtin_prefetch(ahead + byte);
-      round(reinterpret_cast<const Element*>(row_), dim_, scale_, out_, seen_);
-      row_ += row_stride_;
-      out_ += widened_stride<DotI8>(dim_);
+      if (left_ > 0) see(next(), seen_);
     }
 
    private:
     friend Narrower;
+
+    [[gnu::always_inline]] Told next() {
+      --left_;
+      if (intptr_t(row_) < prefetch_end_) {
+        for (int byte = 0; byte < dim_ * int(sizeof(Element)); byte += 64)
+          __builtin_prefetch(row_ + kPrefetchBytes + byte);
+      }
+      const Told told = round(reinterpret_cast<const Element*>(row_), dim_, scale_, out_, seen_);
+      row_ += row_stride_;
+      out_ += widened_stride<DotScreen>(dim_);
+      return told;
+    }
+
     const Dim dim_;
     const Simd::F scale_;
     const char* row_;
@@ -127,13 +188,20 @@ class Narrower {
     if (next_ >= end_) return;
     if (rolls_) {
       Cursor cursor = begin();
+      if constexpr (kSquares) {
+        while (cursor.left_ >= ScreenInt::tokens_of_sum) {
+          Simd::I squares[ScreenInt::tokens_of_sum];
+          for (Simd::I& of_token : squares) of_token = cursor.next().squares;
+          cursor.seen_.squares = Simd::maximum(cursor.seen_.squares, ScreenInt::sum_squares(squares));
+        }
+      }
       while (cursor.left_ > 0) cursor.step();
       end(cursor);
       return;
     }
     const Simd::F scale = Simd::broadcast(steps_);
     widener_.for_each_row(next_, end_, [&](const auto* row) {
-      round(row, dim_, scale, out_, seen_);
+      see(round(row, dim_, scale, out_, seen_), seen_);
       out_ += stride_;
     });
     next_ = end_;
@@ -141,16 +209,16 @@ class Narrower {
 
   Narrowed result() const {
     Narrowed result;
-    result.largest = __builtin_sqrtf(float(Int8::largest_pair(seen_.pairs)));
+    result.largest = __builtin_sqrtf(float(ScreenInt::largest_pair(seen_.pairs)));
     result.steps = steps_;
     const float root = __builtin_sqrtf(float(dim_));
     result.measured = exact;
     if constexpr (exact) {
       result.norm = Simd::sum(seen_.norms);
     } else if constexpr (kSquares) {
-      result.norm = Simd::sum(Simd::to_float(seen_.squares));
+      result.norm = ScreenInt::largest_sum(seen_.squares);
     } else {
-      result.norm = Int8::sum_of_pairs(seen_.pairs);
+      result.norm = ScreenInt::sum_of_pairs(seen_.pairs);
     }
     result.norm = 1.0001f * __builtin_sqrtf(result.norm);
     if constexpr (exact) {
@@ -165,7 +233,7 @@ class Narrower {
   static constexpr int64_t kPrefetchBytes = 8192;
 
   template <class Row>
-  [[gnu::always_inline]] static void round(const Row* row, Dim dim, Simd::F scale, uint32_t* out, Seen& seen) {
+  [[gnu::always_inline]] static Told round(const Row* row, Dim dim, Simd::F scale, uint32_t* out, Seen& seen) {
     constexpr int w = Simd::width;
     Simd::I squares = Simd::zero_integer();
     Simd::F lost = Simd::zero();
@@ -184,17 +252,22 @@ class Narrower {
           lost = Simd::multiply_add(rest, rest, lost);
         }
       }
-      const Simd::I bytes = left <= 2 * w ? Int8::to_bytes(x[0], x[1]) : Int8::to_bytes(x[0], x[1], x[2], x[3]);
-      const Simd::I pairs = Int8::pair_squares(bytes);
-      seen.pairs = Int8::maximum_pairs(seen.pairs, pairs);
-      if constexpr (exact || kSquares) squares = Int8::add_pairs(squares, pairs);
-      Simd::store(reinterpret_cast<int32_t*>(out), Int8::add_bias(bytes));
+      const Simd::I bytes = left <= 2 * w ? ScreenInt::to_bytes(x[0], x[1]) : ScreenInt::to_bytes(x[0], x[1], x[2], x[3]);
+      const Simd::I pairs = ScreenInt::pair_squares(bytes);
+      seen.pairs = ScreenInt::maximum_pairs(seen.pairs, pairs);
+      if constexpr (exact || kSquares) squares = ScreenInt::add_pairs(squares, pairs);
+      Simd::store(reinterpret_cast<int32_t*>(out), ScreenInt::add_bias(bytes));
     }
+    return {squares, lost};
+  }
+
+  [[gnu::always_inline]] static void see(const Told& told, Seen& seen) {
     if constexpr (exact) {
-      seen.norms = Simd::maximum(seen.norms, Simd::fold(Simd::to_float(squares)));
-      seen.rests = Simd::maximum(seen.rests, Simd::fold(lost));
+      seen.norms = Simd::maximum(seen.norms, Simd::fold(Simd::to_float(told.squares)));
+      seen.rests = Simd::maximum(seen.rests, Simd::fold(told.lost));
     } else if constexpr (kSquares) {
-      seen.squares = Simd::maximum(seen.squares, squares);
+      const Simd::I squares[ScreenInt::tokens_of_sum] = {told.squares};  // and zeros
+      seen.squares = Simd::maximum(seen.squares, ScreenInt::sum_squares(squares));
     }
   }
 

@@ -59,32 +59,33 @@ inline void pack_fixed_point(const PackJob& job, const float* row, int lane) {
 #endif
 
 #ifndef EDGECOLBERT_NO_INT8
-// A query token is `scale` times integers in [-127, 127].
-inline float round_to_int8(const float* row, int dim, float largest, I8* integers) {
-  const Simd::F inverse = Simd::broadcast(largest > 0.0f ? 127.0f / largest : 0.0f);
+// A query token is the scale that is returned times integers. They are in [-127, 127], a value of `limit` being 127.
+inline float round_to_int8(const float* row, int dim, float limit, I8* integers) {
+  const Simd::F inverse = Simd::broadcast(limit > 0.0f ? 127.0f / limit : 0.0f);
   for_each_register(row, dim, [&](int k, Simd::F x) { Simd::store(integers + k, Simd::multiply(x, inverse)); });
-  return largest / 127.0f;
+  return limit / 127.0f;
 }
 
+template <class Dot>
 inline void pack_int8(const PackJob& job, const I8* integers, float scale, int lane) {
-  constexpr int dims = DotI8::dims_of_word;
-  int32_t sum_i32 = 0;
+  constexpr int dims = Dot::dims_of_word;
+  int32_t sums_i32[2] = {0, 0};  // of the halves of every k-word
   for (int k = 0; k < job.dim; k += dims) {
     uint32_t word = 0;
     for (int i = 0; i < dims && k + i < job.dim; ++i) {
       const int32_t value = integers[k + i].value;
-      sum_i32 += value;
-      word |= (uint32_t(value) & DotI8::kElementBits) << (32 / dims * i);
+      sums_i32[2 * i / dims] += value;
+      word |= (uint32_t(value) & Dot::kElementBits) << (32 / dims * i);
     }
     job.words_i8[k / dims * job.word_stride + lane] = word;
   }
-  job.biases[lane] = DotI8::kDocumentBias * sum_i32;
+  job.biases[lane] = Dot::bias(sums_i32[0], sums_i32[1]);
   job.scales[lane] = scale;
 }
 
+template <class Dot>
 inline void clear_int8(const PackJob& job, int lane) {
-  for (int k = 0; k < job.dim; k += DotI8::dims_of_word)
-    job.words_i8[k / DotI8::dims_of_word * job.word_stride + lane] = 0;
+  for (int k = 0; k < job.dim; k += Dot::dims_of_word) job.words_i8[k / Dot::dims_of_word * job.word_stride + lane] = 0;
   job.biases[lane] = 0;
   job.scales[lane] = 0.0f;
 }
@@ -103,8 +104,12 @@ void pack_register(PackJob& job) {
         for (int k = 0; k < dim; k += 2) job.words_i16[k / 2 * job.word_stride + lane] = 0;
       }
 #ifndef EDGECOLBERT_NO_INT8
-      if (job.words_i8) clear_int8(job, lane);
-      if (job.margins) clear_margin(job, lane);
+      if (job.margins) {
+        clear_int8<DotScreen>(job, lane);
+        clear_margin(job, lane);
+      } else if (job.words_i8) {
+        clear_int8<DotI8>(job, lane);
+      }
 #endif
       continue;
     }
@@ -123,9 +128,13 @@ void pack_register(PackJob& job) {
     if (job.words_i8) {
       const Extent extent(row_f32, dim);
       I8* const integers = reinterpret_cast<I8*>(row_f32 + round_up(dim, Simd::width));
-      const float scale = round_to_int8(row_f32, dim, bits_to_float(extent.largest), integers);
-      if (job.margins) job.screened &= set_margin(job, row_f32, extent, integers, scale, lane);
-      pack_int8(job, integers, scale, lane);
+      if (job.margins) {
+        const float scale = round_to_int8(row_f32, dim, screened_limit(row_f32, dim, extent), integers);
+        job.screened &= set_margin(job, row_f32, extent, integers, scale, lane);
+        pack_int8<DotScreen>(job, integers, scale, lane);
+      } else {
+        pack_int8<DotI8>(job, integers, round_to_int8(row_f32, dim, bits_to_float(extent.largest), integers), lane);
+      }
     }
 #endif
   }

@@ -16,6 +16,7 @@ namespace {
 // By how many bits sums become int16. They are below 127 * 128 * dim, which takes one bit more, but few come near that.
 // Those that do are cut off, and tokens at that limit are left if any of them is.
 constexpr int shift_of(int dim) {
+  if (ScreenInt::sums_halves) return 0;
   const int bits = 32 - __builtin_clz(127u * 128u * unsigned(dim) - 1);
   return bits > 16 ? bits - 16 : 0;
 }
@@ -37,25 +38,23 @@ struct Highest {
 template <int T, int R, class Dim, class Feed>
 [[gnu::noinline]] void screen_tile(const uint32_t* document, int64_t row_stride, const uint32_t* query,
                                    const int32_t* biases, Dim dim, int16_t* scores, Highest& highest, Feed& feed) {
-  const int64_t words = (dim + DotI8::dims_of_word - 1) / DotI8::dims_of_word;
+  const int64_t words = (dim + DotScreen::dims_of_word - 1) / DotScreen::dims_of_word;
   const int shift = shift_of(dim);
   Simd::I sum[T][R];
   const uint32_t* rows[T / 3];
-  start_tile<DotI8>(sum, rows, document, row_stride);
-  if constexpr (DotI8::kDocumentBias != 0) {
+  start_tile<DotScreen>(sum, rows, document, row_stride);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      sum[0][r] = Simd::subtract(Simd::zero_integer(), Simd::load(biases + r * Simd::width));
+  for (int r = 0; r < R; ++r) {
+    sum[0][r] = ScreenInt::negative(Simd::load(biases + r * Simd::width));
 #pragma GCC unroll 16
-      for (int t = 1; t < T; ++t) sum[t][r] = sum[0][r];
-    }
+    for (int t = 1; t < T; ++t) sum[t][r] = sum[0][r];
   }
-  multiply_add_and_feed<DotI8>(sum, rows, row_stride, query, words, feed);
+  multiply_add_and_feed<DotScreen>(sum, rows, row_stride, query, words, feed);
   const typename Scores::V before = Scores::load(highest.scores);
   typename Scores::V top = before;
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) {
-    const typename Scores::V packed = Scores::tagged(Scores::pack(sum[t][0], sum[t][R - 1], shift), t);
+    const typename Scores::V packed = Scores::tagged(Scores::pack(ScreenInt::total(sum[t][0]), ScreenInt::total(sum[t][R - 1]), shift), t);
     Scores::store(scores + t * Scores::lanes, packed);
     top = Scores::maximum(top, packed);
   }
@@ -72,8 +71,9 @@ class ScreenedScore {
         group_(*job.group),
         screen_(*job.screen),
         length_(job.document.length),
-        narrow_stride_(widened_stride<DotI8>(job.dim)),
+        narrow_stride_(widened_stride<DotScreen>(job.dim)),
         widener_(job),
+        hits_(reinterpret_cast<Scores::Hits*>(job.screen->hits)),
         left_(kToken * length_ * group_.registers * Simd::width * 2 / 3) {}
 
   // False: too many tokens could win, or the values do not allow it; `best` and `index` are then undefined.
@@ -95,6 +95,7 @@ class ScreenedScore {
  private:
   static constexpr int T = kTileTokens;
   static constexpr int R = kPanelRegisters;
+  static constexpr bool kNarrowsOnTheSide = Simd::registers == 32;
   static constexpr int kMostAttempts = 8;
   static constexpr float kDecay = 1.0f - 1.0f / 512.0f;  // of the guess, a block
 
@@ -110,14 +111,14 @@ class ScreenedScore {
   bool score_block(int64_t first, int64_t tokens) {
     Narrowed narrowed{};
     Highest highest;  // of the first panel
-    bool scored = Simd::registers == 32 && screen_.largest > 0.0f && !many_panels();
+    bool scored = kNarrowsOnTheSide && screen_.largest > 0.0f && !many_panels();
     if (scored) {
       narrowed = group_.registers >= R ? narrow_and_score<R>(first, tokens, screen_.largest, highest)
                                        : narrow_and_score<1>(first, tokens, screen_.largest, highest);
     }
     float largest = screen_.largest > 0.0f ? screen_.largest : 1.0f, factor = 1.0f;
     for (int attempt = 0; !narrowed.fits(); ++attempt) {
-      if (scored || attempt > 0) largest = narrowed.largest_value();
+      if (scored || attempt > 0) largest = narrowed.best_guess();
       if (narrowed.largest > kMostSteps) {  // by a little at first; values that were cut off could be of any size
         largest *= factor;
         factor = 64.0f;
@@ -126,8 +127,8 @@ class ScreenedScore {
       scored = false;
       narrowed = narrow(first, tokens, largest);
     }
-    largest = narrowed.largest_value();
-    if (!(largest >= kSmallestScreened && largest <= kLargestScreened)) return false;
+    if (!(narrowed.largest_value() >= kSmallestScreened && narrowed.largest_value() <= kLargestScreened)) return false;
+    largest = narrowed.best_guess();
     screen_.largest = largest > screen_.largest * kDecay ? largest : screen_.largest * kDecay;
     repeat_last(tokens);
     for (int64_t r = 0; r < group_.registers;) {
@@ -151,7 +152,7 @@ class ScreenedScore {
   Narrowed narrow(int64_t first, int64_t tokens, float largest) {
     Narrowed result;
     with_dim(job_.dim, [&](auto dim) {
-      Narrower<Element, decltype(dim), exact> narrower(job_, widener_, dim, largest);
+      Narrower<Element, decltype(dim), exact> narrower(job_, widener_, dim, largest, kNarrowsOnTheSide);
       narrower.set(first, first + tokens, screen_.narrowed);
       narrower.finish();
       result = narrower.result();
@@ -172,7 +173,7 @@ class ScreenedScore {
     Narrowed result;
     const bool again = group_.registers > registers;  // others want the tokens as well
     with_dim(job_.dim, [&](auto dim) {
-      Narrower<Element, decltype(dim), false> narrower(job_, widener_, dim, largest);
+      Narrower<Element, decltype(dim), false> narrower(job_, widener_, dim, largest, true);
       highest.clear();
       const int64_t ready = tokens < T ? tokens : T;
       uint32_t *rows = screen_.narrowed, *other = rows + T * narrow_stride_;
@@ -201,7 +202,7 @@ class ScreenedScore {
 
   template <int registers, class Dim, class Feed>
   void tile(Dim dim, const uint32_t* rows, int64_t token, int64_t r, Highest& highest, Feed& feed) {
-    const int64_t words = (dim + DotI8::dims_of_word - 1) / DotI8::dims_of_word;
+    const int64_t words = (dim + DotScreen::dims_of_word - 1) / DotScreen::dims_of_word;
     highest.start = int16_t(token);
     screen_tile<T, registers>(rows, narrow_stride_, group_.words_i8 + r * words * Simd::width,
                               group_.biases + r * Simd::width, dim, screen_.scores + token * Scores::lanes, highest,
@@ -215,11 +216,17 @@ class ScreenedScore {
     if (!known) {
       highest.clear();
       with_dim(job_.dim, [&](auto dim) {
-        NoFeed nothing;
-        for (int64_t token = 0; token < tokens; token += T) {
-          const int64_t start = start_of(token, tokens);
-          tile<registers>(dim, screen_.narrowed + start * narrow_stride_, start, r, highest, nothing);
+        const auto all = [&](auto feed) {
+          for (int64_t token = 0; token < tokens; token += T) {
+            const int64_t start = start_of(token, tokens);
+            tile<registers>(dim, screen_.narrowed + start * narrow_stride_, start, r, highest, feed);
+          }
+        };
+        if constexpr (!kNarrowsOnTheSide) {
+          if (r == 0 && widener_.feedable() && !job_.document.kept && job_.document.memory_end)
+            return all(Ahead<Element>(job_, job_.document.data + first * job_.document.token_stride, tokens));
         }
+        all(NoFeed());
       });
       known = &highest;
     }
@@ -232,8 +239,8 @@ class ScreenedScore {
     left_ -= registers * Simd::width * cost_of_lane(job_.dim);
     scorer.template score_lanes<registers>(likely);
     find<registers>(tokens, threshold<registers>(r, narrowed));
-    for (int i = 0; i < Scores::lanes; ++i) screen_.hits[likely[i]] &= ~Scores::bit_of(i);
-    int64_t pairs = Scores::list_pairs(screen_.hits, tokens, screen_.pairs);
+    for (int i = 0; i < Scores::lanes; ++i) hits_[likely[i]] &= Scores::Hits(~(1u << i));
+    int64_t pairs = Scores::list_pairs(hits_, tokens, screen_.pairs);
     if (scorer.many(pairs)) {
       left_ -= pairs * cost_of_product(job_.dim);
       if (left_ < 0) return false;
@@ -269,9 +276,7 @@ class ScreenedScore {
   // The lanes of every token that reach the threshold.
   template <int registers>
   [[gnu::noinline]] void find(int64_t tokens, typename Scores::V threshold) {
-    const uint32_t wanted = registers == 1 ? Scores::kFirstRegister : ~0u;
-    for (int64_t t = 0; t < tokens; ++t)
-      screen_.hits[t] = Scores::at_least(Scores::load(screen_.scores + t * Scores::lanes), threshold) & wanted;
+    Scores::find(screen_.scores, tokens, threshold, registers == 1 ? Scores::kFirstRegister : Scores::kAll, hits_);
   }
 
   const ScoreJob& job_;
@@ -279,6 +284,7 @@ class ScreenedScore {
   Screen& screen_;
   const int64_t length_, narrow_stride_;
   Widener<DotF32, Element> widener_;
+  Scores::Hits* const hits_;
   int64_t left_;  // for pairs, of two thirds of the time of the fp32 tile: int8 takes a third
 };
 
@@ -291,6 +297,7 @@ namespace {
 
 #ifndef EDGECOLBERT_SCREENS
 constexpr int64_t kShortestScreened = kNever, kShortestScreenedFast = kNever;
+constexpr int kScreenedDimensions = 0;
 #endif
 
 // False: the tile of fp32 has to. Bits do not tell which of them did, so it may depend on the documents before.
