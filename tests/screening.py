@@ -19,9 +19,7 @@ from edgecolbert_kernels.backends import native
 _C = native.module()
 NAN, INF = float("nan"), float("inf")
 SHORTEST = {
-    isa: length
-    for isa, length in (("avx512vnni", 32), ("avx512", 32), ("avxvnni", 64), ("avx2", 80))
-    if isa in ISAS
+    isa: length for isa, length in (("avx512vnni", 32), ("avx512", 32), ("avxvnni", 64), ("avx2", 80)) if isa in ISAS
 }
 """Instruction sets that screen, and the document tokens from which on they do."""
 MOST_DIMENSIONS = {isa: 2048 if "vnni" in isa else 256 for isa in SHORTEST}

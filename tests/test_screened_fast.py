@@ -28,6 +28,7 @@ from screening import (
     with_gradients,
 )
 
+
 @pytest.fixture(autouse=True, params=[isa for isa in SHORTEST if isa.startswith("avx512")] or [NONE])
 def screened_isa(request):
     with screening(request.param):
