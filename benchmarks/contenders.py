@@ -57,11 +57,11 @@ def fused(queries, documents, mask=None, *, isa=None, **options):
 
 
 def unscreened(queries, documents, **options):
-    """This package with every similarity in fp32, or in int16, as on machines whose int8 is no faster."""
+    """This package with every similarity in fp32, or in int16, as where integers of 8 bits are no faster."""
     module = machine.compiled_module()
     before = module.set_screening(False)
     try:
-        return maxsim(queries, documents, **options)
+        return fused(queries, documents, **options)
     finally:
         module.set_screening(before)
 

@@ -6,19 +6,24 @@ from benchmarks import contenders, machine, suite
 from benchmarks.inputs import Shape
 from benchmarks.interleave import Contender
 
-PEAKS = {"exact": "f32", "fast": "i16"}
+CALLS = {
+    "exact": (contenders.fused, "exact", "f32"),
+    "exact unscreened": (contenders.unscreened, "exact", "f32"),
+    "fast": (contenders.fused, "fast", "i16"),
+}
+"""Function, precision and whose peak."""
 
 
 def case(name: str, shape: Shape, isas: list[str], rounds: tuple[int, int]) -> suite.Case:
     found = []
     for isa in isas:
-        peaks = {kind: contenders.peak(kind, isa) for kind in PEAKS.values()}
+        peaks = {kind: contenders.peak(kind, isa) for kind in ("f32", "i16")}
         found += [peak for peak in peaks.values() if peak.call(0)]
-        for precision, kind in PEAKS.items():
+        for call_name, (function, precision, kind) in CALLS.items():
             # Without int16 multiply-adds "fast" runs as "exact".
             peak = peaks[kind] if peaks[kind] in found else peaks["f32"]
-            call = shape.on_f16(contenders.fused, isa=isa, precision=precision)
-            found.append(Contender(f"{precision} {isa}", call, shape.operations, peak.name))
+            call = shape.on_f16(function, isa=isa, precision=precision)
+            found.append(Contender(f"{call_name} {isa}", call, shape.operations, peak.name))
     return suite.Case(
         name=name,
         parameters=shape.parameters,

@@ -124,6 +124,9 @@ TARGETS = [
     _rerank(48, EAGER, "int8 fast", 25),
     Target("32 queries, d=48, exact: of the fp32 FMA peak", " %", 90, ("batch", "d=48", "exact"), percent_of_peak),
     Target("AVX2, exact: of its FMA peak", " %", 75, ("isa", "1 query", "exact avx2"), percent_of_peak),
+    Target(
+        "AVX2, exact unscreened: of its FMA peak", " %", 75, ("isa", "1 query", f"{UNSCREENED} avx2"), percent_of_peak
+    ),
     *(
         Target(
             f"{case}, {precision}: one thread / two",

@@ -223,6 +223,6 @@ struct Kernels {
 };
 
 constexpr int kScreenDimsOfWord = 4;    // of a k-word of a screen
-constexpr float kNormEpsilon = 1e-12f;     // of torch.nn.functional.normalize
+constexpr float kNormEpsilon = 1e-12f;  // of torch.nn.functional.normalize
 
 }  // namespace edgecolbert

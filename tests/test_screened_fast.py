@@ -28,21 +28,25 @@ from screening import (
     with_gradients,
 )
 
+SHORTEST_FAST = {isa: 128 if isa.startswith("avx512") else 160 for isa in SHORTEST if isa != "avxvnni"}
+"""Instruction sets that screen "fast", and the document tokens from which on they do."""
 
-@pytest.fixture(autouse=True, params=[isa for isa in SHORTEST if isa.startswith("avx512")] or [NONE])
+
+@pytest.fixture(autouse=True, params=SHORTEST_FAST or [NONE])
 def screened_isa(request):
     with screening(request.param):
         yield
 
 
-SHORTEST_FAST = 128
+FAST_LENGTHS = (127, 128, 129, 64, 300, 12, 0, 159, 160, 161, 1000, 63, 200)
+"""Around the shortest documents that "fast" screens, in no order."""
 
 
-FAST_LENGTHS = (127, 128, 129, 64, 300, 12, 0, 1000, 63, 200)
-"""Around the shortest document that "fast" screens, in no order."""
-
-
-LONG = torch.tensor([length >= SHORTEST_FAST for length in FAST_LENGTHS])
+def long_ones(documents):
+    """Those that "fast" screens, and so scores exactly."""
+    isa = _C.get_isa()
+    screened = documents[0].shape[-1] <= MOST_DIMENSIONS[isa]
+    return torch.tensor([screened and len(d) >= SHORTEST_FAST[isa] for d in documents])
 
 
 def fixed_point(call):
@@ -54,7 +58,7 @@ def fixed_point(call):
         _C.set_screening(before)
 
 
-def check_fast(fast, exact, unscreened, long=LONG):
+def check_fast(fast, exact, unscreened, long):
     """[..., Nd]: exact for long documents, fixed point for the others, both to the bit."""
     for columns, wanted in ((long, exact), (~long, unscreened)):
         np.testing.assert_array_equal(bits(fast[..., columns]), bits(wanted[..., columns]))
@@ -70,23 +74,25 @@ def test_fast(dim, dtype):
         fast = ek.maxsim(queries, documents, precision="fast")
         exact = ek.maxsim(queries, documents)
         unscreened = fixed_point(lambda: ek.maxsim(queries, documents, precision="fast"))  # noqa: B023 (called at once)
-        check_fast(fast, exact, unscreened, LONG if dim <= MOST_DIMENSIONS[_C.get_isa()] else LONG & False)
+        long = long_ones(documents)
+        check_fast(fast, exact, unscreened, long)
         if dim <= 128:  # more do not fit fixed point in every storage
-            assert not torch.equal(fast[:, ~LONG], exact[:, ~LONG])
-            assert not torch.equal(unscreened[:, LONG], exact[:, LONG])
+            assert not torch.equal(fast[:, ~long], exact[:, ~long])
+            assert not torch.equal(unscreened[:, long], exact[:, long])
         for (i, q), (j, d) in itertools.product(enumerate(queries), enumerate(documents)):
             q, d = q.double().numpy(), d.double().numpy()
             assert abs(fast[i, j].item() - oracle.maxsim(q, d)[0]) <= oracle.bound(q, d, "fast")
 
 
 def test_fast_as_without_a_screen():
-    """Fixed point is that of an instruction set that does not screen."""
+    """Fixed point is that of any other instruction set."""
     Q, D = ragged((32, 5), 48, seed=1), ragged(FAST_LENGTHS, 48, seed=2)
-    fast, unscreened = ek.maxsim(Q, D, precision="fast"), fixed_point(lambda: ek.maxsim(Q, D, precision="fast"))
-    _C.set_isa("avx2")
-    wanted = ek.maxsim(Q, D, precision="fast")
-    assert torch.equal(unscreened, wanted)
-    assert torch.equal(fast[:, ~LONG], wanted[:, ~LONG])
+    fast, long = ek.maxsim(Q, D, precision="fast"), long_ones(D)
+    for isa in SHORTEST:
+        _C.set_isa(isa)
+        unscreened = fixed_point(lambda: ek.maxsim(Q, D, precision="fast"))
+        assert torch.equal(fast[:, ~long], unscreened[:, ~long])
+        assert not torch.equal(fast[:, long], unscreened[:, long])
 
 
 def mixed_queries(dtype=torch.float32):
@@ -136,7 +142,7 @@ def test_fast_company(dtype):
     grid_of = torch.cartesian_prod(torch.arange(len(Q)), torch.arange(len(D)))
     grid_of = grid_of[torch.from_numpy(np.random.default_rng(1).permutation(len(grid_of)))].unbind(1)
     same(ek.maxsim_indexed(Q, D, *grid_of, precision="fast"), scores[grid_of])
-    short = [number for number, d in enumerate(D) if len(d) < SHORTEST_FAST]
+    short = [number for number, d in enumerate(D) if len(d) < SHORTEST_FAST[_C.get_isa()]]
     chosen = torch.tensor([0, 4, 8] * len(short)), torch.tensor(short).repeat_interleave(3)
     same(ek.maxsim_indexed(Q, D, *chosen, precision="fast"), scores[chosen])
     same(ek.maxsim_pairs(list(Q), D[: len(Q)], precision="fast"), scores[:, : len(Q)].diagonal())
@@ -157,7 +163,7 @@ def test_fast_long_documents_of_every_kind(dtype):
         torch.ops.edgecolbert.maxsim_forward(*arguments, "exact", True),
         fixed_point(lambda: torch.ops.edgecolbert.maxsim_forward(*arguments, "fast", True)),
     )
-    long = torch.tensor([len(d) >= SHORTEST_FAST for d in D])
+    long = long_ones(D)
     check_fast(fast[0], exact[0], unscreened[0], long)
     check_fast(*(winners.reshape(len(Q), len(D), -1).transpose(1, 2) for _, winners in (fast, exact, unscreened)), long)
     alone = torch.ops.edgecolbert.maxsim_forward(*arguments, "fast", False)[0]
@@ -169,7 +175,7 @@ def test_fast_long_documents_of_every_kind(dtype):
 def test_fast_masked(mask_mode, normalize):
     """Kept tokens count, not all of them, nor the longest document's."""
     options = {"mask_mode": mask_mode, "normalize": normalize}
-    kept = torch.tensor([126, 127, 128, 129, 300, 0, 1, 64])
+    kept = torch.tensor([126, 127, 128, 129, 300, 0, 1, 64, 159, 160])
     for dtype in STORAGES:
         Q, D = embeddings(3, 20, 48, dtype=dtype, seed=1), embeddings(len(kept), 300, 48, dtype=dtype, seed=2)
         order = np.random.default_rng(3).random((len(kept), 300)).argsort(1).argsort(1)
@@ -177,7 +183,7 @@ def test_fast_masked(mask_mode, normalize):
         masked = D.masked_fill(~mask[..., None], NAN)
         call = functools.partial(ek.maxsim, Q, masked, holes(3, 20, seed=4), mask, **options)
         fast, unscreened = call(precision="fast"), fixed_point(lambda: call(precision="fast"))  # noqa: B023
-        check_fast(fast, call(), unscreened, kept >= SHORTEST_FAST)
+        check_fast(fast, call(), unscreened, kept >= SHORTEST_FAST[_C.get_isa()])
         assert not torch.equal(fast[:, 1], call()[:, 1])
         for j in range(len(kept)):
             alone = ek.maxsim(Q, masked[j : j + 1], holes(3, 20, seed=4), mask[j : j + 1], precision="fast", **options)
@@ -196,7 +202,7 @@ def test_fast_threads(threads, query_length):
     D = ragged((300, 127, 128, 200, 100) * 16, 48, seed=2)
     for equal in range(3, len(D), 7):
         D[equal] = D[equal][:1].repeat(len(D[equal]), 1)
-    long = torch.tensor([len(d) >= SHORTEST_FAST for d in D])
+    long = long_ones(D)
     for count in (1, 2, 4):
         threads(count)
         fast = ek.maxsim(list(Q), D, precision="fast")
@@ -219,13 +225,13 @@ def test_fast_gradients(name):
             function = ek.maxsim_indexed
             options = {"query_index": torch.tensor([2, 0, 0, 3, 1]), "document_index": torch.tensor([3, 0, 3, 2, 1])}
         elif name == "lists":
-            Q, D = ragged((17, 2, 33), 48, dtype=dtype, seed=3), ragged((128, 300, 1000), 48, dtype=dtype, seed=4)
+            Q, D = ragged((17, 2, 33), 48, dtype=dtype, seed=3), ragged((160, 300, 1000), 48, dtype=dtype, seed=4)
         elif name == "padded":
-            D, mask = padded(ragged((128, 300, 1000), 48, dtype=dtype, seed=4))
+            D, mask = padded(ragged((160, 300, 1000), 48, dtype=dtype, seed=4))
             options = {"d_mask": mask}
         elif name == "varlen":
             function = ek.maxsim_varlen
-            (Q, cu_q), (D, cu_d) = packed(list(Q)), packed(ragged((128, 300, 1000), 48, dtype=dtype, seed=4))
+            (Q, cu_q), (D, cu_d) = packed(list(Q)), packed(ragged((160, 300, 1000), 48, dtype=dtype, seed=4))
             options = {"cu_seqlens_q": cu_q, "cu_seqlens_d": cu_d}
         fast, exact = (
             with_gradients(function, Q, D, precision=precision, **options) for precision in ("fast", "exact")
@@ -244,7 +250,7 @@ def test_fast_packed_embeddings(dtype):
         queries = kind(Q)
         fast, exact = (ek.maxsim(queries, documents, precision=precision) for precision in ("fast", "exact"))
         unscreened = fixed_point(lambda: ek.maxsim(queries, documents, precision="fast"))  # noqa: B023 (called at once)
-        check_fast(fast, exact, unscreened, LONG.numpy() & (dtype != "int8"))
+        check_fast(fast, exact, unscreened, long_ones(documents).numpy() & (dtype != "int8"))
         for j in range(len(documents)):
             alone = ek.maxsim(queries, documents[j : j + 1], precision="fast")
             np.testing.assert_array_equal(bits(alone[:, 0]), bits(fast[:, j]))
@@ -268,7 +274,7 @@ def fast_calls(draw):
     dim = draw(st.sampled_from((1, 7, 16, 48, 50, 128, 300)))
     seed = draw(st.integers(0, 2**20))
     Q = draw(values(seed))(draw(st.integers(1, 4)), draw(st.sampled_from((1, 12, 17, 33))), dim)
-    lengths = draw(st.lists(st.sampled_from((0, 40, 127, 128, 129, 260, 700)), min_size=1, max_size=5))
+    lengths = draw(st.lists(st.sampled_from((0, 40, 127, 128, 129, 159, 160, 260, 700)), min_size=1, max_size=5))
     D = [draw(values(seed + 1 + number))(1, length, dim)[0] for number, length in enumerate(lengths)]
     q_dtype, d_dtype = draw(st.sampled_from(STORAGES)), draw(st.sampled_from(STORAGES))
     return Q.to(q_dtype), [d.to(d_dtype) for d in D], draw(st.booleans())
@@ -282,8 +288,6 @@ def test_fast_anything(call):
         options = {"normalize": normalize, "precision": "fast"}
         fast, unscreened = ek.maxsim(list(Q), D, **options), fixed_point(lambda: ek.maxsim(list(Q), D, **options))
         exact = ek.maxsim(list(Q), D, normalize=normalize)
-        screened = Q.shape[-1] <= MOST_DIMENSIONS[_C.get_isa()]
-        long = torch.tensor([screened and len(d) >= SHORTEST_FAST for d in D])
-        check_fast(fast, exact, unscreened, long)
+        check_fast(fast, exact, unscreened, long_ones(D))
         for j, d in enumerate(D):
             np.testing.assert_array_equal(bits(ek.maxsim(Q, d[None], **options)[:, 0]), bits(fast[:, j]))

@@ -1,13 +1,13 @@
 // Dot products of the screen: query values are rounded to integers of 8 bits, document values to 7 or 8.
 //
 // The including file defines ScreenInt on its registers. Products are unsigned by signed, so document_bias is added to
-// document values, which have a sign less: a lane's sums are too large by document_bias * (sum of the query's integers),
-// from whose negative they start.
+// document values, which have a sign less: a lane's sums are too large by document_bias * (sum of the query's
+// integers), from whose negative they start.
 //
-// With sums_halves a lane of 32 bits holds two sums of 16: of the first two dimensions of every k-word, and of the other
-// two. They may wrap around on the way, not in the end: no query token is longer than kLongestHalf in either half, and no
-// document token than kLongestDocument, so by Cauchy-Schwarz no sum lies beyond 2^15 - 1. Document values of 7 bits keep
-// the two products of a vpmaddubsw below 2 * 127 * 127 < 2^15, where it would saturate.
+// With sums_halves a lane of 32 bits holds two sums of 16: of the first two dimensions of every k-word, and of the
+// other two. They may wrap around on the way, not in the end: no query token is longer than kLongestHalf in either
+// half, and no document token than kLongestDocument, so by Cauchy-Schwarz no sum lies beyond 2^15 - 1. Document values
+// of 7 bits keep the two products of a vpmaddubsw below 2 * 127 * 127 < 2^15, where it would saturate.
 #pragma once
 
 namespace {

@@ -64,7 +64,9 @@ struct ScreenInt {
 #else
     // Left to itself gcc does all products first, and runs out of registers.
     __m256i both;
-    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(both) : "x"(pairs), "x"(_mm256_set1_epi16(1)));
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
+            : "+x"(sum), "=&x"(both)
+            : "x"(pairs), "x"(_mm256_set1_epi16(1)));
     return sum;
 #endif
   }
@@ -75,8 +77,10 @@ struct ScreenInt {
   }
 };
 
-// Measured on text. Fewer document tokens leave too large a share of them to be scored twice; int16 is quicker for all.
-constexpr int64_t kShortestScreened = ScreenInt::sums_halves ? 80 : 64, kShortestScreenedFast = kNever;
+// Measured on text. Fewer document tokens leave too large a share of them to be scored twice; with VNNI int16 is
+// quicker for all.
+constexpr int64_t kShortestScreened = ScreenInt::sums_halves ? 80 : 64;
+constexpr int64_t kShortestScreenedFast = ScreenInt::sums_halves ? 160 : kNever;
 
 // For each 8-bit mask the numbers of its bits, ascending, a byte each.
 struct BitNumbers {

@@ -252,7 +252,8 @@ class Narrower {
           lost = Simd::multiply_add(rest, rest, lost);
         }
       }
-      const Simd::I bytes = left <= 2 * w ? ScreenInt::to_bytes(x[0], x[1]) : ScreenInt::to_bytes(x[0], x[1], x[2], x[3]);
+      const Simd::I bytes =
+          left <= 2 * w ? ScreenInt::to_bytes(x[0], x[1]) : ScreenInt::to_bytes(x[0], x[1], x[2], x[3]);
       const Simd::I pairs = ScreenInt::pair_squares(bytes);
       seen.pairs = ScreenInt::maximum_pairs(seen.pairs, pairs);
       if constexpr (exact || kSquares) squares = ScreenInt::add_pairs(squares, pairs);

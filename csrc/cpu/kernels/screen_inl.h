@@ -54,7 +54,8 @@ template <int T, int R, class Dim, class Feed>
   typename Scores::V top = before;
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) {
-    const typename Scores::V packed = Scores::tagged(Scores::pack(ScreenInt::total(sum[t][0]), ScreenInt::total(sum[t][R - 1]), shift), t);
+    const typename Scores::V packed =
+        Scores::tagged(Scores::pack(ScreenInt::total(sum[t][0]), ScreenInt::total(sum[t][R - 1]), shift), t);
     Scores::store(scores + t * Scores::lanes, packed);
     top = Scores::maximum(top, packed);
   }

@@ -67,10 +67,26 @@ constexpr int kInt8DimsOfWord = DotI8::dims_of_word;
 #endif
 
 constexpr Kernels kTable = {
-    kName,           Simd::width,       kTileTokens,           kPanelRegisters, kFixedPoint,
-    kInt8DimsOfWord, kShortestScreened, kShortestScreenedFast, kScreenedDimensions, pack_register,   admits_integers,
-    score,           add_rows<true>,    add_rows<false>,       finish_rows,     inverse_norms,
-    store_tokens,    load_tokens,       peak_operations,       move_lines,
+    kName,
+    Simd::width,
+    kTileTokens,
+    kPanelRegisters,
+    kFixedPoint,
+    kInt8DimsOfWord,
+    kShortestScreened,
+    kShortestScreenedFast,
+    kScreenedDimensions,
+    pack_register,
+    admits_integers,
+    score,
+    add_rows<true>,
+    add_rows<false>,
+    finish_rows,
+    inverse_norms,
+    store_tokens,
+    load_tokens,
+    peak_operations,
+    move_lines,
 };
 
 }  // namespace
