@@ -105,8 +105,8 @@ def maxsim(
         mask_mode: "exclude": a masked document token is never chosen, and a document with no token left scores 0.
             "zero": its similarity is 0 and takes part in the maximum, as in PyLate.
         precision: "exact" accumulates in float32 whatever the storage. "fast" computes in 16-bit fixed point where a query
-            or document has all |x| < 1 and norms near 1, else exactly, and documents of 128 tokens and more exactly where
-            that is quicker (AVX-512 with VNNI). In fixed point a similarity is off by at most
+            or document has all |x| < 1 and norms near 1, else exactly, and long documents exactly where that is quicker
+            (AVX-512: of 128 tokens and more, AVX2: 160). In fixed point a similarity is off by at most
             2^-16 (|q|_1 + |d|_1); with these independent, as in ordinary data, a score of 32 tokens by less than 5e-4.
         out_dtype: the result's dtype; float32 if None.
 
