@@ -28,7 +28,8 @@ struct Tokens {
 enum MarginFactor { kOfRest, kOfHalfSteps, kOfNorm, kOfSteps, kOfSum, kMarginFactors };
 
 // One register row of query tokens, turned so that a lane is a token: [k-word][lane].
-// A k-word is 32 bits: one float, two int16 dimensions, or Kernels::int8_dims_of_word int8 dimensions.
+// A k-word is 32 bits: one float, two int16 dimensions, or Kernels::int8_dims_of_word int8 dimensions, of a screen
+// kScreenDimsOfWord.
 struct PackJob {
   const char* const* rows;  // [width] query tokens; null: a lane without a token
   DType dtype;
@@ -81,7 +82,7 @@ struct QueryGroup {
 struct Screen {
   uint32_t* narrowed;   // [block_tokens + tile_tokens] int8 document tokens
   int16_t* scores;      // [block_tokens + tile_tokens, panel_registers * width]
-  uint32_t* hits;       // [block_tokens] bits of the query lanes whose maximum a token can be
+  uint32_t* hits;       // [block_tokens]; holds bits of the query lanes whose maximum a token can be, 16 or 32 a token
   uint32_t* pairs;      // [(block_tokens + 2) * panel_registers * width] that can win: token << 8 | lane of the panel
   float* products;      // [(block_tokens + 2) * panel_registers * width] of the pairs' rows
   uint32_t* rows;       // [2 * width] widened document tokens
@@ -94,6 +95,7 @@ struct Screen {
 // Maximum similarity of every query lane over the tokens of one document (length >= 1).
 struct ScoreJob {
   Tokens document;
+  Tokens next;  // the document that this thread scores afterwards, all of its tokens; data is null: none
   DType dtype;
   int32_t dim;
   bool normalize;

@@ -26,6 +26,7 @@ from screening import (
     MOST_DIMENSIONS,
     NAN,
     SHORTEST,
+    SUMS_OF_16_BITS,
     bits,
     both,
     check,
@@ -61,6 +62,8 @@ def test_screens_what_it_should(screened_isa):
             Q = embeddings(num_queries, 32, dim)
             assert share(Q, embeddings(50, 300, dim, seed=1)) == wanted
             assert share(Q, embeddings(50, 300, dim, seed=1, dtype=torch.float16)) == wanted
+            for scale in (0.5, 0.2):  # nothing tells how large the first document's values are
+                assert share(Q, scale * embeddings(50, 300, dim, seed=1))[0] >= 0.9 * wanted[0]
     Q, D = embeddings(1, 32, 48), embeddings(50, 300, 48, seed=1)
     shortest = SHORTEST[screened_isa]
     assert share(Q, D[:, : shortest - 1]) == (0, 0)
@@ -484,7 +487,7 @@ def test_long_tokens(dim, query_length):
         (_, winners, _), tried, done = screened_documents(lambda: outputs(Q, D))  # noqa: B023 (called at once)
         check_winners(Q, D, winners.reshape(1, 12, -1))
         check(Q, D)
-        if part.sum() >= 48:
+        if part.sum() >= 48 and dim <= MOST_DIMENSIONS[_C.get_isa()]:
             assert done >= tried // 2 > 0
 
 
@@ -496,7 +499,7 @@ def steps_of_blocks(count):
     """
     largest, steps = np.float32(1), []
     for _ in range(count):
-        steps.append(np.float32(120 if MOST_DIMENSIONS[_C.get_isa()] > 256 else 60) / largest)
+        steps.append(np.float32(60 if _C.get_isa() in SUMS_OF_16_BITS else 120) / largest)
         seen = (np.rint(steps[-1]) + np.float32(0.5)) / steps[-1]
         largest = max(seen, largest * np.float32(1 - 1 / 512))
     return steps

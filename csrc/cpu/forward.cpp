@@ -373,16 +373,31 @@ class Scorer {
     return 0;
   }
 
+  int64_t document_of(int64_t task) const {
+    if (call_.pairs.layout == Layout::all) return task / int64_t(queries_.groups().size());
+    return call_.pairs.layout == Layout::indexed ? call_.pairs.document_index[task] : task;
+  }
+
+  // Nothing where the task behind this one has the same document, or is none.
+  Tokens next_document(int64_t task, int64_t document) const {
+    Tokens next{};
+    if (task + 1 == tasks_) return next;
+    const int64_t j = document_of(task + 1);
+    if (j == document) return next;
+    next.data = call_.documents.start(j);
+    next.token_stride = call_.documents.stride(j);
+    next.length = call_.documents.tokens(j);
+    return next;
+  }
+
   void score(int64_t task, int thread) {
-    int64_t document = task, group = 0;
+    const int64_t document = document_of(task);
+    int64_t group = 0;
     if (call_.pairs.layout == Layout::all) {
-      const int64_t groups = int64_t(queries_.groups().size());
-      document = task / groups;
-      group = task % groups;
+      group = task % int64_t(queries_.groups().size());
     } else if (call_.pairs.layout == Layout::own) {
       group = queries_.group_of(task / (call_.documents.count / call_.queries.count));
     } else {
-      document = call_.pairs.document_index[task];
       group = queries_.group_of(call_.pairs.query_index[task]);
     }
     const DocumentView& view = look_at(document, thread);
@@ -392,6 +407,7 @@ class Scorer {
     if (view.tokens.length > 0 && queries.registers.registers > 0) {
       ScoreJob job{};
       job.document = view.tokens;
+      if (queries_.screened()) job.next = next_document(task, document);
       job.dtype = call_.documents.dtype;
       job.dim = call_.documents.dim;
       job.normalize = call_.normalize;

@@ -8,12 +8,14 @@ namespace {
 struct ScreenInt {
 #ifdef __AVX512VNNI__
   static constexpr bool sums_halves = false;
+  static constexpr int dimensions = 2048;
   static constexpr int32_t document_bias = 128;
   static void multiply_add(__m512i& sum, __m512i query, __m512i document) { Int8::multiply_add(sum, query, document); }
   static __m512i negative(__m512i x) { return Simd::subtract(Simd::zero_integer(), x); }
   static __m512i total(__m512i sum) { return sum; }
 #else
   static constexpr bool sums_halves = true;
+  static constexpr int dimensions = 192;  // with more, sums of 16 bits hide which token is the best
   static constexpr int32_t document_bias = 64;
   static void multiply_add(__m512i& sum, __m512i query, __m512i document) {
     // Left to itself gcc does all products of a k-step first, and runs out of registers.

@@ -1,9 +1,10 @@
-// How far a document token's int8 similarity can lie below another's score and the token still win: the screen's proof.
+// How far a document token's integer similarity can lie below another's score and the token still win: the screen's
+// proof.
 //
 // A query token q is rounded to s u, a document token d to v / m, with integers u and v. Then
 //   |<q, d> - (s / m) <u, v>| <= |<q, d - v / m>| + |q - s u| |v / m| = E,
 // and the sum in fp32 is off by another G <= gamma |q| |d|, gamma = dim 2^-24, of which there is four times as much
-// here. So no token wins against a sum in fp32 if its int8 similarity lies more than E + G below it. The first part of
+// here. So no token wins against a sum in fp32 if its own in integers lies more than E + G below it. The first part of
 // E has two bounds: by norms, and since no value is rounded by more than half a step, by the sum of |q|'s values, which
 // is the smaller one unless rest = |m d - v| was measured. In steps of s / m:
 //   (1 + gamma) |q| / s * rest  or  (sum |q_k| + gamma sqrt(dim) |q|) / s / 2

@@ -1,7 +1,8 @@
-// Document tokens rounded to int8 for the screen.
+// Document tokens rounded to integers of 7 or 8 bits for the screen.
 //
 // A block of them has one scale, which is guessed from the documents before: a document is then read once. Integers
-// that were cut off show in the largest of them, and the block is done again with a better guess.
+// that were cut off show in the largest of them, and tokens that are too long in the norm: the block is done again with
+// a better guess.
 #pragma once
 
 #include "margin_inl.h"
@@ -28,7 +29,8 @@ struct Narrowed {
   }
   // A bound of |x|, and not much more, unless values were cut off.
   float largest_value() const { return (largest + 0.5f) / steps; }
-  // The guess that fits these tokens.
+  // The guess that would fit these tokens if it were not for the rounding of their norm. Where a -128 was among them
+  // the norm may be NaN: then the largest value decides.
   float best_guess() const {
     const float by_norm = 1.02f * norm / DotScreen::kLongestDocument * kGuessedSteps / steps;
     return by_norm > largest_value() ? by_norm : largest_value();
@@ -50,27 +52,13 @@ struct Choose<false> {
 constexpr bool has_few(Constant<48>) { return 4 * Simd::width >= 48; }
 constexpr bool has_few(int) { return false; }
 
-// Address of the last row of `dim` elements in the documents' memory.
-template <class Element>
-inline intptr_t end_of_rows(const Tokens& tokens, int dim) {
-  return intptr_t(tokens.memory_end) - int64_t(dim) * int64_t(sizeof(Element));
-}
-
-// On the side of a tile asks for the document that lies behind: tokens that are narrowed at once would wait for it.
-template <class Element>
+// On the side of a tile asks for tokens that are rounded afterwards: done at once, that would wait for them.
 class Ahead {
  public:
   static constexpr int kTokensOfStep = 1;
 
-  // Of `tokens` rows from `row` on.
-  Ahead(const ScoreJob& job, const char* row, int64_t tokens)
-      : bytes_(job.dim * int(sizeof(Element))),
-        stride_(job.document.token_stride),
-        row_(row + tokens * stride_),
-        left_((end_of_rows<Element>(job.document, job.dim) - intptr_t(row_)) / (stride_ > 0 ? stride_ : 1)) {
-    if (stride_ <= 0) left_ = 0;
-    if (left_ > tokens) left_ = tokens;
-  }
+  Ahead(const char* row, int64_t stride, int64_t tokens, int bytes)
+      : row_(row), stride_(stride), left_(tokens), bytes_(bytes) {}
 
   [[gnu::always_inline]] Ahead& begin() { return *this; }
   [[gnu::always_inline]] void end(const Ahead&) {}
@@ -83,10 +71,10 @@ class Ahead {
   void finish() {}
 
  private:
-  const int bytes_;
-  const int64_t stride_;
   const char* row_;
+  const int64_t stride_;
   int64_t left_;
+  const int bytes_;
 };
 
 // Rounds tokens of a document, at once or on the side of a tile. `exact`: measures what rounding lost, which else is

@@ -1,11 +1,11 @@
-// The screen: int8 finds the document tokens that can win, and only those are scored in full.
+// The screen: integers find the document tokens that can win, and only those are scored in full.
 //
-// Query and document tokens are rounded to int8, which multiplies four times as much an instruction as fp32. The token
-// with the largest int8 similarity is scored first. How far an int8 similarity can be off is known for every query
-// token (margin_inl.h), so a token whose own lies further than that below the score of the first cannot be the maximum.
-// What is left, a few tokens of hundreds, is scored by the same multiply-adds in the same order as in a tile: the
-// result has the same bits as without the screen. Where too many tokens are left, nothing is gained and the tile does
-// the work.
+// Query and document tokens are rounded to integers of 7 or 8 bits, of which an instruction multiplies four times as
+// many as of fp32. The token with the largest integer similarity is scored first. How far such a similarity can be off
+// is known for every query token (margin_inl.h), so a token whose own lies further than that below the score of the
+// first cannot be the maximum. What is left, a few tokens of hundreds, is scored by the same multiply-adds in the same
+// order as in a tile: the result has the same bits as without the screen. Where too many tokens are left, nothing is
+// gained and the tile does the work.
 #pragma once
 
 #include "pairs_inl.h"
@@ -33,8 +33,8 @@ struct Highest {
   }
 };
 
-// int8 sums of the T tokens from highest.start on with R registers of query tokens: `scores` [T][lanes] takes them as
-// int16, whose lowest bits tell which of the T it is.
+// Integer sums of the T tokens from highest.start on with R registers of query tokens: `scores` [T][lanes] takes them
+// as int16, whose lowest bits tell which of the T it is.
 template <int T, int R, class Dim, class Feed>
 [[gnu::noinline]] void screen_tile(const uint32_t* document, int64_t row_stride, const uint32_t* query,
                                    const int32_t* biases, Dim dim, int16_t* scores, Highest& highest, Feed& feed) {
@@ -75,7 +75,9 @@ class ScreenedScore {
         narrow_stride_(widened_stride<DotScreen>(job.dim)),
         widener_(job),
         hits_(reinterpret_cast<Scores::Hits*>(job.screen->hits)),
-        left_(kToken * length_ * group_.registers * Simd::width * 2 / 3) {}
+        left_(int64_t(kToken * length_ * group_.registers * Simd::width * kForPairs)) {}
+
+  float guess() const { return guess_; }
 
   // False: too many tokens could win, or the values do not allow it; `best` and `index` are then undefined.
   bool run() {
@@ -100,7 +102,9 @@ class ScreenedScore {
   static constexpr int kMostAttempts = 8;
   static constexpr float kDecay = 1.0f - 1.0f / 512.0f;  // of the guess, a block
 
-  // What pairs may take: what a token takes a lane of the fp32 tile is `kToken`. Few dimensions hide less of what is
+  // What pairs may take of the time of the fp32 tile, of which the screen itself takes the rest.
+  static constexpr float kForPairs = ScreenInt::sums_halves ? 1.0f / 2 : 2.0f / 3;
+  // What a token takes a lane of the fp32 tile is `kToken`. Few dimensions hide less of what is
   // around a sum.
   static constexpr int64_t kToken = 4;
   static int64_t cost_of_product(int dim) { return 2 * kToken + 240 / dim; }
@@ -118,8 +122,13 @@ class ScreenedScore {
                                        : narrow_and_score<1>(first, tokens, screen_.largest, highest);
     }
     float largest = screen_.largest > 0.0f ? screen_.largest : 1.0f, factor = 1.0f;
+    bool too_long = false;
+    guess_ = 0.0f;
     for (int attempt = 0; !narrowed.fits(); ++attempt) {
-      if (scored || attempt > 0) largest = narrowed.best_guess();
+      if (scored || attempt > 0) {
+        largest = narrowed.best_guess();
+        too_long = narrowed.largest <= kMostSteps && narrowed.norm > DotScreen::kLongestDocument;
+      }
       if (narrowed.largest > kMostSteps) {  // by a little at first; values that were cut off could be of any size
         largest *= factor;
         factor = 64.0f;
@@ -129,8 +138,9 @@ class ScreenedScore {
       narrowed = narrow(first, tokens, largest);
     }
     if (!(narrowed.largest_value() >= kSmallestScreened && narrowed.largest_value() <= kLargestScreened)) return false;
-    largest = narrowed.best_guess();
-    screen_.largest = largest > screen_.largest * kDecay ? largest : screen_.largest * kDecay;
+    // Where rounding makes tokens longer, the better guess would be too low again.
+    guess_ = too_long ? kGuessedSteps / narrowed.steps : narrowed.best_guess();
+    screen_.largest = guess_ > screen_.largest * kDecay ? guess_ : screen_.largest * kDecay;
     repeat_last(tokens);
     for (int64_t r = 0; r < group_.registers;) {
       const Highest* const known = r == 0 && scored ? &highest : nullptr;
@@ -210,6 +220,15 @@ class ScreenedScore {
                               feed);
   }
 
+  // Of this document the tokens from `token` on, or the next one.
+  Ahead ahead(int64_t token) const {
+    const Tokens& now = job_.document;
+    const int bytes = job_.dim * int(sizeof(Element));
+    if (token < length_ && !now.kept)
+      return Ahead(now.data + token * now.token_stride, now.token_stride, length_ - token, bytes);
+    return Ahead(job_.next.data, job_.next.token_stride, token < length_ ? 0 : job_.next.length, bytes);
+  }
+
   // `known`: the largest scores, where the tiles have been done.
   template <int registers>
   bool score_panel(int64_t r, int64_t first, int64_t tokens, const Narrowed& narrowed, const Highest* known) {
@@ -224,8 +243,7 @@ class ScreenedScore {
           }
         };
         if constexpr (!kNarrowsOnTheSide) {
-          if (r == 0 && widener_.feedable() && !job_.document.kept && job_.document.memory_end)
-            return all(Ahead<Element>(job_, job_.document.data + first * job_.document.token_stride, tokens));
+          if (r == 0 && widener_.feedable()) return all(ahead(first + tokens));
         }
         all(NoFeed());
       });
@@ -286,7 +304,8 @@ class ScreenedScore {
   const int64_t length_, narrow_stride_;
   Widener<DotF32, Element> widener_;
   Scores::Hits* const hits_;
-  int64_t left_;  // for pairs, of two thirds of the time of the fp32 tile: int8 takes a third
+  int64_t left_;     // for pairs
+  float guess_ = 0;  // that the last block would have liked; 0: its values do not allow int8
 };
 
 constexpr int32_t kMostFailures = 6;  // in a row that make the pause longer
@@ -312,12 +331,13 @@ bool score_screened([[maybe_unused]] const ScoreJob& job) {
     return false;
   }
   ++screen.tried;
-  if (ScreenedScore<Element>(job).run()) {
+  ScreenedScore<Element> scorer(job);
+  if (scorer.run()) {
     ++screen.done;
     screen.failures = 0;
     return true;
   }
-  screen.largest = 0.0f;
+  screen.largest = scorer.guess();  // it may have been too coarse
   if (screen.failures < kMostFailures) ++screen.failures;
   screen.pause = (1 << screen.failures) - 1;
 #endif

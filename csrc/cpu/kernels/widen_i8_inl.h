@@ -40,7 +40,7 @@ class Feed<DotI8, I8> {
         row_stride_(tokens.token_stride),
         left_(end - begin),
         dim_(dim),
-        prefetch_end_(intptr_t(tokens.memory_end) - kPrefetchBytes - dim),
+        prefetch_end_(end_of_rows<I8>(tokens, dim) - kPrefetchBytes),
         whole_end_(end_of_memory(tokens, dim) - round_up(dim, kRegisterBytes)),
         out_(out),
         out_stride_(widened_stride<DotI8>(dim)) {

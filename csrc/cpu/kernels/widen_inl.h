@@ -97,6 +97,12 @@ template <class Row, class Element>
 }
 #endif
 
+// Address of the last row of `dim` elements in the documents' memory.
+template <class Element>
+inline intptr_t end_of_rows(const Tokens& tokens, int dim) {
+  return intptr_t(tokens.memory_end) - int64_t(dim) * int64_t(sizeof(Element));
+}
+
 // Tokens that a tile widens between its own k-steps, for the tile after it.
 template <class Dot, class Element>
 class Feed {
@@ -110,7 +116,7 @@ class Feed {
         next_(begin),
         end_(end),
         row_(tokens.data + begin * tokens.token_stride),
-        prefetch_end_(intptr_t(tokens.memory_end) - kPrefetchBytes - int64_t(dim) * int64_t(sizeof(Element))),
+        prefetch_end_(end_of_rows<Element>(tokens, dim) - kPrefetchBytes),
         out_(out),
         stride_(widened_stride<Dot>(dim)),
         seen_(seen) {}
