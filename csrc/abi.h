@@ -95,7 +95,7 @@ struct Screen {
 // Maximum similarity of every query lane over the tokens of one document (length >= 1).
 struct ScoreJob {
   Tokens document;
-  Tokens next;  // the document that this thread scores afterwards, all of its tokens; data is null: none
+  Tokens next;  // where wanted, the document that this thread scores afterwards, all of its tokens; data is null: none
   DType dtype;
   int32_t dim;
   bool normalize;
@@ -210,6 +210,7 @@ struct Kernels {
   // scored in it, whether or not the screen has success, as a score depends on its query and document alone.
   int64_t shortest_screened, shortest_screened_fast;
   int32_t screened_dimensions;  // at most; 0: there is no screen
+  bool screen_wants_next;       // ScoreJob::next
   void (*pack_register)(PackJob*);
   bool (*admits_integers)(const AdmitJob*);
   void (*score)(const ScoreJob*);

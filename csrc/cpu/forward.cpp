@@ -407,7 +407,7 @@ class Scorer {
     if (view.tokens.length > 0 && queries.registers.registers > 0) {
       ScoreJob job{};
       job.document = view.tokens;
-      if (queries_.screened()) job.next = next_document(task, document);
+      if (queries_.screened() && kernels_.screen_wants_next) job.next = next_document(task, document);
       job.dtype = call_.documents.dtype;
       job.dim = call_.documents.dim;
       job.normalize = call_.normalize;

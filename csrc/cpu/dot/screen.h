@@ -13,6 +13,7 @@
 namespace {
 
 constexpr int kScreenedDimensions = ScreenInt::dimensions;
+constexpr bool kNarrowsOnTheSide = Simd::registers == 32;  // of a tile: fewer are taken by its sums
 
 struct DotScreen {
   using V = Simd::I;

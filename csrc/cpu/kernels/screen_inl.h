@@ -98,7 +98,6 @@ class ScreenedScore {
  private:
   static constexpr int T = kTileTokens;
   static constexpr int R = kPanelRegisters;
-  static constexpr bool kNarrowsOnTheSide = Simd::registers == 32;
   static constexpr int kMostAttempts = 8;
   static constexpr float kDecay = 1.0f - 1.0f / 512.0f;  // of the guess, a block
 
@@ -318,6 +317,7 @@ namespace {
 #ifndef EDGECOLBERT_SCREENS
 constexpr int64_t kShortestScreened = kNever, kShortestScreenedFast = kNever;
 constexpr int kScreenedDimensions = 0;
+constexpr bool kNarrowsOnTheSide = true;
 #endif
 
 // False: the tile of fp32 has to. Bits do not tell which of them did, so it may depend on the documents before.

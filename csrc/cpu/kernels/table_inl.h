@@ -76,6 +76,7 @@ constexpr Kernels kTable = {
     kShortestScreened,
     kShortestScreenedFast,
     kScreenedDimensions,
+    !kNarrowsOnTheSide,
     pack_register,
     admits_integers,
     score,
