@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import edgecolbert_kernels as ek
@@ -73,6 +73,8 @@ def check(student, teacher, kept, temperature, teacher_temperature, how, squared
         rows = [x.double().reshape(len(student), -1) for x in (mine / factor, truth, theirs)]
         largest = torch.maximum(rows[1].abs().amax(1), torch.as_tensor(size))
         allowed = 2 * (rows[2] - rows[1]).abs().amax(1) + 32 * UNIT_ROUNDOFF["float32"] * largest
+        if name == "loss" and how[0] == "kl":  # the difference of two entropies, each up to log(count)
+            allowed += 4 * UNIT_ROUNDOFF["float32"] * every.sum(1).clamp(min=1).log().double()
         assert ((rows[0] - rows[1]).abs() <= allowed[:, None]).all(), (name, how, rows[0], rows[1])
     assert found[1] is not None and (found[1][~every] == 0).all()
     assert (found[0][~every.any(1)] == 0).all()
@@ -148,6 +150,7 @@ def test_what_is_not_finite(how, side):
 
 
 @settings(max_examples=25, deadline=None)
+@example(shape=(1, 3), how=("kl", "none", "zscore"), keep=None, scale=1.0, temperature=20.0, seed=1)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 70)),
     how=st.sampled_from(HOW),
