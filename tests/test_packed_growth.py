@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -160,7 +161,7 @@ class Growing(RuleBasedStateMachine):
 
     @initialize(dtype=st.sampled_from(DTYPES))
     def create(self, dtype):
-        self.folder = Path(os.environ["PYTEST_GROWTH"]) / str(id(self))
+        self.folder = Path(tempfile.mkdtemp(dir=os.environ["PYTEST_GROWTH"])) / "packed"
         self.dtype = dtype
         self.memory = PackedEmbeddings.empty(3, dtype)
         self.writer = PackedWriter(self.folder, dim=3, dtype=dtype)
