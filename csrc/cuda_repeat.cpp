@@ -14,8 +14,6 @@
 namespace edgecolbert {
 namespace {
 
-// Of a storage that was given back, as sharding does between uses, only an offset is left, which is never as large.
-constexpr uint64_t least_address = uint64_t(1) << 40;
 // Compilers make no use of a larger one.
 constexpr uint64_t alignment = 16;
 constexpr size_t most_entries = 4096;
@@ -141,22 +139,26 @@ class Launches {
   const Exchange* exchange_ = nullptr;
   Py_ssize_t inputs_ = 0;
   int device_type_ = 0;
+  // Of a storage that was given back, as sharding does between uses, only an offset is left, which is smaller.
+  uint64_t least_address_ = 0;
   std::unordered_map<std::string, std::shared_ptr<const Entry>> table_;
   // Arguments of the last call that was not in the table; they are compared and never looked into, as they may be gone.
   std::vector<PyObject*> missed_;
 };
 
 bool Launches::make(PyObject* arguments, PyObject* keywords) {
-  static const char* names[] = {"inputs",       "device_type",   "exchange", "tensor_types",
-                                "keys_of",      "keys_of_calls", "raw",      "function_modes",
-                                "grad_enabled", "device",        "stream",   "empty",
-                                "empty_names",  "entries",       "variable", nullptr};
+  static const char* names[] = {"inputs",   "device_type",   "least_address", "exchange",       "tensor_types",
+                                "keys_of",  "keys_of_calls", "raw",           "function_modes", "grad_enabled",
+                                "device",   "stream",        "empty",         "empty_names",    "entries",
+                                "variable", nullptr};
   PyObject* given[13];
-  if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "$niOO!OOOOOOOOO!O!O", const_cast<char**>(names), &inputs_,
-                                   &device_type_, &given[0], &PyTuple_Type, &given[1], &given[2], &given[3], &given[4],
-                                   &given[5], &given[6], &given[7], &given[8], &given[9], &PyTuple_Type, &given[10],
-                                   &PyTuple_Type, &given[11], &given[12]))
+  unsigned long long least_address;
+  if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "$niKOO!OOOOOOOOO!O!O", const_cast<char**>(names), &inputs_,
+                                   &device_type_, &least_address, &given[0], &PyTuple_Type, &given[1], &given[2],
+                                   &given[3], &given[4], &given[5], &given[6], &given[7], &given[8], &given[9],
+                                   &PyTuple_Type, &given[10], &PyTuple_Type, &given[11], &given[12]))
     return false;
+  least_address_ = least_address;
   Ref* const kept[] = {&exchange_owner_, &tensor_types_, &keys_of_, &keys_of_calls_, &raw_,
                        &function_modes_, &grad_enabled_, &device_,  &stream_,        &empty_,
                        &empty_names_,    &entries_,      &variable_};
@@ -214,7 +216,7 @@ bool Launches::read_tensor(PyObject* object, uint64_t device, Call& read, uint64
   if (exchange_->read(object, &tensor) || tensor.device_type != device_type_ || uint64_t(tensor.device) != device)
     return false;
   address = reinterpret_cast<uintptr_t>(tensor.data) + tensor.offset;
-  if (address < least_address) return false;
+  if (address < least_address_) return false;
   read.word(address % alignment);
   read.word(tensor.dtype);
   read.word(uint64_t(tensor.rank));

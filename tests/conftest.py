@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zlib
 
 # Thousands of tiny parallel regions: threads that spin between them take the cores from whatever else runs here.
 # Read once, when the OpenMP runtime comes in with torch.
@@ -36,6 +37,9 @@ GPU = triton_backend.supports("maxsim", "cuda", "float32") is None
 CUDA = cuda_backend.supports("maxsim", "cuda", "float32") is None
 ENGINES = (*ISAS, "torch", *(["triton"] if GPU or INTERPRETED else []), *(["cuda"] if CUDA else []))
 ON_GPU = {"triton": triton_backend, "cuda": cuda_backend}
+# A GPU's kernels are compiled for each dtype and dimension, a second each. EDGECOLBERT_TEST_WHOLE=1 takes them all.
+WHOLE = not GPU or bool(os.environ.get("EDGECOLBERT_TEST_WHOLE"))
+SHARE = 6
 PRECISIONS = ("exact", "fast")
 
 
@@ -126,6 +130,28 @@ def backend(request, monkeypatch):
     """The compiled module on its best instruction set, then the others: for what no instruction set can change."""
     with use(request.param if request.param in ("torch", *ON_GPU) else "cpu", monkeypatch):
         yield request.param
+
+
+@pytest.fixture
+def sweep(request):
+    """The values of a sweep that the test's engine takes: all, or one in SHARE where each is compiled.
+
+    Which ones goes by the test's name, so that tests which differ in a parameter take them all together.
+    """
+    name = next(name for name in ("engine", "backend") if name in request.fixturenames)
+
+    def pick(values):
+        values = list(values)
+        if WHOLE or request.getfixturevalue(name) not in ON_GPU:
+            return values
+        return values[zlib.crc32(request.node.name.encode()) % min(SHARE, len(values)) :: SHARE]
+
+    return pick
+
+
+def examples(count):
+    """How many hypothesis tries."""
+    return count if WHOLE else -(-count // SHARE)
 
 
 @pytest.fixture(params=PRECISIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -32,15 +33,15 @@ def output_gradient(shape, seed=5, step=1 / 8):
 @pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
 @pytest.mark.parametrize("mask_mode", ["exclude", "zero"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_grid_gradients(engine, layout, mask_mode, masked):
+def test_grid_gradients(engine, sweep, layout, mask_mode, masked):
     """On a grid every sum is exact in fp32, so each gradient is the float64 one after a single rounding to its dtype."""
-    for dim in (1, 7, 16, 33, 48, 129):
-        for q_dtype, d_dtype in ((STORAGES[0], STORAGES[0]), (STORAGES[1], STORAGES[1]), (STORAGES[2], STORAGES[1])):
-            case, grad, wanted, _ = exact_gradients(layout, dim, q_dtype, d_dtype, grid, masked, mask_mode=mask_mode)
-            found = gradients(case, *case.leaves(), grad, mask_mode=mask_mode)
-            for leaf, mine, exact in zip((*flat(case.Q), *flat(case.D)), found, wanted, strict=True):
-                assert mine.dtype == leaf.dtype
-                assert torch.equal(mine, exact.to(leaf.dtype)), (dim, q_dtype, d_dtype)
+    storages = (STORAGES[0], STORAGES[0]), (STORAGES[1], STORAGES[1]), (STORAGES[2], STORAGES[1])
+    for dim, (q_dtype, d_dtype) in sweep(itertools.product((1, 7, 16, 33, 48, 129), storages)):
+        case, grad, wanted, _ = exact_gradients(layout, dim, q_dtype, d_dtype, grid, masked, mask_mode=mask_mode)
+        found = gradients(case, *case.leaves(), grad, mask_mode=mask_mode)
+        for leaf, mine, exact in zip((*flat(case.Q), *flat(case.D)), found, wanted, strict=True):
+            assert mine.dtype == leaf.dtype
+            assert torch.equal(mine, exact.to(leaf.dtype)), (dim, q_dtype, d_dtype)
 
 
 def magnitudes(case, grad, normalized, mask_mode="exclude"):
@@ -65,11 +66,10 @@ def magnitudes(case, grad, normalized, mask_mode="exclude"):
 @pytest.mark.parametrize("normalized", [False, True], ids=["plain", "normalize"])
 @pytest.mark.parametrize("dtype", STORAGES, ids=storage_name)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradient_rounding(engine, layout, dtype, normalized):
+def test_gradient_rounding(engine, sweep, layout, dtype, normalized):
     """fp32 accumulation of at most n terms and one rounding to the dtype, element by element."""
-    for dim in DIMENSIONS:
-        if normalized and dim == 1:
-            continue  # a unit row of one dimension is +-1: every similarity ties
+    # A unit row of one dimension is +-1: every similarity ties.
+    for dim in sweep(DIMENSIONS[1:] if normalized else DIMENSIONS):
         arguments = (layout, dim, dtype, dtype, embeddings, True, normalized)
         case, grad, wanted, sizes = exact_gradients(*arguments, scale_Q=3)
         found = gradients(case, *case.leaves(), grad, normalize=normalized)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import edgecolbert_kernels as ek
 from cases import STORAGES, embeddings, holes, ragged, storage_name
+from conftest import examples
 from edgecolbert_kernels import reference
 from losses import assert_as_near, assert_same, leaf, value_and_gradients
 
@@ -434,7 +435,12 @@ def test_mistakes(name):
     assert all(word in str(raised.value) for word in words), raised.value
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(40),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     shape=st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 20), st.integers(1, 30), st.integers(2, 70)),
     dtypes=st.tuples(*[st.sampled_from(STORAGES)] * 2),

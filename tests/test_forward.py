@@ -33,10 +33,10 @@ def grid_case(dim):
 
 
 @pytest.mark.parametrize("dim", DIMENSIONS)
-def test_grid_ragged(engine, precision, dim):
+def test_grid_ragged(engine, sweep, precision, dim):
     """Without rounding anywhere there is one right answer, whatever the storage and the order of the sums."""
     queries, documents, scores, _ = grid_case(dim)
-    for q_dtype, d_dtype in STORAGE_PAIRS:
+    for q_dtype, d_dtype in sweep(STORAGE_PAIRS):
         Q, D = [q.to(q_dtype) for q in queries], [d.to(d_dtype) for d in documents]
         result = ek.maxsim(Q, D, precision=precision)
         assert result.dtype == torch.float32
@@ -44,10 +44,10 @@ def test_grid_ragged(engine, precision, dim):
 
 
 @pytest.mark.parametrize("dim", DIMENSIONS)
-def test_grid_packed(engine, precision, dim):
+def test_grid_packed(engine, sweep, precision, dim):
     queries, documents, scores, argmaxes = grid_case(dim)
     expected_argmax = np.concatenate([argmax for row in argmaxes for argmax in row])
-    for q_dtype, d_dtype in STORAGE_PAIRS:
+    for q_dtype, d_dtype in sweep(STORAGE_PAIRS):
         (Q, cu_q), (D, cu_d) = packed([q.to(q_dtype) for q in queries]), packed([d.to(d_dtype) for d in documents])
         result = ek.maxsim_varlen(Q, D, cu_q, cu_d, precision=precision)
         assert oracle.same_on_grid(result, scores, precision, max(LENGTHS), dim), f"{q_dtype} x {d_dtype}"
@@ -57,14 +57,14 @@ def test_grid_packed(engine, precision, dim):
 
 
 @pytest.mark.parametrize("dim", DIMENSIONS)
-def test_grid_padded(engine, precision, dim):
+def test_grid_padded(engine, sweep, precision, dim):
     """Padding is NaN: a kernel that reads it and a mask that multiplies it both show."""
     queries, documents, scores, argmaxes = grid_case(dim)
     count = len(SHORT_LENGTHS)
     expected_argmax = np.full((count, count, max(SHORT_LENGTHS)), -1)
     for i, j in itertools.product(range(count), range(count)):
         expected_argmax[i, j, : SHORT_LENGTHS[i]] = argmaxes[i][j]
-    for q_dtype, d_dtype in STORAGE_PAIRS:
+    for q_dtype, d_dtype in sweep(STORAGE_PAIRS):
         Q, q_mask = padded([q.to(q_dtype) for q in queries[:count]])
         D, d_mask = padded([d.to(d_dtype) for d in documents[:count]])
         result, argmax = argmax_of(Q, D, q_mask, d_mask, precision=precision)
@@ -77,18 +77,16 @@ def test_grid_padded(engine, precision, dim):
 
 
 @pytest.mark.parametrize("dim", DIMENSIONS)
-def test_grid_without_masks(engine, precision, dim):
+def test_grid_without_masks(engine, sweep, precision, dim):
     """One length at a time, so that no mask and no table of offsets takes part."""
     queries, documents, scores, argmaxes = grid_case(dim)
-    for dtype in STORAGES:
-        for (i, query), (j, document) in itertools.product(enumerate(queries), enumerate(documents)):
-            result, argmax = argmax_of(query.to(dtype)[None], document.to(dtype)[None], precision=precision)
-            assert oracle.same_on_grid(result[0, 0], scores[i, j], precision, len(query), dim), (
-                dtype,
-                len(query),
-                len(document),
-            )
-            np.testing.assert_array_equal(argmax.numpy(), argmaxes[i][j], err_msg=f"{dtype} {LENGTHS[i]} {LENGTHS[j]}")
+    places = range(len(LENGTHS))
+    for dtype, i, j in sweep(itertools.product(STORAGES, places, places)):
+        query, document = queries[i].to(dtype), documents[j].to(dtype)
+        result, argmax = argmax_of(query[None], document[None], precision=precision)
+        what = f"{dtype} {LENGTHS[i]} {LENGTHS[j]}"
+        assert oracle.same_on_grid(result[0, 0], scores[i, j], precision, len(query), dim), what
+        np.testing.assert_array_equal(argmax.numpy(), argmaxes[i][j], err_msg=what)
 
 
 @pytest.mark.parametrize("query_length", [*range(1, 18), 24, 31, 32, 33, 47, 48, 49, 64, 65])

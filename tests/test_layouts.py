@@ -27,8 +27,8 @@ def exact_scores(layout, dim, q_dtype, d_dtype, make, masked, scale=1.0, **optio
 @pytest.mark.parametrize("mask_mode", ["exclude", "zero"])
 @pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_scores(engine, precision, layout, masked, mask_mode):
-    for dim, (q_dtype, d_dtype) in itertools.product((3, 16, 48, 129), itertools.product(STORAGES, STORAGES)):
+def test_scores(engine, sweep, precision, layout, masked, mask_mode):
+    for dim, q_dtype, d_dtype in sweep(itertools.product((3, 16, 48, 129), STORAGES, STORAGES)):
         case, wanted = exact_scores(layout, dim, q_dtype, d_dtype, grid, masked, mask_mode=mask_mode)
         result = case(case.Q, case.D, mask_mode=mask_mode, precision=precision)
         assert result.dtype == torch.float32
@@ -37,9 +37,9 @@ def test_scores(engine, precision, layout, masked, mask_mode):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_normalize(engine, precision, layout):
+def test_normalize(engine, sweep, precision, layout):
     """As torch.nn.functional.normalize in float64, within fp32 rounding of the norms and sums."""
-    for dim, dtype, scale in itertools.product((3, 48, 128), STORAGES, (1.0, 100.0, 2.0**-10)):
+    for dim, dtype, scale in sweep(itertools.product((3, 48, 128), STORAGES, (1.0, 100.0, 2.0**-10))):
         case, wanted = exact_scores(layout, dim, dtype, dtype, embeddings, True, scale, normalize=True)
         result = case(case.Q, case.D, normalize=True, precision=precision).double()
         # Unit rows: each similarity errs by at most 3 d + 8 roundings, of sum |q d| <= 1.

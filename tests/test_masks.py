@@ -28,8 +28,8 @@ def expected(Q, D, q_mask=None, d_mask=None, mask_mode="exclude"):
 
 @pytest.mark.parametrize("mask_mode", MODES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_holes(engine, precision, layout, mask_mode):
-    for dim, dtype in itertools.product((3, 16, 48), STORAGES):
+def test_holes(engine, sweep, precision, layout, mask_mode):
+    for dim, dtype in sweep(itertools.product((3, 16, 48), STORAGES)):
         case = LAYOUTS[layout](dim, dtype, dtype, make=grid)
         wanted = case.expected(*case.leaves(torch.float64), mask_mode=mask_mode)
         result = case(case.Q, case.D, mask_mode=mask_mode, precision=precision)

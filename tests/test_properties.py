@@ -10,9 +10,13 @@ from hypothesis import strategies as st
 import edgecolbert_kernels as ek
 import oracle
 from cases import STORAGES, embeddings, grid, to_float64
+from conftest import examples
 
 relaxed = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(60),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 lengths = st.lists(st.integers(0, 40), max_size=6)
 
