@@ -190,8 +190,10 @@ bool Launches::is_tensor(PyObject* object) const {
 bool Launches::read(PyObject* const* arguments, Py_ssize_t count, Call& read) const {
   // The cheapest first, as most of what is not repeated goes no further.
   Tensor first;
-  if (count < inputs_ || !is_tensor(arguments[0]) || exchange_->read(arguments[0], &first)) return false;
-  if (first.device_type != device_type_) return false;
+  if (count < inputs_ || !is_tensor(arguments[0])) return false;
+  for (Py_ssize_t i = 1; i < inputs_; ++i)
+    if (arguments[i] != Py_None && !is_tensor(arguments[i])) return false;
+  if (exchange_->read(arguments[0], &first) || first.device_type != device_type_) return false;
   read.device = call(device_);
   uint64_t current;
   if (!integer(read.device, current)) return false;
@@ -202,7 +204,6 @@ bool Launches::read(PyObject* const* arguments, Py_ssize_t count, Call& read) co
     read.addresses[i] = 0;
     read.word(arguments[i] != Py_None);
     if (arguments[i] == Py_None) continue;
-    if (!is_tensor(arguments[i])) return false;
     if (differentiable.get() != Py_False && Ref(PyObject_GetAttr(arguments[i], requires_grad_.get())).get() != Py_False)
       return false;
     if (!read_tensor(arguments[i], current, read, read.addresses[i])) return false;

@@ -45,6 +45,11 @@ class Stored:
         """The torch device that holds the documents; None for numpy arrays."""
         return None
 
+    @property
+    def resident(self) -> tuple[Any, Any, Any] | None:
+        """Tokens, boundaries and scales or None, as kernels read them, where a device holds them."""
+        return None
+
     def device_scores(self, Q: Array, q_mask: Array, cu_q: Array, options: Options, out_dtype: Any) -> Array:
         """Every document with queries on an accelerator."""
         raise NotImplementedError
@@ -123,7 +128,7 @@ def maxsim(
         BackendUnsupported: the backend that was asked for cannot run this call.
     """
     if _repeat is not None and not _tensors.is_compiling():
-        scores = _repeat(Q, D, q_mask, d_mask, None, None, None, None, normalize, mask_mode, precision, out_dtype)
+        scores = _repeat(Q, D, q_mask, d_mask, None, None, None, None, None, normalize, mask_mode, precision, out_dtype)
         if scores is not None:
             return scores
     checks.options(mask_mode, precision)
@@ -211,7 +216,19 @@ def maxsim_varlen(
     """
     if _repeat is not None and cu_seqlens_q is not None and cu_seqlens_d is not None and not _tensors.is_compiling():
         scores = _repeat(
-            Q, D, q_mask, d_mask, cu_seqlens_q, cu_seqlens_d, None, None, normalize, mask_mode, precision, out_dtype
+            Q,
+            D,
+            q_mask,
+            d_mask,
+            cu_seqlens_q,
+            cu_seqlens_d,
+            None,
+            None,
+            None,
+            normalize,
+            mask_mode,
+            precision,
+            out_dtype,
         )
         if scores is not None:
             return scores
@@ -257,7 +274,19 @@ def maxsim_indexed(
     """
     if _repeat is not None and query_index is not None and document_index is not None and not _tensors.is_compiling():
         scores = _repeat(
-            Q, D, q_mask, d_mask, None, None, query_index, document_index, normalize, mask_mode, precision, out_dtype
+            Q,
+            D,
+            q_mask,
+            d_mask,
+            None,
+            None,
+            query_index,
+            document_index,
+            None,
+            normalize,
+            mask_mode,
+            precision,
+            out_dtype,
         )
         if scores is not None:
             return scores
@@ -311,6 +340,9 @@ def _score_stored(Q: Any, D: Stored, q_mask: Any, d_mask: Any, options: Options,
     if d_mask is not None:
         raise checks.stored_mask()
     xp = _side(Q)
+    scores = _repeat_resident(Q, D, q_mask, None, None, options, out_dtype)
+    if scores is not None:
+        return scores
     if D.device is not None or checks.on_accelerator(Q):
         Q, q_mask = _read(xp, "Q", Q, q_mask, (2, 3), QUERIES)
         Q, q_mask, cu_q = _packed(xp, Q, q_mask, D.nothing()) if type(Q) is list else (Q, q_mask, None)
@@ -350,6 +382,18 @@ def _in_place(D: Stored, options: Options) -> bool:
     return D.storage()[2] is None or options[:2] == (False, "exclude")
 
 
+def _repeat_resident(
+    Q: Any, D: Stored, q_mask: Any, query_index: Any, document_index: Any, options: Options, out_dtype: Any
+) -> Array | None:
+    """As the public functions do first with tensors; None where the documents are not on a device."""
+    arrays = D.resident
+    if arrays is None or _repeat is None or _tensors.is_compiling():
+        return None
+    tokens, offsets, scales = arrays
+    batch = q_mask, None, None, offsets, query_index, document_index, scales
+    return _repeat(Q, tokens, *batch, *options, out_dtype)
+
+
 def _score_stored_pairs(
     Q: Any,
     D: Stored,
@@ -363,6 +407,9 @@ def _score_stored_pairs(
     if d_mask is not None:
         raise checks.stored_mask()
     xp, arrays = _side(Q), _arrays or _load_arrays()
+    scores = _repeat_resident(Q, D, q_mask, query_index, document_index, options, out_dtype)
+    if scores is not None:
+        return scores
     if D.device is not None or checks.on_accelerator(Q):
         Q, q_mask = _read(xp, "Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
         Q, q_mask = _padded(xp, Q, q_mask, D.nothing()) if type(Q) is list else (Q, q_mask)

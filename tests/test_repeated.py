@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import edgecolbert_kernels as ek
 from edgecolbert_kernels import scoring
 from edgecolbert_kernels.backends import VARIABLE, _chosen, native, repeated
+from edgecolbert_kernels.device import scores as device_scores
+from edgecolbert_kernels.device.embeddings import DeviceEmbeddings, Packed
 from edgecolbert_kernels.ops import tensors
 from marks import compiled
 from test_launch import FUNCTION, STREAM, Compiled, Driver, needs_compiler
@@ -79,6 +81,8 @@ class Here:
             self.set(launch, name, value)
         module = importlib.import_module(f"edgecolbert_kernels.backends.{backend}")
         self.set(tensors, "select", lambda *_: module)
+        self.set(device_scores, "select", lambda *_: module)
+        self.set(device_scores, "choose", lambda *_: backend)
         self.table = repeated.make(repeated.CPU)
         self.set(repeated, "table", self.table)
         self.answers = []
@@ -170,6 +174,41 @@ def test_the_same_launch(here, call):
     assert [moved.get(n, n) for n in rest[0]] == rest[2]
 
 
+def resident(dtype):
+    """Four documents on a device, one of them empty."""
+    offsets = torch.tensor([0, 7, 7, 20, 35])
+    scales = torch.ones(4) if dtype is torch.int8 else None
+    return DeviceEmbeddings(Packed(aligned(35, 48, dtype=dtype), offsets, scales), offsets.numpy(), None, None)
+
+
+RESIDENT = {
+    "all": (ek.maxsim, lambda: (aligned(32, 48),), ()),
+    "pairs": (ek.maxsim_indexed, lambda: (aligned(3, 32, 48),), (torch.tensor([0, 2, 2]), torch.tensor([3, 3, 0]))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize("call", RESIDENT)
+def test_documents_on_a_device(here, call, dtype):
+    """Their scales are an input like the others, and other documents of as many tokens are answered alike."""
+    function, queries, index = RESIDENT[call]
+    one, other, Q = resident(dtype), resident(dtype), *queries()
+    first = function(Q, one, *index)
+    assert not here.repeats and len(here.table) == 1
+    repeated_scores = [function(Q, documents, *index) for documents in (one, other)]
+    assert here.repeats == 2 and len(here.table) == 1
+    assert all(each.shape == first.shape for each in repeated_scores)
+    place = SCORES[here.backend]
+    for seen, documents, scores in zip(here.driver.seen[-2:], (one, other), repeated_scores, strict=True):
+        inputs = Q, documents.tokens, None, None, None, documents.offsets, *(index or (None, None)), documents.scales
+        assert seen[3][: len(inputs)] == [0 if x is None else x.data_ptr() for x in inputs]
+        assert seen[3][place] == scores.data_ptr()
+    assert function(Q, one, *index, out_dtype=torch.float16).dtype is torch.float16
+    assert here.repeats == 2
+    with pytest.raises(ValueError, match="mask"):
+        function(Q, one, *index, d_mask=torch.ones(4, 9))
+
+
 @pytest.fixture
 def known(monkeypatch):
     """Asks a table that knows one call, with some of it changed."""
@@ -177,9 +216,9 @@ def known(monkeypatch):
     Q, D = batch()
     d_mask = torch.ones(5, 7, dtype=torch.bool)
     ek.maxsim(Q, D, d_mask=d_mask)
-    names = ("Q", "D", "q_mask", "d_mask", "cu_q", "cu_d", "query_index", "document_index")
+    names = ("Q", "D", "q_mask", "d_mask", "cu_q", "cu_d", "query_index", "document_index", "scales")
     names += ("normalize", "mask_mode", "precision", "out_dtype")
-    call = dict(zip(names, (Q, D, None, d_mask, None, None, None, None, *OPTIONS), strict=True))
+    call = dict(zip(names, (Q, D, None, d_mask, None, None, None, None, None, *OPTIONS), strict=True))
 
     def ask(**changed):
         return here.table.repeat(*(call | changed).values())
@@ -339,7 +378,7 @@ def test_another_device(known):
 def test_devices_of_another_type(known, monkeypatch):
     monkeypatch.setattr(known.here, "table", repeated.make(repeated.CUDA))
     assert known.ask() is None
-    assert not known.here.table.keep(known.Q, known.D, *[None] * 6, *OPTIONS, None)
+    assert not known.here.table.keep(known.Q, known.D, *[None] * 7, *OPTIONS, None)
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "compiled"])
@@ -428,7 +467,7 @@ def test_what_fails(monkeypatch):
             here.table = table
             Q, D = batch()
             ek.maxsim(Q, D)
-            call = (Q, D, *[None] * 6, *OPTIONS)
+            call = (Q, D, *[None] * 7, *OPTIONS)
             assert table.repeat(*call) is not None
             launches = len(here.driver.seen)
             failing.append(True)
@@ -440,7 +479,7 @@ def test_bounded(known, monkeypatch):
     table, launch = known.here.table, None
     others = [object() for _ in range(4096)]
     for each in others:
-        assert table.keep(known.Q, known.D, *[None] * 6, each, launch)
+        assert table.keep(known.Q, known.D, *[None] * 7, each, launch)
     assert len(table) == 1, "it began anew when there was no room"
     assert sys.getrefcount(others[0]) == 3 - (sys.version_info >= (3, 14)), "what was forgotten is let go"
 
@@ -467,15 +506,15 @@ def test_emptied_from_within(monkeypatch):
 
 
 def test_bad_launches(known):
-    table, call = known.here.table, (known.Q, known.D, *[None] * 6, "other")
+    table, call = known.here.table, (known.Q, known.D, *[None] * 7, "other")
     good = [
         known.here.driver.address,
         FUNCTION,
         (1, 1, 1),
         32,
         0,
-        (0,) * 9,
-        8,
+        (0,) * 10,
+        9,
         (5, torch.float32, torch.device("cpu")),
         None,
     ]
@@ -485,11 +524,11 @@ def test_bad_launches(known):
         (1, 0, ValueError),
         (1, "f", TypeError),
         (2, (1, 1), TypeError),
-        (5, [0] * 9, TypeError),
+        (5, [0] * 10, TypeError),
         (5, (0,) * 65, ValueError),
-        (5, (*(0,) * 8, 2.5), TypeError),
-        (6, 7, ValueError),
-        (6, 9, ValueError),
+        (5, (*(0,) * 9, 2.5), TypeError),
+        (6, 8, ValueError),
+        (6, 10, ValueError),
         (7, (5,), ValueError),
         (7, (5,) * 17, ValueError),
     ):

@@ -17,8 +17,8 @@ from torch.autograd import forward_ad
 
 from edgecolbert_kernels.backends import _VARIABLE_KEY, _chosen, _environment, cuda_driver, native
 
-# Q, D, q_mask, d_mask, cu_q, cu_d, query_index, document_index.
-INPUTS = 8
+# Q, D, q_mask, d_mask, cu_q, cu_d, query_index, document_index, scales.
+INPUTS = 9
 
 # As DLPack numbers types of devices.
 CPU, CUDA = 1, 2

@@ -186,6 +186,10 @@ class DeviceEmbeddings(Documents):
 
     # What `scoring` asks
 
+    @property
+    def resident(self) -> Packed:
+        return self.arrays
+
     def nothing(self) -> Tensor:
         dtype = torch.float32 if self.scales is not None else self.tokens.dtype
         return torch.empty(0, self.dim, dtype=dtype, device=self.device)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edgecolbert_kernels import checks
-from edgecolbert_kernels.backends import ON_GPU, choose, select
+from edgecolbert_kernels.backends import ON_GPU, choose, repeated, select
 from edgecolbert_kernels.device import stream
 from edgecolbert_kernels.device.embeddings import DeviceEmbeddings, Packed, unpack
 from edgecolbert_kernels.ops import tensors
@@ -119,9 +119,13 @@ def _score_stored(
     batch = q_mask, None, cu_q, block.offsets, query, document
     if block.scales is None:
         return tensors.score(Q, block.tokens, *batch, *options, out_dtype)
-    forward = select("maxsim", Q.device.type, "float32").forward
-    scores = forward(Q, block.tokens, *batch, *options, False, scales=block.scales)[0]
-    return scores if out_dtype is None else scores.to(out_dtype)
+    backend = select("maxsim", Q.device.type, "float32")
+    scores = backend.forward(Q, block.tokens, *batch, *options, False, scales=block.scales)[0]
+    if out_dtype not in (None, torch.float32):
+        return scores.to(out_dtype)
+    if repeated.table is not None:
+        repeated.remember(backend, (Q, block.tokens, *batch, block.scales), options, out_dtype)
+    return scores
 
 
 def _read_whole(documents: Any, Q: Tensor, options: Options) -> bool:

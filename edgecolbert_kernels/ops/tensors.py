@@ -178,7 +178,7 @@ def score(
                 Q, D, q_mask, d_mask, cu_q, cu_d, query_index, document_index, normalize, mask_mode, precision, False
             )
             if repeated.table is not None and backend is not cpu and scores.dtype is dtype:
-                repeated.remember(backend, (Q, D, *batch), options, out_dtype)
+                repeated.remember(backend, (Q, D, *batch, None), options, out_dtype)
     elif in_derivative():
         scores, _ = Transformed.apply(Q, D, *batch, *options)
     else:

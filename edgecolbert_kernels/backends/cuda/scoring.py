@@ -73,15 +73,16 @@ def launch_of(
     cu_d: Tensor | None,
     query_index: Tensor | None,
     document_index: Tensor | None,
+    scales: Tensor | None,
     normalize: bool,
     mask_mode: str,
     precision: str,
 ) -> Launch | None:
     """As `triton.launch_of`."""
-    key = _key(Q, D, q_mask, d_mask, cu_q, cu_d, query_index, mask_mode, None)
+    key = _key(Q, D, q_mask, d_mask, cu_q, cu_d, query_index, mask_mode, scales)
     plan = None if normalize or not _aligned(Q.data_ptr(), D.data_ptr()) else _plans.get(key)
     if plan is None:
-        batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
+        batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index, scales
         return triton.launch_of(Q, D, *batch, normalize, mask_mode, precision)
     arguments, made = (0,) * ADDRESSES + plan.sizes, (*plan.shape, torch.float32, Q.device)
     return plan.kernel.repeated(Q.device.index, plan.grid, arguments, ADDRESSES - 1, made) if plan.grid[0] else None

@@ -75,6 +75,7 @@ def launch_of(
     cu_d: Tensor | None,
     query_index: Tensor | None,
     document_index: Tensor | None,
+    scales: Tensor | None,
     normalize: bool,
     mask_mode: str,
     precision: str,
@@ -83,7 +84,7 @@ def launch_of(
     # Float32 is multiplied as PyTorch's switch says at every call.
     if Q.stride(-1) != 1 or D.stride(-1) != 1 or torch.float32 in (Q.dtype, D.dtype):
         return None
-    options = _options(Q, D, q_mask, d_mask, None, None, normalize, mask_mode, precision, False)
+    options = _options(Q, D, q_mask, d_mask, scales, None, normalize, mask_mode, precision, False)
     call = _calls.get((plans.key(Q, D, cu_q, cu_d, query_index), options))
     if call is None or len(call.launches) != 1:
         return None
