@@ -6,7 +6,7 @@ A PyLate training script changes one import:
 
 What differs from PyLate 1.6, on purpose:
 
-- Scores and loss are fused, on the CPU with the normalisation of the embeddings, and accumulate in float32;
+- Scores and loss are fused, with the normalisation of the embeddings where that is quicker, and accumulate in float32;
   `score_mini_batch_size`, which limits the memory of scores that are not fused, only matters with a `score_metric` of your
   own.
 - `CachedContrastive` has the gradients of `Contrastive`. PyLate's are batch_size times as large with `size_average=True`.
@@ -106,7 +106,11 @@ class Contrastive(nn.Module):
 
     def _encode(self, features: Features, is_query: bool) -> Encoded:
         # The model is looked up at every call: a trainer puts its wrapped one here.
-        return _encode(self.model, features, is_query, self.score_metric)
+        return _encode(self.model, features, is_query, self._kernels_normalize)
+
+    def _kernels_normalize(self, X: Tensor) -> bool:
+        """On a CPU, PyTorch takes longer for it than for the loss. A GPU's kernels would do it for every query anew."""
+        return self.score_metric is None and X.device.type == "cpu"
 
     def _loss(self, queries: Encoded, *documents: Encoded) -> Tensor:
         Q, q_mask = queries
@@ -122,7 +126,7 @@ class Contrastive(nn.Module):
         reduction = "mean" if self.size_average else "sum"
         if self.score_metric is None:
             options: dict[str, Any] = {"temperature": self.temperature, "mask_mode": self.mask_mode}
-            options["normalize"] = _kernels_normalize(self.score_metric, Q)
+            options["normalize"] = self._kernels_normalize(Q)
             D, d_mask = D.flatten(0, 1), d_mask.flatten(0, 1)
             return contrastive_loss(Q, D, q_mask, d_mask, target=target, reduction=reduction, **options) * weight
         step = self.score_mini_batch_size or len(Q)
@@ -222,8 +226,8 @@ class Distillation(nn.Module):
     def forward(self, sentence_features: Iterable[Features], labels: Tensor) -> Tensor:
         """The loss of `[queries, documents]`, Nq and Nq * K rows, query-major, and the teacher's scores `[Nq, K]`."""
         queries, documents = sentence_features
-        Q, q_mask = _encode(self.model, queries, True, self.score_metric)
-        encoded = _encode(self.model, documents, False, self.score_metric)
+        Q, q_mask = _encode(self.model, queries, True, self._kernels_normalize)
+        encoded = _encode(self.model, documents, False, self._kernels_normalize)
         D, d_mask = (X.unflatten(0, (len(Q), -1)) for X in encoded)
         if self.score_metric is None:
             return distillation_loss(
@@ -234,7 +238,7 @@ class Distillation(nn.Module):
                 d_mask,
                 student_normalization="minmax" if self.normalize_scores else "none",
                 reduction="mean" if self.size_average else "sum",
-                normalize=_kernels_normalize(self.score_metric, Q),
+                normalize=self._kernels_normalize(Q),
                 mask_mode=self.mask_mode,
             )
         scores = self.score_metric(Q, D, queries_mask=q_mask, documents_mask=d_mask)
@@ -245,17 +249,16 @@ class Distillation(nn.Module):
         reduction = "batchmean" if self.size_average else "sum"
         return nn.functional.kl_div(student, teacher, reduction=reduction, log_target=True)
 
+    def _kernels_normalize(self, X: Tensor) -> bool:
+        """A document has one query, so that they read it once."""
+        return self.score_metric is None
 
-def _kernels_normalize(score_metric: Callable[..., Tensor] | None, X: Tensor) -> bool:
-    """Whether the kernels divide by the norms on the way. On a CPU, PyTorch would take longer for it than for the loss."""
-    return score_metric is None and X.device.type == "cpu"
 
-
-def _encode(model: Any, features: Features, is_query: bool, score_metric: Callable[..., Tensor] | None) -> Encoded:
+def _encode(model: Any, features: Features, is_query: bool, kernels_normalize: Callable[[Tensor], bool]) -> Encoded:
     facts = model if hasattr(model, "skiplist") else model.module
     # A copy, as models add their outputs to the dict they are given.
     embeddings = model(dict(features))["token_embeddings"]
-    if not _kernels_normalize(score_metric, embeddings):
+    if not kernels_normalize(embeddings):
         embeddings = nn.functional.normalize(embeddings, dim=-1)
     mask = features["attention_mask"] != 0
     if is_query:

@@ -39,7 +39,7 @@ ENGINES = (*ISAS, "torch", *(["triton"] if GPU or INTERPRETED else []), *(["cuda
 ON_GPU = {"triton": triton_backend, "cuda": cuda_backend}
 # A GPU's kernels are compiled for each dtype and dimension, a second each. EDGECOLBERT_TEST_WHOLE=1 takes them all.
 WHOLE = not GPU or bool(os.environ.get("EDGECOLBERT_TEST_WHOLE"))
-SHARE = 6
+SHARE = 12
 PRECISIONS = ("exact", "fast")
 
 
