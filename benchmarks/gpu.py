@@ -300,7 +300,7 @@ def main() -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-").removeprefix("nvidia-")
     path = options.out or (None if options.dry_run else RESULTS / f"gpu-{slug}.jsonl")
-    shared = {"suite": "gpu", **machine.facts()}
+    shared = {"suite": "gpu", **machine.gpu_facts()}
 
     kept = options.only and path is not None and path.exists()
     before = [json.loads(line) for line in path.read_text().splitlines()] if kept else [{**shared, **t} for t in tests]

@@ -231,13 +231,22 @@ def plain_table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def gpu_tests(row: Mapping) -> str:
+    counts = ", ".join(f"{row[name]} {name}" for name in ("passed", "failed", "errors", "skipped") if name in row)
+    ended = "" if row["exit_status"] is not None else "; stopped there, with some left"
+    return f"Tests that a GPU takes part in: {counts} in {row['seconds']} s{ended}.\n"
+
+
 def gpu_table(rows: Rows) -> str:
     lines = [
+        *(gpu_tests(row) for row in rows if row["case"] == "tests"),
         "| case | contender | device, ms | wall, ms | TFLOP/s | of the bandwidth | of a copy | GB | device time over that of "
         "| error |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
+        if "p50" not in row:  # tests, and cases that failed
+            continue
         rate = number(row["TFLOP/s"]["p50"]) if "TFLOP/s" in row else ""
         share, of_copy = (
             f"{row[name]['p50']:.0f} %" if name in row else "" for name in ("percent_of_memory", "percent_of_copy")
