@@ -168,6 +168,7 @@ struct StoreJob {
   int32_t dim;
   bool normalize;
   bool stream;   // past the caches, where rows lie such that registers are aligned
+  bool roomy;    // the first-level cache has room for rows that come much later
   char* out;     // [source.length, dim]
   char* buffer;  // dim elements of scratch
   // The rest is for i8, which looks at the next document while it stores this one.

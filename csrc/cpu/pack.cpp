@@ -1,3 +1,5 @@
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -13,6 +15,18 @@ namespace {
 constexpr int64_t kSerialElements = 1 << 18;
 // A larger result would push everything else out of the caches, and not stay there itself.
 constexpr int64_t kStreamedBytes = 16 << 20;
+// As Golden Cove, Zen 5 and their successors have; their predecessors 32 KiB.
+constexpr long kRoomyBytes = 48 << 10;
+
+// The first-level cache, by what the C library says; where that is nothing, it is not.
+bool is_roomy() {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  static const bool roomy = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= kRoomyBytes;
+  return roomy;
+#else
+  return false;
+#endif
+}
 
 int64_t scratch_bytes(int32_t dim) { return (int64_t(dim) * 4 + 63) / 64 * 64; }
 
@@ -84,6 +98,7 @@ int64_t pack(const Kernels& kernels, const PackCall& call) {
     job.dim = source.dim;
     job.normalize = call.normalize;
     job.stream = rows * row_bytes >= kStreamedBytes;
+    job.roomy = is_roomy();
     job.out = call.out + (call.offsets[j] - call.offsets[0]) * row_bytes;
     job.inverse_norms = norms.data() + row_numbers * (2 * thread + j % 2);
     job.next_inverse_norms = norms.data() + row_numbers * (2 * thread + (j + 1) % 2);

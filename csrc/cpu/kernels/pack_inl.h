@@ -5,8 +5,10 @@
 // it is overwritten. Rows one after the other, each with its own root and division, let the processor read and write
 // all the time; norms computed for several rows at once, or lines collected before they are written, were slower. int8
 // must see a document's last value before it rounds the first: it looks at a document while it rounds the one before,
-// whose rows are still in the second-level cache. What it looks at is asked for earlier, and no further than into that
-// cache: the first has too few places for what is on its way, beside two streams of reads.
+// whose rows are still in the second-level cache. What it looks at is asked for earlier, and where the first-level
+// cache is small no further than into the second: it has too few places for what is on its way, beside two streams of
+// reads. Where it is roomy, everything is asked for from two pages on: no processor's own reads ahead go beyond the
+// next.
 #pragma once
 
 namespace {
@@ -42,17 +44,22 @@ template <bool past, class From, class To, class Transform>
 template <class From, class Dim, bool far = false>
 class Rows {
  public:
-  Rows(const Tokens& tokens, const Tokens* next, Dim dim, char* buffer)
-      : tokens_(tokens), next_(next), dim_(dim), buffer_(buffer) {}
+  Rows(const StoreJob& job, const Tokens& tokens, const Tokens* next, Dim dim)
+      : tokens_(tokens),
+        next_(next),
+        dim_(dim),
+        buffer_(job.buffer),
+        rows_ahead_(1 + (job.roomy ? kAheadBytesRoomy : kAheadBytes) / row_bytes()),
+        into_first_(!far || job.roomy) {}
 
   // Valid until the next call.
   [[gnu::always_inline]] const From* operator[](int64_t i) const {
     return contiguous_row<From>(address(tokens_, i), tokens_.dim_stride, dim_, buffer_);
   }
 
-  // Asks for the row that comes kAheadBytes after row i.
+  // Asks for the row that comes so many bytes after row i.
   [[gnu::always_inline]] void ask_ahead(int64_t i) const {
-    i += 1 + kAheadBytes / row_bytes();
+    i += rows_ahead_;
     if (i < tokens_.length) {
       ask(tokens_, i);
     } else if (next_ && i - tokens_.length < next_->length) {
@@ -61,7 +68,7 @@ class Rows {
   }
 
  private:
-  static constexpr int64_t kAheadBytes = far ? 6144 : 2048;
+  static constexpr int64_t kAheadBytes = far ? 6144 : 2048, kAheadBytesRoomy = 8192;
 
   int64_t row_bytes() const { return int64_t(sizeof(From)) * dim_; }
 
@@ -72,13 +79,19 @@ class Rows {
   [[gnu::always_inline]] void ask(const Tokens& tokens, int64_t i) const {
     if (tokens.dim_stride != int64_t(sizeof(From))) return;
     const char* const row = address(tokens, i);
-    for (int64_t k = 0; k < row_bytes(); k += 64) __builtin_prefetch(row + k, 0, far ? 2 : 3);
+    if (into_first_) {
+      for (int64_t k = 0; k < row_bytes(); k += 64) __builtin_prefetch(row + k, 0, 3);
+    } else {
+      for (int64_t k = 0; k < row_bytes(); k += 64) __builtin_prefetch(row + k, 0, 2);
+    }
   }
 
   const Tokens tokens_;
   const Tokens* const next_;
   const Dim dim_;
   char* const buffer_;
+  const int64_t rows_ahead_;
+  const bool into_first_;
 };
 
 // Finds the largest |x| of a document, before and after normalisation, and the norms.
@@ -86,7 +99,7 @@ template <class From, class Dim>
 class Look {
  public:
   Look(const StoreJob& job, const Tokens& tokens, const Tokens* next, float* inverse_norms, Dim dim)
-      : rows_(tokens, next, dim, job.buffer), dim_(dim), inverse_norms_(job.normalize ? inverse_norms : nullptr) {}
+      : rows_(job, tokens, next, dim), dim_(dim), inverse_norms_(job.normalize ? inverse_norms : nullptr) {}
 
   [[gnu::always_inline]] void at(int64_t i) {
     rows_.ask_ahead(i);
@@ -137,7 +150,7 @@ inline void store_int8(StoreJob& job, Dim dim) {
   const bool zero = job.peaks.largest < kSmallestPackedPeak;
   job.scale = zero ? 0.0f : job.peaks.largest / 127.0f;
   const Simd::F inverse_scale = Simd::broadcast(zero ? 0.0f : 127.0f / job.peaks.largest);
-  const Rows<From, Dim> rows(job.source, nullptr, dim, job.buffer);
+  const Rows<From, Dim> rows(job, job.source, nullptr, dim);
   Look<From, Dim> look(job, job.next ? *job.next : Tokens{}, job.after, job.next_inverse_norms, dim);
   I8* out = reinterpret_cast<I8*>(job.out);
   for (int64_t i = 0; i < length; ++i, out += dim) {
@@ -157,7 +170,7 @@ inline void store_int8(StoreJob& job, Dim dim) {
 
 template <bool past, class From, class To, class Dim>
 inline void store_float(const StoreJob& job, Dim dim) {
-  const Rows<From, Dim> rows(job.source, job.next, dim, job.buffer);
+  const Rows<From, Dim> rows(job, job.source, job.next, dim);
   To* out = reinterpret_cast<To*>(job.out);
   for (int64_t i = 0; i < job.source.length; ++i, out += dim) {
     rows.ask_ahead(i);
@@ -179,7 +192,7 @@ constexpr bool kSame<A, A> = true;
 // The same type without normalisation: bits are kept, those of a NaN too.
 template <class Element>
 inline void copy_rows(const StoreJob& job) {
-  const Rows<Element, int> rows(job.source, job.next, job.dim, job.buffer);
+  const Rows<Element, int> rows(job, job.source, job.next, job.dim);
   const int64_t bytes = int64_t(sizeof(Element)) * job.dim;
   for (int64_t i = 0; i < job.source.length; ++i) {
     rows.ask_ahead(i);
