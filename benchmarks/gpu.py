@@ -176,7 +176,7 @@ def run_tests() -> dict[str, Any]:
     LOG_OF_TESTS.parent.mkdir(exist_ok=True)
     LOG_OF_TESTS.write_text(output)
     print(output[-3000:], f"all of it: {LOG_OF_TESTS}", sep="\n", flush=True)
-    counts = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|errors?)", output[-2000:])}
+    counts = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|error)", output[-2000:])}
     seconds = round(time.monotonic() - start)
     return {"case": "tests", "contender": "tests", "exit_status": status, "seconds": seconds, **counts}
 

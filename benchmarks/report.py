@@ -232,7 +232,7 @@ def plain_table(rows: Rows) -> str:
 
 
 def gpu_tests(row: Mapping) -> str:
-    counts = ", ".join(f"{row[name]} {name}" for name in ("passed", "failed", "errors", "skipped") if name in row)
+    counts = ", ".join(f"{row[name]} {name}" for name in ("passed", "failed", "error", "skipped") if name in row)
     ended = "" if row["exit_status"] is not None else "; stopped there, with some left"
     return f"Tests that a GPU takes part in: {counts} in {row['seconds']} s{ended}.\n"
 

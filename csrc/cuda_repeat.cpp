@@ -14,6 +14,9 @@
 namespace edgecolbert {
 namespace {
 
+// From here on an address is no offset, which is all that is left of one when a storage was given back, as sharding
+// does between uses. Below it lie boards that share their memory, segments that expand, and the heaps of some programs.
+constexpr uint64_t large_address = uint64_t(1) << 40;
 // Compilers make no use of a larger one.
 constexpr uint64_t alignment = 16;
 constexpr size_t most_entries = 4096;
@@ -130,35 +133,32 @@ class Launches {
  private:
   bool read(PyObject* const* arguments, Py_ssize_t count, Call& read) const;
   bool read_tensor(PyObject* object, uint64_t device, Call& read, uint64_t& address) const;
+  bool is_offset(PyObject* object, uint32_t dtype, uint64_t address) const;
   bool read_surroundings(Call& read) const;
   bool is_tensor(PyObject* object) const;
 
   Ref tensor_types_, keys_of_, keys_of_calls_, raw_, function_modes_, grad_enabled_, device_, stream_, empty_,
       empty_names_, entries_, variable_;
-  Ref exchange_owner_, requires_grad_;
+  Ref exchange_owner_, requires_grad_, storage_offset_;
   const Exchange* exchange_ = nullptr;
   Py_ssize_t inputs_ = 0;
   int device_type_ = 0;
-  // Of a storage that was given back, as sharding does between uses, only an offset is left, which is smaller.
-  uint64_t least_address_ = 0;
   std::unordered_map<std::string, std::shared_ptr<const Entry>> table_;
   // Arguments of the last call that was not in the table; they are compared and never looked into, as they may be gone.
   std::vector<PyObject*> missed_;
 };
 
 bool Launches::make(PyObject* arguments, PyObject* keywords) {
-  static const char* names[] = {"inputs",   "device_type",   "least_address", "exchange",       "tensor_types",
-                                "keys_of",  "keys_of_calls", "raw",           "function_modes", "grad_enabled",
-                                "device",   "stream",        "empty",         "empty_names",    "entries",
-                                "variable", nullptr};
+  static const char* names[] = {"inputs",       "device_type",   "exchange", "tensor_types",
+                                "keys_of",      "keys_of_calls", "raw",      "function_modes",
+                                "grad_enabled", "device",        "stream",   "empty",
+                                "empty_names",  "entries",       "variable", nullptr};
   PyObject* given[13];
-  unsigned long long least_address;
-  if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "$niKOO!OOOOOOOOO!O!O", const_cast<char**>(names), &inputs_,
-                                   &device_type_, &least_address, &given[0], &PyTuple_Type, &given[1], &given[2],
-                                   &given[3], &given[4], &given[5], &given[6], &given[7], &given[8], &given[9],
-                                   &PyTuple_Type, &given[10], &PyTuple_Type, &given[11], &given[12]))
+  if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "$niOO!OOOOOOOOO!O!O", const_cast<char**>(names), &inputs_,
+                                   &device_type_, &given[0], &PyTuple_Type, &given[1], &given[2], &given[3], &given[4],
+                                   &given[5], &given[6], &given[7], &given[8], &given[9], &PyTuple_Type, &given[10],
+                                   &PyTuple_Type, &given[11], &given[12]))
     return false;
-  least_address_ = least_address;
   Ref* const kept[] = {&exchange_owner_, &tensor_types_, &keys_of_, &keys_of_calls_, &raw_,
                        &function_modes_, &grad_enabled_, &device_,  &stream_,        &empty_,
                        &empty_names_,    &entries_,      &variable_};
@@ -177,7 +177,8 @@ bool Launches::make(PyObject* arguments, PyObject* keywords) {
     return false;
   }
   requires_grad_ = Ref(PyUnicode_InternFromString("requires_grad"));
-  return bool(requires_grad_);
+  storage_offset_ = Ref(PyUnicode_InternFromString("storage_offset"));
+  return requires_grad_ && storage_offset_;
 }
 
 bool Launches::is_tensor(PyObject* object) const {
@@ -217,7 +218,7 @@ bool Launches::read_tensor(PyObject* object, uint64_t device, Call& read, uint64
   if (exchange_->read(object, &tensor) || tensor.device_type != device_type_ || uint64_t(tensor.device) != device)
     return false;
   address = reinterpret_cast<uintptr_t>(tensor.data) + tensor.offset;
-  if (address < least_address_) return false;
+  if (address < large_address && is_offset(object, tensor.dtype, address)) return false;
   read.word(address % alignment);
   read.word(tensor.dtype);
   read.word(uint64_t(tensor.rank));
@@ -225,6 +226,13 @@ bool Launches::read_tensor(PyObject* object, uint64_t device, Call& read, uint64
   for (int32_t i = 0; i < tensor.rank; ++i) read.word(uint64_t(tensor.strides[i]));
   const Ref keys = call(keys_of_, object);
   return keys && read.word(call(raw_, keys.get()));
+}
+
+bool Launches::is_offset(PyObject* object, uint32_t dtype, uint64_t address) const {
+  const Ref offset(PyObject_CallMethodNoArgs(object, storage_offset_.get()));
+  const uint64_t bytes = (dtype >> 8 & 0xff) / 8;
+  uint64_t elements;
+  return !integer(offset, elements) || address == elements * bytes;
 }
 
 bool Launches::read_surroundings(Call& read) const {

@@ -83,11 +83,10 @@ class Launches:
     """Launches by the calls that they came to. A call is `inputs` tensors or None, then settings, the same number always.
 
     The first tensor is never None. Settings count by identity, tensors by everything but their values: type (one of
-    `tensor_types`), device (of `device_type`, whose memory begins at `least_address`), requires_grad where
-    `grad_enabled()`, dtype, shape, strides, dispatch keys (`raw(keys_of(tensor))`), and their addresses modulo 16. So do
-    `raw(keys_of_calls())`, `function_modes()` and, by identity, the value of the context variable and those in
-    dictionaries, given as (dictionary, key). `exchange` is the capsule of DLPack's functions that reads tensors;
-    ValueError if it does not.
+    `tensor_types`), device (of `device_type`), requires_grad where `grad_enabled()`, dtype, shape, strides, dispatch keys
+    (`raw(keys_of(tensor))`), and their addresses modulo 16. So do `raw(keys_of_calls())`, `function_modes()` and, by
+    identity, the value of the context variable and those in dictionaries, given as (dictionary, key). `exchange` is the
+    capsule of DLPack's functions that reads tensors; ValueError if it does not.
     """
 
     def __init__(
@@ -95,7 +94,6 @@ class Launches:
         *,
         inputs: int,
         device_type: int,
-        least_address: int,
         exchange: object,
         tensor_types: tuple[type, ...],
         keys_of: Callable[[Any], Any],

@@ -407,9 +407,10 @@ def _score_stored_pairs(
     if d_mask is not None:
         raise checks.stored_mask()
     xp, arrays = _side(Q), _arrays or _load_arrays()
-    scores = _repeat_resident(Q, D, q_mask, query_index, document_index, options, out_dtype)
-    if scores is not None:
-        return scores
+    if query_index is not None and document_index is not None:
+        scores = _repeat_resident(Q, D, q_mask, query_index, document_index, options, out_dtype)
+        if scores is not None:
+            return scores
     if D.device is not None or checks.on_accelerator(Q):
         Q, q_mask = _read(xp, "Q", Q, q_mask, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
         Q, q_mask = _padded(xp, Q, q_mask, D.nothing()) if type(Q) is list else (Q, q_mask)

@@ -207,6 +207,20 @@ def test_documents_on_a_device(here, call, dtype):
     assert here.repeats == 2
     with pytest.raises(ValueError, match="mask"):
         function(Q, one, *index, d_mask=torch.ones(4, 9))
+    if not index:
+        with pytest.raises(TypeError, match="query_index"):
+            ek.maxsim_indexed(Q[None], one, None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize("what", ["q_mask", "query_index", "document_index"])
+def test_documents_on_another_device(here, what, dtype):
+    given = {"query_index": torch.tensor([0, 2]), "document_index": torch.tensor([3, 0])}
+    given["q_mask"] = torch.ones(3, 32, dtype=torch.bool)
+    given[what] = given[what].to("meta")
+    with pytest.raises(ValueError, match=f"{what} is on meta"):
+        ek.maxsim_indexed(aligned(3, 32, 48), resident(dtype), **given)
+    assert not here.driver.seen
 
 
 @pytest.fixture
@@ -236,11 +250,13 @@ class Subclass(torch.Tensor):
     pass
 
 
-def without_storage(X, first=0):
-    whole = torch.cat([X[:first], X])
-    X = whole[first:]
-    whole.untyped_storage().resize_(0)
+def given_back(X):
+    X.untyped_storage().resize_(0)
     return X
+
+
+def without_storage(X, first=0):
+    return given_back(torch.cat([X[:first], X])[first:])
 
 
 OTHER_TENSORS = {
@@ -257,6 +273,10 @@ OTHER_TENSORS = {
     "zeros without storage": ("Q", lambda Q: torch._efficientzerotensor(Q.shape, dtype=Q.dtype)),
     "no storage": ("D", without_storage),
     "no storage, with an offset": ("D", lambda D: without_storage(D, 5)),
+    "no storage, with a large offset": (
+        "D",
+        lambda D: given_back(torch.zeros(2**20).half()[2**19 :][:1680].view(5, 7, 48)),
+    ),
     "empty": ("D", lambda D: D[:0]),
     "subclass": ("Q", lambda Q: Q.as_subclass(Subclass)),
     "meta": ("Q", lambda Q: Q.to("meta")),
@@ -564,8 +584,9 @@ def test_nothing_leaks(known):
     """Ten thousand answers, and as many calls that are not known, hold nothing."""
     here, Q, D, mask = known.here, known.Q, known.D, known.d_mask
     ask, other = here.table.repeat, object()
-    call = (Q, D, None, mask, *[None] * 4, *OPTIONS)
+    call = (Q, D, None, mask, *[None] * 5, *OPTIONS)
     unknown = (*call[:-1], other)
+    assert ask(*call) is not None and ask(*unknown) is None
     watched = Q, D, mask, Q.dtype, Q.device, other, torch.float32, torch.Size, torch.empty, call, unknown
 
     def counts():

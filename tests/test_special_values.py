@@ -11,7 +11,7 @@ import torch
 import edgecolbert_kernels as ek
 import oracle
 from cases import STORAGES, embeddings, grid, storage_name
-from conftest import ON_GPU
+from conftest import INTERPRETED, ON_GPU
 
 NAN, INF = float("nan"), float("inf")
 
@@ -138,7 +138,7 @@ def test_most_negative_finite_similarity(engine, precision, length):
     Q, D = torch.ones(1, 1, 1), torch.full((1, length, 1), lowest)
     scores, argmax = argmax_of(Q, D, precision=precision)
     # Three TF32 products, which is how a GPU multiplies float32 fast, leave out the last bits.
-    missing = 2.0**-19 if precision == "fast" and engine in ON_GPU else 0.0
+    missing = 2.0**-19 if precision == "fast" and engine in ON_GPU and not INTERPRETED else 0.0
     assert lowest <= scores.item() <= lowest * (1 - missing)
     assert argmax.item() == 0
 

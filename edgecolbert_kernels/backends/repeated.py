@@ -22,9 +22,6 @@ INPUTS = 9
 
 # As DLPack numbers types of devices.
 CPU, CUDA = 1, 2
-# Below which no memory lies: programs are loaded from 4 MiB on, CUDA maps from 8 GiB on where not far above, as for
-# segments that expand and on boards that share their memory.
-LEAST_ADDRESS = {CPU: 1 << 20, CUDA: 1 << 33}
 
 
 def make(device_type: int = CUDA) -> Any:
@@ -32,7 +29,6 @@ def make(device_type: int = CUDA) -> Any:
     return native.module().Launches(
         inputs=INPUTS,
         device_type=device_type,
-        least_address=LEAST_ADDRESS[device_type],
         exchange=torch._C._dlpack_exchange_api(),
         tensor_types=(torch.Tensor, torch.nn.Parameter),
         keys_of=torch._C._dispatch_keys,

@@ -119,6 +119,9 @@ def _score_stored(
     batch = q_mask, None, cu_q, block.offsets, query, document
     if block.scales is None:
         return tensors.score(Q, block.tokens, *batch, *options, out_dtype)
+    for name, each in (("q_mask", q_mask), ("query_index", query), ("document_index", document)):
+        if each is not None:
+            checks.same_device(name, each.device, Q.device, "Q")
     backend = select("maxsim", Q.device.type, "float32")
     scores = backend.forward(Q, block.tokens, *batch, *options, False, scales=block.scales)[0]
     if out_dtype not in (None, torch.float32):
