@@ -14,8 +14,9 @@
 namespace edgecolbert {
 namespace {
 
-// Query lanes that are scored against a document in one go.
-constexpr int64_t kGroupLanes = 16384;
+// Query lanes that are scored against one document after another: as bytes for the screen, and the rows that it asks for
+// again, they stay in a second-level cache beside a document.
+constexpr int64_t kGroupLanes = 2048;
 // Widened document tokens at a time: a fraction of any second-level cache.
 constexpr int64_t kBlockBytes = 128 * 1024;
 // Below this many multiply-adds a call is over before a second thread has woken up.
@@ -374,7 +375,7 @@ class Scorer {
   }
 
   int64_t document_of(int64_t task) const {
-    if (call_.pairs.layout == Layout::all) return task / int64_t(queries_.groups().size());
+    if (call_.pairs.layout == Layout::all) return task % call_.documents.count;
     return call_.pairs.layout == Layout::indexed ? call_.pairs.document_index[task] : task;
   }
 
@@ -394,7 +395,7 @@ class Scorer {
     const int64_t document = document_of(task);
     int64_t group = 0;
     if (call_.pairs.layout == Layout::all) {
-      group = task % int64_t(queries_.groups().size());
+      group = task / call_.documents.count;
     } else if (call_.pairs.layout == Layout::own) {
       group = queries_.group_of(task / (call_.documents.count / call_.queries.count));
     } else {
