@@ -14,8 +14,8 @@
 namespace edgecolbert {
 namespace {
 
-// Query lanes that are scored against one document after another: as bytes for the screen, and the rows that it asks for
-// again, they stay in a second-level cache beside a document.
+// Query lanes that are scored against one document after another: as bytes for the screen, and the rows that it asks
+// for again, they stay in a second-level cache beside a document.
 constexpr int64_t kGroupLanes = 2048;
 // Widened document tokens at a time: a fraction of any second-level cache.
 constexpr int64_t kBlockBytes = 128 * 1024;
