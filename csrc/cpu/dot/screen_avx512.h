@@ -89,8 +89,9 @@ struct Scores {
   using Hits = uint32_t;
   static constexpr uint32_t kAll = ~0u, kFirstRegister = 0x0f0f0f0f;  // bits of its lanes
   static void find(const int16_t* scores, int64_t tokens, V threshold, uint32_t wanted, Hits* hits) {
+#pragma GCC unroll 4
     for (int64_t t = 0; t < tokens; ++t)
-      hits[t] = _mm512_cmpge_epi16_mask(load(scores + t * lanes), threshold) & wanted;
+      _store_mask32(hits + t, _mm512_mask_cmpge_epi16_mask(wanted, load(scores + t * lanes), threshold));
   }
   // Every token with each lane that its bits name, token << 8 | lane. 16 tokens at a time give up their lowest bits, so
   // the tokens of a lane are in no order. Returns how many there are; 16 more may be written.

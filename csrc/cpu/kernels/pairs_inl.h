@@ -73,8 +73,8 @@ class PairScore {
   [[gnu::noinline]] void score(int64_t pairs) {
     fill_up(pairs);
     int64_t p = 0;
-    for (; pairs - p > Simd::width; p += 2 * Simd::width) score_batch<registers, 2>(p);
-    if (p < pairs) score_batch<registers, 1>(p);
+    for (; pairs - p > Simd::width; p += 2 * Simd::width) score_batch<registers, 2>(p, pairs);
+    if (p < pairs) score_batch<registers, 1>(p, pairs);
   }
 
  private:
@@ -120,7 +120,7 @@ class PairScore {
   }
 
   template <int registers, int batches>
-  void score_batch(int64_t p) {
+  void score_batch(int64_t p, int64_t pairs) {
     constexpr int count = batches * Simd::width;
     alignas(64) float values[count];
     alignas(64) int32_t lanes[count], tokens[count];
@@ -129,13 +129,14 @@ class PairScore {
       tokens[i] = int32_t(first_) + int32_t(pairs_[p + i] >> 8);
     }
     multiply_add_pairs<registers, batches>(tokens, lanes, values);
-    if (job_.argmax) return take<count>(values, lanes, tokens);
-    for (int i = 0; i < count; ++i) best_[lanes[i]] = best_[lanes[i]] > values[i] ? best_[lanes[i]] : values[i];
+    // Those that fill up the batch would wait for one another, all at the same address.
+    const int valid = pairs - p < count ? int(pairs - p) : count;
+    if (job_.argmax) return take(values, lanes, tokens, valid);
+    for (int i = 0; i < valid; ++i) best_[lanes[i]] = best_[lanes[i]] > values[i] ? best_[lanes[i]] : values[i];
   }
 
   // No branches: whether a token is better than the one before it is as good as random.
-  template <int count>
-  void take(const float* values, const int32_t* lanes, const int32_t* tokens) {
+  void take(const float* values, const int32_t* lanes, const int32_t* tokens, int count) {
     for (int i = 0; i < count; ++i) {
       const int lane = lanes[i];
       const float before = best_[lane];

@@ -81,13 +81,13 @@ class ScreenedScore {
 
   // False: too many tokens could win, or the values do not allow it; `best` and `index` are then undefined.
   bool run() {
-    for (int64_t lane = 0; lane < group_.registers * Simd::width; lane += Simd::width) {
-      Simd::store(job_.best + lane, Simd::broadcast(-__builtin_inff()));
-      Simd::store(job_.index + lane, Simd::zero_integer());
-    }
     // A query token of zeros: every similarity is 0 and the first token wins. Its margin lets none through.
-    for (int64_t lane = 0; lane < group_.registers * Simd::width; ++lane) {
-      if (group_.scales[lane] == 0.0f) job_.best[lane] = 0.0f;
+    const Simd::I lowest = Simd::bits(Simd::broadcast(-__builtin_inff()));
+    for (int64_t lane = 0; lane < group_.registers * Simd::width; lane += Simd::width) {
+      const Simd::I best =
+          Simd::where_equal(Simd::load(group_.scales + lane), Simd::zero(), Simd::zero_integer(), lowest);
+      Simd::store(job_.best + lane, Simd::from_bits(best));
+      Simd::store(job_.index + lane, Simd::zero_integer());
     }
     for (int64_t first = 0; first < length_; first += job_.block_tokens) {
       if (!score_block(first, length_ - first < job_.block_tokens ? length_ - first : job_.block_tokens)) return false;
