@@ -121,6 +121,14 @@ def run(quick: bool) -> list[dict]:
             facts = {"mebibytes": round(packed.nbytes / 2**20, 1)}
             clear = lambda: shutil.rmtree(folder, ignore_errors=True)  # noqa: E731
             size = packed.nbytes / 1e9
+            moved = (hidden.nbytes + packed.nbytes) / 1e9
+            makers = {
+                "from_padded": partial(PackedEmbeddings.from_padded, hidden, dtype=dtype),
+                "from_list": partial(PackedEmbeddings.from_list, list(hidden), dtype=dtype),
+                "float32 to it": partial(PackedEmbeddings.from_padded(hidden, dtype="float32").to, dtype),
+            }
+            for made, call in makers.items():
+                measure(dtype, made, call, gigabytes=moved)
             measure(dtype, "plain write", lambda p=packed: write(plain, p.tokens), gigabytes=size)
             measure(dtype, "save", lambda p=packed: p.save(folder), prepare=clear, gigabytes=size, **facts)
             measure(dtype, "open", lambda: PackedEmbeddings.load(folder))

@@ -171,13 +171,15 @@ struct StoreJob {
   bool roomy;    // the first-level cache has room for rows that come much later
   char* out;     // [source.length, dim]
   char* buffer;  // dim elements of scratch
-  // The rest is for i8, which looks at the next document while it stores this one.
+  // The rest, up to `scale`, is for i8, which looks at the next document while it stores this one.
   bool looked;                // in: source was `next` of the call before, on the same job; out: for the call after
   Peaks peaks;                // in, if looked: of source; out: of next
   float* inverse_norms;       // [source.length] of scratch, with normalize; if looked: what next_inverse_norms was
   float* next_inverse_norms;  // [next->length] of scratch, with normalize
   float scale;                // out
-  bool finite;                // out: otherwise nothing was stored
+  // Out. i8: otherwise a value is not finite, and nothing was stored. Floats without normalisation: otherwise a value
+  // is not finite, or becomes infinite.
+  bool finite;
 };
 
 // The way back: out = float(row) * scale.

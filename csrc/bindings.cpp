@@ -167,8 +167,8 @@ int64_t py_pack(const py::tuple& source, bool normalize, int dtype, int64_t offs
                 int threads) {
   PackCall call;
   call.source = read_sequences(source);
-  if (call.source.pointers || call.source.dtype == DType::i8)
-    throw py::value_error("packs float rows, not lists or int8");
+  if (call.source.dtype == DType::i8) throw py::value_error("packs float rows, not int8");
+  const ByteStrides strides(call.source);
   if (dtype < 0 || dtype > 3) throw py::value_error("unknown dtype code " + std::to_string(dtype));
   check_lengths(call.source, call.source.mask);
   call.dtype = DType(dtype);

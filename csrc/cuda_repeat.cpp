@@ -20,8 +20,6 @@ constexpr uint64_t large_address = uint64_t(1) << 40;
 // Compilers make no use of a larger one.
 constexpr uint64_t alignment = 16;
 constexpr size_t most_entries = 4096;
-// Of the call that makes the output: its sizes, and what else it is told.
-constexpr size_t most_made = 16;
 
 // A reference that is given back.
 class Ref {
@@ -67,7 +65,7 @@ struct Entry {
   CudaKernel kernel;
   std::vector<uint64_t> arguments;  // addresses of the inputs come first, and are filled in
   size_t output = 0;                // the place of the output's address among them
-  std::vector<Ref> made;            // what `empty` is called with
+  Ref made;                         // what `empty` is called with, a tuple
   std::vector<Ref> held;            // objects that the key names by their addresses, and the kernel's owner
 };
 
@@ -137,8 +135,8 @@ class Launches {
   bool read_surroundings(Call& read) const;
   bool is_tensor(PyObject* object) const;
 
-  Ref tensor_types_, keys_of_, keys_of_calls_, raw_, function_modes_, grad_enabled_, device_, stream_, empty_,
-      empty_names_, entries_, variable_;
+  Ref tensor_types_, keys_of_, keys_of_calls_, raw_, function_modes_, grad_enabled_, device_, stream_, empty_, entries_,
+      variable_;
   Ref exchange_owner_, requires_grad_, storage_offset_;
   const Exchange* exchange_ = nullptr;
   Py_ssize_t inputs_ = 0;
@@ -149,20 +147,18 @@ class Launches {
 };
 
 bool Launches::make(PyObject* arguments, PyObject* keywords) {
-  static const char* names[] = {"inputs",       "device_type",   "exchange", "tensor_types",
-                                "keys_of",      "keys_of_calls", "raw",      "function_modes",
-                                "grad_enabled", "device",        "stream",   "empty",
-                                "empty_names",  "entries",       "variable", nullptr};
-  PyObject* given[13];
-  if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "$niOO!OOOOOOOOO!O!O", const_cast<char**>(names), &inputs_,
+  static const char* names[] = {"inputs",        "device_type", "exchange",       "tensor_types", "keys_of",
+                                "keys_of_calls", "raw",         "function_modes", "grad_enabled", "device",
+                                "stream",        "empty",       "entries",        "variable",     nullptr};
+  PyObject* given[12];
+  if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "$niOO!OOOOOOOOO!O", const_cast<char**>(names), &inputs_,
                                    &device_type_, &given[0], &PyTuple_Type, &given[1], &given[2], &given[3], &given[4],
                                    &given[5], &given[6], &given[7], &given[8], &given[9], &PyTuple_Type, &given[10],
-                                   &PyTuple_Type, &given[11], &given[12]))
+                                   &given[11]))
     return false;
-  Ref* const kept[] = {&exchange_owner_, &tensor_types_, &keys_of_, &keys_of_calls_, &raw_,
-                       &function_modes_, &grad_enabled_, &device_,  &stream_,        &empty_,
-                       &empty_names_,    &entries_,      &variable_};
-  for (int i = 0; i < 13; ++i) *kept[i] = Ref::to(given[i]);
+  Ref* const kept[] = {&exchange_owner_, &tensor_types_, &keys_of_, &keys_of_calls_, &raw_,     &function_modes_,
+                       &grad_enabled_,   &device_,       &stream_,  &empty_,         &entries_, &variable_};
+  for (int i = 0; i < 12; ++i) *kept[i] = Ref::to(given[i]);
   exchange_ = static_cast<const Exchange*>(PyCapsule_GetPointer(exchange_owner_.get(), "dlpack_exchange_api"));
   if (!exchange_) return false;
   bool right = exchange_->major == 1 && exchange_->read && inputs_ >= 1 && inputs_ < most_kernel_arguments &&
@@ -263,10 +259,7 @@ PyObject* Launches::repeat(PyObject* const* arguments, Py_ssize_t count) {
   // Shared, as the table may be emptied by whoever runs while memory is allocated or the driver waits.
   const std::shared_ptr<const Entry> entry = found->second;
   if (!entry->kernel.function) return nullptr;
-  PyObject* made[most_made];
-  for (size_t i = 0; i < entry->made.size(); ++i) made[i] = entry->made[i].get();
-  const size_t positional = entry->made.size() - size_t(PyTuple_GET_SIZE(empty_names_.get()));
-  Ref output(PyObject_Vectorcall(empty_.get(), made, positional, empty_names_.get()));
+  Ref output(PyObject_Call(empty_.get(), entry->made.get(), nullptr));
   uint64_t stream, values[most_kernel_arguments];
   std::copy(entry->arguments.begin(), entry->arguments.end(), values);
   std::copy_n(asked.addresses, inputs_, values);
@@ -301,8 +294,7 @@ bool Launches::keep(PyObject* const* arguments, Py_ssize_t count, PyObject* laun
                           &PyTuple_Type, &made, &owner))
       return false;
     const Py_ssize_t size = PyTuple_GET_SIZE(values);
-    if (!address || !function || size > most_kernel_arguments || output < inputs_ || output >= size ||
-        PyTuple_GET_SIZE(made) < PyTuple_GET_SIZE(empty_names_.get()) || size_t(PyTuple_GET_SIZE(made)) > most_made) {
+    if (!address || !function || size > most_kernel_arguments || output < inputs_ || output >= size) {
       PyErr_SetString(PyExc_ValueError, "a launch that cannot be repeated");
       return false;
     }
@@ -312,7 +304,7 @@ bool Launches::keep(PyObject* const* arguments, Py_ssize_t count, PyObject* laun
     for (Py_ssize_t i = 0; i < size; ++i)
       if (!integer(PyTuple_GET_ITEM(values, i), entry->arguments[size_t(i)])) return false;
     entry->output = size_t(output);
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(made); ++i) entry->made.push_back(Ref::to(PyTuple_GET_ITEM(made, i)));
+    entry->made = Ref::to(made);
     entry->held.push_back(Ref::to(owner));
   }
   if (table_.size() >= most_entries) clear();

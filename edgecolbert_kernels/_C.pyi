@@ -58,7 +58,10 @@ def pack(
     scales: int,
     threads: int,
 ) -> int:
-    """Kept tokens to `out`, row `offsets[0]` of the result; the first document that int8 cannot hold, or -1."""
+    """Kept tokens to `out`, row `offsets[0]` of the result.
+
+    Returns the first document with a value that is not finite or, unless floats are normalised, became infinite; or -1.
+    """
 
 def unpack(source: tuple[int, ...], out: int, threads: int) -> None:
     """The rows of packed documents in float32, `out` being row `offsets[0]`."""
@@ -104,7 +107,6 @@ class Launches:
         device: Callable[[], int],
         stream: Callable[[int], int],
         empty: Callable[..., Any],
-        empty_names: tuple[str, ...],
         entries: tuple[tuple[dict[Any, Any], Any], ...],
         variable: ContextVar[Any],
     ) -> None: ...

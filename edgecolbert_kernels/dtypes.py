@@ -22,6 +22,8 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "int8": np.dtype("i1"),
 }
 LARGEST_INT8 = 127
+# The largest |x| of a document below which it counts as zero: its scale would be subnormal, or nearly.
+SMALLEST_INT8 = np.float32(2e-36)
 
 
 def name(dtype: Any) -> str:
@@ -79,12 +81,10 @@ def quantize(label: str, rows: Array) -> tuple[Array, np.float32]:
     largest = np.float32(np.abs(rows).max(initial=0))
     if not np.isfinite(largest):
         raise checks.storage_range(label, "int8")
-    scale = largest / np.float32(LARGEST_INT8)
-    if scale == 0:
+    if largest < SMALLEST_INT8:
         return np.zeros(rows.shape, np.int8), np.float32(0)
-    # A subnormal scale has few bits left: the quotient can exceed 127 by far.
-    values = np.rint(rows / scale).clip(-LARGEST_INT8, LARGEST_INT8)
-    return values.astype(np.int8), scale
+    values = np.rint(rows * (np.float32(LARGEST_INT8) / largest))
+    return values.astype(np.int8), largest / np.float32(LARGEST_INT8)
 
 
 def store(label: str, rows: Array, given: str, wanted: str, out: Array) -> np.float32 | None:

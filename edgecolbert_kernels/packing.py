@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from edgecolbert_kernels import checks, dtypes
-from edgecolbert_kernels.backends import choose, native
+from edgecolbert_kernels.backends.packed import OutOfRange, available, pack_rows, threads_of
 from edgecolbert_kernels.packed import PackedEmbeddings
 
 Array = np.ndarray
@@ -68,11 +68,12 @@ def pack(
         width = int(weight.shape[0])
     if bias is not None and (weight is None or tuple(bias.shape) != (width,)):
         raise checks.wrong_shape("bias", bias.shape, "[d], with a weight [d, h]")
-    has_kernel = _has_kernel(normalize, dtype)
+    has_kernel = available()
     padded = has_kernel and not isinstance(hidden, (list, tuple)) and not isinstance(mask, (list, tuple))
     whole = np.stack([keep for keep in kept if keep is not None]) if padded and mask is not None and kept else None
+    how = normalize, dtype, threads_of(documents[0]) if documents else None
     if padded and weight is None:
-        tokens, offsets, scales = _kernel(dtypes.matrix("hidden", hidden)[0], whole, None, normalize, dtype)
+        tokens, offsets, scales = _kernel(dtypes.matrix("hidden", hidden)[0], whole, None, *how)
         return PackedEmbeddings.from_arrays(tokens, offsets, scales)
     lengths = [
         len(document) if keep is None else int(keep.sum()) for document, keep in zip(documents, kept, strict=True)
@@ -87,9 +88,9 @@ def pack(
         within, out = offsets[begin : end + 1] - offsets[begin], tokens[offsets[begin] : offsets[end]]
         if padded:
             keep = None if whole is None else whole[begin:end]
-            found = _kernel(rows.reshape(end - begin, -1, width), keep, None, normalize, dtype, out)[2]
+            found = _kernel(rows.reshape(end - begin, -1, width), keep, None, *how, out)[2]
         elif has_kernel:
-            found = _kernel(rows, None, within, normalize, dtype, out)[2]
+            found = _kernel(rows, None, within, *how, out)[2]
         else:
             out[:], found = _store(rows, within, normalize, dtype)
         if scales is not None:
@@ -108,23 +109,19 @@ def _pack_there(hidden: Any, mask: Any, weight: Any, bias: Any, normalize: bool,
     return packed.cpu() if device is None else packed.to(device)
 
 
-def _has_kernel(normalize: bool, dtype: str) -> bool:
-    """Whether the compiled module stores: it does not look for values that a half cannot hold, and unit rows have none."""
-    if native.missing() or not (normalize or dtype == "float32"):
-        return False
-    return choose("maxsim", "cpu", "float32") == "cpu"
-
-
 def _kernel(
-    X: Array, mask: Array | None, offsets: Array | None, normalize: bool, dtype: str, out: Array | None = None
+    X: Array,
+    mask: Array | None,
+    offsets: Array | None,
+    normalize: bool,
+    dtype: str,
+    threads: int | None,
+    out: Array | None = None,
 ) -> Any:
-    from edgecolbert_kernels.backends.packed import pack_rows
-
+    storage = dtypes.STORAGE[dtype]
     try:
-        return pack_rows(X, mask, offsets, normalize=normalize, dtype=dtypes.STORAGE[dtype], out=out)
-    except ValueError as error:
-        if "int8" not in str(error):
-            raise
+        return pack_rows(X, mask, offsets, normalize=normalize, dtype=storage, threads=threads, out=out, strict=True)
+    except OutOfRange:
         raise checks.storage_range("hidden", dtype) from None
 
 

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "storage": {"checks"},
     "identifiers": {"checks", "storage"},
     "device": {"backends", "checks", "ops", "scoring"},
-    "packed": {"checks", "device", "dtypes", "identifiers", "scoring", "storage"},
+    "packed": {"backends", "checks", "device", "dtypes", "identifiers", "scoring", "storage"},
     "packing": {"backends", "checks", "device", "dtypes", "packed"},
     "retrieval": {"checks", "device", "dtypes", "packed", "scoring"},
     "export": {"packed"},

@@ -121,7 +121,8 @@ Screened screened();
 // Throw std::out_of_range for a pair that names a missing query or document, std::bad_alloc; nothing else.
 void forward(const Kernels& kernels, const ForwardCall& call);
 void backward(const Kernels& kernels, const BackwardCall& call);
-// Returns the first document that int8 cannot hold, since a value is not finite; -1: all were stored.
+// Returns the first document with a value that is not finite, which int8 cannot hold, or that became infinite, for
+// which floats are watched unless they are normalised; -1: there is none.
 int64_t pack(const Kernels& kernels, const PackCall& call);
 void unpack(const Kernels& kernels, const UnpackCall& call);
 

@@ -78,7 +78,7 @@ int64_t pack(const Kernels& kernels, const PackCall& call) {
   auto whole = [&](int64_t j) {
     Tokens tokens{};
     tokens.data = source.start(j);
-    tokens.token_stride = source.token_stride;
+    tokens.token_stride = source.stride(j);
     tokens.dim_stride = source.dim_stride;
     tokens.length = source.tokens(j);
     return tokens;
@@ -104,8 +104,7 @@ int64_t pack(const Kernels& kernels, const PackCall& call) {
     job.next_inverse_norms = norms.data() + row_numbers * (2 * thread + (j + 1) % 2);
     job.buffer = buffers.data() + scratch * thread;
     kernels.store_tokens(&job);
-    if (call.dtype != DType::i8) return;
-    call.scales[j] = job.scale;
+    if (call.dtype == DType::i8) call.scales[j] = job.scale;
     if (job.finite) return;
     int64_t first = not_finite.load();
     while (j < first && !not_finite.compare_exchange_weak(first, j)) {

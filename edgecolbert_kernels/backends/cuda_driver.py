@@ -14,6 +14,17 @@ Start = partial[None]
 LIBRARY = "libcuda.so.1"
 
 
+# Sizes, strides and dtype.
+Made = tuple[tuple[int, ...], tuple[int, ...], Any]
+
+
+def contiguous(shape: tuple[int, ...], dtype: Any) -> Made:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(shape), tuple(reversed(strides[: len(shape)])), dtype
+
+
 class Launch(NamedTuple):
     """One that can be repeated, as `_C.Launches` keeps it."""
 
@@ -25,8 +36,8 @@ class Launch(NamedTuple):
     # 0 for those that are addresses: the inputs' come first, `output` is the place of the result's.
     arguments: tuple[int, ...]
     output: int
-    # What `torch.empty` makes the result of: sizes, dtype and device.
-    made: tuple[Any, ...]
+    # What the result is made of, on the current device: sizes, strides and dtype.
+    made: Made
     # Whoever keeps the function loaded.
     owner: object
 

@@ -8,12 +8,13 @@ document n being the rows from `offsets[n]` to `offsets[n + 1]`; and, where toke
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from edgecolbert_kernels import checks
-from edgecolbert_kernels.backends import BackendUnsupported, native
+from edgecolbert_kernels.backends import BackendUnsupported, choose, native
 
 Array = np.ndarray
 _CODES = {
@@ -23,6 +24,33 @@ _CODES = {
     np.dtype(np.int8): native.INT8,
 }
 _STORAGE = "float32, float16, uint16 (the bits of bfloat16) or int8"
+# The first magnitudes that become infinite.
+_INFINITE = {
+    np.dtype(np.float16): np.float32(65520.0),
+    np.dtype(np.uint16): np.uint32(0x7F7F8000).view(np.float32),
+}
+
+
+class OutOfRange(ValueError):
+    """A value that the storage cannot hold, in document number `document`."""
+
+    def __init__(self, document: int, message: str):
+        super().__init__(message)
+        self.document = document
+
+
+def available() -> bool:
+    """Whether calls that name no backend are for the compiled module."""
+    return not native.missing() and choose("maxsim", "cpu", "float32") == "cpu"
+
+
+def threads_of(X: Any) -> int | None:
+    """PyTorch's for a tensor; None for an array: those of calls without PyTorch."""
+    if not hasattr(X, "detach"):
+        return None
+    import torch
+
+    return torch.get_num_threads()
 
 
 def score_packed(
@@ -89,6 +117,7 @@ def pack_rows(
     dtype: Any = np.float16,
     threads: int | None = None,
     out: Array | None = None,
+    strict: bool = False,
 ) -> tuple[Array, Array, Array | None]:
     """Token embeddings to a packed collection: (tokens [T, d], offsets int64 [N + 1], scales float32 [N] or None).
 
@@ -99,10 +128,11 @@ def pack_rows(
     normalize  divide every row by max(|row|, 1e-12) first
     dtype      of the tokens: float32, float16, uint16 (the bits of bfloat16) or int8; "bfloat16" is understood too
     out        where to write the tokens, [T, d] in that dtype and C-contiguous; it is also returned
+    strict     a finite value that becomes infinite, as too large ones do in floats, is an error
 
     Values are rounded once, to nearest, ties to even. In int8 a document is `scale * tokens`, the scale being the largest
     |x| of its kept tokens / 127; below 2e-36 the document counts as zero. NaN and infinities stay what they are in floats;
-    int8 cannot hold them: ValueError, with the document's number. Rows that the mask drops may hold anything.
+    int8 cannot hold them: OutOfRange, a ValueError, with the document's number. Rows that the mask drops may hold anything.
     """
     _need_module()
     if not isinstance(X, np.ndarray):
@@ -127,17 +157,54 @@ def pack_rows(
         kept_before = np.arange(len(X) + 1) if mask is None else np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
         lengths = np.diff(kept_before[offsets])
         source = native.packed(_address(X), _code(X), X.shape, strides, _address(offsets), count, mask_address)
+
+    def kept(n: int) -> Array:
+        place = n if offsets is None else slice(int(offsets[n]), int(offsets[n + 1]))
+        return X[place] if mask is None else X[place][mask[place]]
+
+    return _pack(source, lengths, X.shape[-1], normalize, dtype, threads, out, kept if strict else None)
+
+
+def pack_list(
+    documents: Sequence[Array],
+    *,
+    dtype: Any = np.float16,
+    threads: int | None = None,
+) -> tuple[Array, Array, Array | None]:
+    """The same of one [L, d] for each document, at least one, all in one of the dtypes that X of `pack_rows` may have and
+    with their dimensions side by side. Strict, and nothing is normalised or left out."""
+    _need_module()
+    dim = documents[0].shape[1]
+    lengths = [len(each) for each in documents]
+    strides = [each.strides[0] // each.itemsize for each in documents]
+    addresses = [_address(each) for each in documents]
+    source, _alive = native.table(_code(documents[0]), dim, addresses, lengths, strides)
+    return _pack(source, np.array(lengths), dim, False, dtype, threads, None, documents.__getitem__)
+
+
+def _pack(
+    source: native.Operand,
+    lengths: Array,
+    dim: int,
+    normalize: bool,
+    dtype: Any,
+    threads: int | None,
+    out: Array | None,
+    strict: Callable[[int], Array] | None,
+) -> tuple[Array, Array, Array | None]:
+    """`lengths` are of the kept tokens. `strict` gives those of a document."""
+    count = len(lengths)
     packed_offsets = np.zeros(count + 1, np.int64)
     np.cumsum(lengths, out=packed_offsets[1:])
     storage = _storage(dtype)
-    shape = (int(packed_offsets[-1]), X.shape[-1])
+    shape = (int(packed_offsets[-1]), dim)
     tokens = empty_lines(shape, storage) if out is None else out
     if tokens.shape != shape or tokens.dtype != storage or not (tokens.flags.c_contiguous and tokens.flags.writeable):
         raise ValueError(
             f"out is {tokens.dtype} {list(tokens.shape)}; want writeable C-contiguous {storage} {list(shape)}"
         )
     scales = np.empty(count, np.float32) if storage == np.int8 else None
-    not_finite = native.module().pack(
+    suspect = native.module().pack(
         source,
         normalize,
         _CODES[storage],
@@ -146,8 +213,15 @@ def pack_rows(
         0 if scales is None else _address(scales),
         native.threads() if threads is None else threads,
     )
-    if not_finite >= 0:
-        raise ValueError(f"document {not_finite} of X has a NaN or an infinity, which int8 cannot hold")
+    if suspect >= 0 and storage == np.int8:
+        raise OutOfRange(suspect, f"document {suspect} of X has a NaN or an infinity, which int8 cannot hold")
+    if suspect >= 0 and strict is not None and storage in _INFINITE:
+        # NaN and infinities that were there are welcome.
+        for n in range(suspect, count):
+            rows = strict(n)
+            sizes = np.abs((rows.astype(np.uint32) << 16).view(np.float32) if rows.dtype == np.uint16 else rows)
+            if (np.isfinite(sizes) & (sizes >= _INFINITE[storage])).any():
+                raise OutOfRange(n, f"document {n} has a value that is too large for {storage}")
     return tokens, packed_offsets, scales
 
 

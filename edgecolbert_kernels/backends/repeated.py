@@ -8,6 +8,7 @@ be asked from Python, where the tracer sees it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from types import ModuleType
 from typing import Any
@@ -38,11 +39,18 @@ def make(device_type: int = CUDA) -> Any:
         grad_enabled=torch.is_grad_enabled,
         device=torch._C._cuda_getDevice,
         stream=torch._C._cuda_getCurrentRawStream,
-        empty=torch.empty,
-        empty_names=("dtype", "device"),
+        empty=empty_strided(device_type),
         entries=((vars(forward_ad), "_current_level"), (_environment, _VARIABLE_KEY)),
         variable=_chosen,
     )
+
+
+def empty_strided(device_type: int) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]:
+    """What makes a tensor of sizes, strides and a dtype on the current device, past the dispatcher, which `plain` inputs
+    do not need: what PyTorch's own compiled code calls, in a third of the time of `torch.empty`."""
+    name = "cuda" if device_type == CUDA else "cpu"
+    quick = getattr(torch._C._dynamo.guards, f"_empty_strided_{name}", None)
+    return quick or (lambda sizes, strides, dtype: torch.empty_strided(sizes, strides, dtype=dtype, device=name))
 
 
 # None without the compiled module or CUDA's driver, and where PyTorch does not hand out how it reads its tensors (2.11 does).

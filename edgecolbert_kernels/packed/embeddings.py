@@ -76,7 +76,8 @@ class PackedEmbeddings(PackedTokens):
             documents: one `[L, d]` each: numpy arrays or torch tensors in float16, bfloat16 (uint16 bits in numpy),
                 float32 or float64, on any device. L may be 0.
             ids: one for each, all strings or all integers of 64 bits, each once.
-            dtype: the storage: a name, a numpy or a torch dtype.
+            dtype: the storage: a name, a numpy or a torch dtype. In int8 a document whose largest |x| is below 2e-36 counts
+                as zero.
             dim: d, needed where there are no documents.
 
         Raises:
@@ -92,8 +93,9 @@ class PackedEmbeddings(PackedTokens):
         cls, X: Any, mask: Any = None, ids: Iterable[Id] | None = None, *, dtype: Any = "float16"
     ) -> PackedEmbeddings:
         """Pack `[N, L, d]`, leaving out the tokens where `mask` `[N, L]` (bool, or 0/1) is 0, holes included."""
-        kept, dim = making.kept_rows(X, mask)
-        return cls.from_list(kept, ids, dtype=dtype, dim=dim)
+        dtype = dtypes.name(dtype)
+        arrays = making.from_padded(X, mask, dtype)
+        return cls(dtype, *arrays, identifiers.checked(ids, len(arrays[1]) - 1))
 
     @classmethod
     def from_arrays(

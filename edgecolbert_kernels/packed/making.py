@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from edgecolbert_kernels import checks, dtypes
+from edgecolbert_kernels.backends.packed import OutOfRange, available, pack_list, pack_rows, threads_of
 from edgecolbert_kernels.packed.tokens import offsets_of
 
 Array = np.ndarray
@@ -24,6 +26,11 @@ def from_list(documents: Sequence[Any], dtype: str, dim: int | None) -> Arrays:
         if rows.shape[1] != dim:
             raise checks.wrong_shape(f"documents[{n}]", rows.shape, f"[L, {dim}]")
     checks.at_least("dim", 0 if dim is None else dim, 1)
+    # The kernels read one dtype, and dimensions that lie side by side.
+    if available() and len({given for _, given in matrices}) == 1:
+        return _stored(
+            pack_list, [_readable(rows) for rows, _ in matrices], dtype=dtype, threads=threads_of(documents[0])
+        )
     offsets = offsets_of([len(rows) for rows, _ in matrices])
     tokens = np.empty((int(offsets[-1]), int(dim or 0)), dtypes.STORAGE[dtype])
     scales = np.empty(len(matrices), np.float32) if dtype == "int8" else None
@@ -34,15 +41,31 @@ def from_list(documents: Sequence[Any], dtype: str, dim: int | None) -> Arrays:
     return tokens, offsets, scales
 
 
-def kept_rows(X: Any, mask: Any) -> tuple[list[Array], int]:
-    """The rows of each document of `[N, L, d]` that `mask` `[N, L]` keeps, and d."""
+def from_padded(X: Any, mask: Any, dtype: str) -> Arrays:
+    """The rows of each document of `[N, L, d]` that `mask` `[N, L]` keeps."""
     rows, _ = dtypes.matrix("X", X)
     checks.rank("X", rows.shape, (3,), "[N, L, d]")
+    checks.at_least("dim", rows.shape[2], 1)
     if mask is not None:
         mask = np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask) != 0
         checks.mask("mask", mask.shape, "X", rows.shape)
+    if available():
+        return _stored(pack_rows, rows, mask, normalize=False, dtype=dtype, strict=True, threads=threads_of(X))
     kept = rows if mask is None else [each[keep] for each, keep in zip(rows, mask, strict=True)]
-    return list(kept), rows.shape[2]
+    return from_list(list(kept), dtype, rows.shape[2])
+
+
+def _readable(rows: Array) -> Array:
+    ready = rows.flags.aligned and rows.strides[1] == rows.itemsize
+    return rows if ready else np.require(rows, None, ["C", "A"])
+
+
+def _stored(kernel: Callable[..., Arrays], *given: Any, dtype: str, first: int = 0, **options: Any) -> Arrays:
+    """What the kernel makes of documents, of which the first has that number."""
+    try:
+        return kernel(*given, dtype=dtypes.STORAGE[dtype], **options)
+    except OutOfRange as error:
+        raise checks.storage_range(f"documents[{first + error.document}]", dtype) from None
 
 
 def from_arrays(tokens: Any, offsets: Any, scales: Any) -> tuple[str, Arrays]:
@@ -73,11 +96,19 @@ def converted(documents: Any, dtype: str) -> Arrays:
     tokens = np.empty((int(offsets[-1]), documents.dim), dtypes.STORAGE[dtype])
     scales = np.empty(len(documents), np.float32) if dtype == "int8" else None
     for begin, end in documents.cuts():
-        rows, _ = documents.floats(begin, end)
-        if scales is None:
-            tokens[offsets[begin] : offsets[end]] = dtypes.narrow("documents", rows, dtype)
+        out = tokens[offsets[begin] : offsets[end]]
+        if available():
+            rows, bounds = documents.floats(begin, end) if documents.dtype == "int8" else documents.stored(begin, end)
+            found = _stored(
+                pack_rows, rows, None, bounds, first=begin, normalize=False, dtype=dtype, out=out, strict=True
+            )
+            if scales is not None:
+                scales[begin:end] = found[2]
             continue
-        for n in range(begin, end):
-            at = slice(offsets[n] - offsets[begin], offsets[n + 1] - offsets[begin])
-            tokens[offsets[n] : offsets[n + 1]], scales[n] = dtypes.quantize(f"documents[{n}]", rows[at])
+        rows, bounds = documents.floats(begin, end)
+        if scales is None:
+            out[:] = dtypes.narrow("documents", rows, dtype)
+            continue
+        for n, (first, last) in enumerate(pairwise(bounds.tolist()), begin):
+            out[first:last], scales[n] = dtypes.quantize(f"documents[{n}]", rows[first:last])
     return tokens, offsets, scales

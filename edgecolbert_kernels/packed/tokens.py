@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from edgecolbert_kernels import dtypes
+from edgecolbert_kernels.backends.packed import available, unpack_rows
 from edgecolbert_kernels.device.documents import Documents
 
 Array = np.ndarray
@@ -152,16 +153,22 @@ class PackedTokens(Documents):
 
     def floats(self, begin: int, end: int) -> tuple[Array, Array]:
         """Documents in float32 `[t, d]`, with their boundaries from 0."""
-        tokens, offsets = self._span(begin, end) if self._rows is None else self._gathered(begin, end)
+        tokens, offsets = self.stored(begin, end)
+        scales = None if self._scales is None else self._scales_of(begin, end)
+        if self._dtype != "float32" and available():
+            return unpack_rows(tokens, offsets, scales), offsets
         rows = dtypes.widen(tokens, self._dtype)
-        if self._scales is not None:
-            rows = rows * np.repeat(self._scales_of(begin, end), np.diff(offsets))[:, None]
+        if scales is not None:
+            rows = rows * np.repeat(scales, np.diff(offsets))[:, None]
         return rows, offsets
+
+    def stored(self, begin: int, end: int) -> tuple[Array, Array]:
+        """Documents in their storage, int8 without its scales, with their boundaries from 0."""
+        return self._span(begin, end) if self._rows is None else self._gathered(begin, end)
 
     def contiguous(self) -> tuple[Array, Array, Array | None]:
         """Tokens, offsets from 0 and scales of these documents alone."""
-        tokens, offsets = self._span(0, len(self)) if self._rows is None else self._gathered(0, len(self))
-        return tokens, offsets, self.scales
+        return *self.stored(0, len(self)), self.scales
 
     def document(self, n: int) -> Array:
         """`[L, d]` in its storage; int8 in float32."""

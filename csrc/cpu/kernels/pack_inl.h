@@ -168,10 +168,16 @@ inline void store_int8(StoreJob& job, Dim dim) {
   job.looked = job.next != nullptr;
 }
 
+// Bits of the first magnitude that becomes infinite.
+inline uint32_t bits_of_infinite(F16) { return 0x477ff000; }
+inline uint32_t bits_of_infinite(BF16) { return 0x7f7f8000; }
+inline uint32_t bits_of_infinite(float) { return 0x7f800000; }
+
 template <bool past, class From, class To, class Dim>
-inline void store_float(const StoreJob& job, Dim dim) {
+inline void store_float(StoreJob& job, Dim dim) {
   const Rows<From, Dim> rows(job, job.source, job.next, dim);
   To* out = reinterpret_cast<To*>(job.out);
+  Simd::I largest = Simd::zero_integer();  // bits
   for (int64_t i = 0; i < job.source.length; ++i, out += dim) {
     rows.ask_ahead(i);
     const From* const row = rows[i];
@@ -179,9 +185,13 @@ inline void store_float(const StoreJob& job, Dim dim) {
       const Simd::F scale = Simd::broadcast(inverse_norm(row, dim));
       convert_row<past>(row, dim, out, [&](Simd::F x) { return Simd::multiply(x, scale); });
     } else {
-      convert_row<past>(row, dim, out, [](Simd::F x) { return x; });
+      convert_row<past>(row, dim, out, [&](Simd::F x) {
+        largest = Simd::maximum_unsigned(largest, Simd::absolute_bits(x));
+        return x;
+      });
     }
   }
+  job.finite = Simd::largest_unsigned(largest) < bits_of_infinite(To{});
 }
 
 template <class A, class B>
@@ -206,6 +216,7 @@ inline void store_rows(StoreJob& job, Dim dim) {
     store_int8<past, From>(job, dim);
   } else if (kSame<From, To> && !job.normalize) {
     copy_rows<From>(job);
+    job.finite = true;
   } else {
     store_float<past, From, To>(job, dim);
   }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +66,7 @@ class Kernel:
         _check(_driver().cuLaunchKernel(ctypes.c_void_p(function), *grid, *block, places, None))
 
     def repeated(
-        self, device: int, grid: tuple[int, int, int], arguments: tuple[int, ...], output: int, made: tuple[Any, ...]
+        self, device: int, grid: tuple[int, int, int], arguments: tuple[int, ...], output: int, made: cuda_driver.Made
     ) -> cuda_driver.Launch | None:
         """What `start` did without shared memory; None where it was not done here, or not by the compiled module."""
         function, launch = self._loaded.get(device), cuda_driver.launch()

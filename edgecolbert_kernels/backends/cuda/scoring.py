@@ -11,7 +11,7 @@ from torch import Tensor
 from edgecolbert_kernels.backends import layout, native, plans
 from edgecolbert_kernels.backends.cuda import driver
 from edgecolbert_kernels.backends.cuda.driver import Kernel
-from edgecolbert_kernels.backends.cuda_driver import Launch
+from edgecolbert_kernels.backends.cuda_driver import Launch, contiguous
 from edgecolbert_kernels.backends.triton import scoring as triton
 from edgecolbert_kernels.backends.triton.launch import LARGE, check_storage
 from edgecolbert_kernels.backends.triton.scoring import strides
@@ -84,7 +84,7 @@ def launch_of(
     if plan is None:
         batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index, scales
         return triton.launch_of(Q, D, *batch, normalize, mask_mode, precision)
-    arguments, made = (0,) * ADDRESSES + plan.sizes, (*plan.shape, torch.float32, Q.device)
+    arguments, made = (0,) * ADDRESSES + plan.sizes, contiguous(plan.shape, torch.float32)
     return plan.kernel.repeated(Q.device.index, plan.grid, arguments, ADDRESSES - 1, made) if plan.grid[0] else None
 
 

@@ -62,7 +62,7 @@ class Kernel:
         self._compiled.run(*where, *arguments[: -len(SCRATCH)], *self._constants)
 
     def repeated(
-        self, grid: tuple[int, int, int], arguments: tuple[int, ...], output: int, made: tuple[Any, ...]
+        self, grid: tuple[int, int, int], arguments: tuple[int, ...], output: int, made: cuda_driver.Made
     ) -> cuda_driver.Launch | None:
         """What `start` does; None where that is not the driver's launch."""
         if self._launch is None:
@@ -181,7 +181,7 @@ class Launch:
             check_storage(tensors, addresses)
         kernel.start(self._grid, torch._C._cuda_getCurrentRawStream(self._device), addresses + self._tail)
 
-    def repeated(self, addresses: tuple[int, int], output: int, made: tuple[Any, ...]) -> cuda_driver.Launch | None:
+    def repeated(self, addresses: tuple[int, int], output: int, made: cuda_driver.Made) -> cuda_driver.Launch | None:
         """What `start` does with tensors aligned as these; None where it looks at more than addresses."""
         kernel = self._kernels.get(self._key)
         if kernel is None or (addresses[0] | addresses[1]) & 15:

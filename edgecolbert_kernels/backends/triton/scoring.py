@@ -88,7 +88,7 @@ def launch_of(
     call = _calls.get((plans.key(Q, D, cu_q, cu_d, query_index), options))
     if call is None or len(call.launches) != 1:
         return None
-    made = (*call.shape, torch.float32, Q.device)
+    made = cuda_driver.contiguous(call.shape, torch.float32)
     return call.launches[0].repeated((Q.data_ptr(), D.data_ptr()), SCORES, made)
 
 
