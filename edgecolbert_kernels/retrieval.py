@@ -24,7 +24,8 @@ SCORES = 1 << 20
 QUERIES = 1024
 # (query, document) pairs that wait for their exact score, and pairs scored in one call.
 PENDING = 1 << 20
-FEW_QUERIES = 4
+# How many queries repay the norms of all tokens.
+FEW_QUERIES = 8
 
 # What int16 fixed point takes (docs/design.md): steps of 2^-15, so values are off by half of that; documents have
 # |d|^2 <= 3.5 after rounding. Queries and documents beyond its range are scored exactly, and have no error at all.
@@ -198,9 +199,10 @@ def _scan(queries: _Queries, documents: PackedEmbeddings, allowed: Array | None,
     """Every document that is allowed."""
     packed = documents if allowed is None else documents[allowed]
     # With this few documents all of them would be scored twice. int8 wants the norm of every document's tokens, which
-    # costs as much as scoring a few queries, once.
+    # costs as much as scoring a few queries, once: whoever has asked for that many, one by one or at once, asks for more.
+    packed.searched += len(queries)
     fast = precision == "fast" and len(packed) > 4 * found.k
-    fast = fast and (packed.dtype != "int8" or len(queries) >= FEW_QUERIES or packed.norms_known)
+    fast = fast and (packed.dtype != "int8" or packed.searched >= FEW_QUERIES)
     errors = queries.fast_errors(packed) if fast else _Errors(np.zeros(len(queries)))
     best = found.of(queries)
     # The k highest scores that documents so far have for certain; the k-th is what a newcomer must be able to reach.

@@ -67,6 +67,18 @@ def same(found, wanted):
     assert found[1].dtype == np.int64
 
 
+def test_one_query_after_another():
+    """int8 is scored in integers once enough queries have come to repay the norms, with the same result."""
+    packed = collection(dtype="int8")
+    Q = embeddings(8, 5, 48, seed=3).numpy()
+    wanted = ek.search(Q, collection(dtype="int8"), 4, precision="exact")
+    for n in range(8):
+        assert packed._norms is None
+        for found, each in zip(ek.search(Q[n], packed, 4), wanted, strict=True):
+            np.testing.assert_array_equal(found, each[n])
+    assert packed._norms is not None
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [0, 1, 5, 59, 60, 61, 200])
 def test_against_all_scores(blocks, precision, dtype, k):

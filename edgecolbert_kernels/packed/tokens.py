@@ -22,7 +22,7 @@ RUN_DOCUMENTS = 256
 class PackedTokens(Documents):
     """Token vectors of N documents: all of a storage, a range of it, or chosen ones."""
 
-    __slots__ = ("_dtype", "_norms", "_offsets", "_rows", "_scales", "_tokens")
+    __slots__ = ("_dtype", "_norms", "_offsets", "_rows", "_scales", "_tokens", "searched")
 
     def __init__(
         self, dtype: str, tokens: Array, offsets: Array, scales: Array | None, rows: Array | None = None
@@ -32,6 +32,7 @@ class PackedTokens(Documents):
         """
         self._dtype, self._tokens, self._offsets, self._scales, self._rows = dtype, tokens, offsets, scales, rows
         self._norms: Array | None = None
+        self.searched = 0  # queries, in all these documents
         self.operand = None
 
     def __reduce__(self) -> Any:
@@ -131,11 +132,6 @@ class PackedTokens(Documents):
             # Above the rounding of `dim` additions in float32.
             self._norms = norms * np.float32(1 + (self.dim + 4) * 2.0**-23)
         return self._norms
-
-    @property
-    def norms_known(self) -> bool:
-        """Whether `token_norms` costs nothing."""
-        return self._norms is not None
 
     # For the rest of the package
 
