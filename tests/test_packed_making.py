@@ -148,6 +148,17 @@ def test_int8_names_the_document(bad):
             attempt()
 
 
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_backends_of_a_gpu(name):
+    """Chosen for scores there, they do not keep the host from packing."""
+    documents = [rows(length) for length in LENGTHS]
+    wanted = PackedEmbeddings.from_list(documents, dtype="int8")
+    with ek.backend(name):
+        found = PackedEmbeddings.from_list(documents).to("float32").to("int8")
+        assert pack(np.ones((2, 3, 4), np.float32)).num_tokens == 6
+    np.testing.assert_array_equal(found.lengths, wanted.lengths)
+
+
 def test_threads(monkeypatch):
     """PyTorch's for tensors, those of the environment for arrays."""
     X, seen = np.ones((3, 4, 5), np.float32), []

@@ -40,8 +40,13 @@ class OutOfRange(ValueError):
 
 
 def available() -> bool:
-    """Whether calls that name no backend are for the compiled module."""
-    return not native.missing() and choose("maxsim", "cpu", "float32") == "cpu"
+    """Whether arrays of the host are for the compiled module: unless there is none, or the backend `torch` was chosen."""
+    if native.missing():
+        return False
+    try:
+        return choose("maxsim", "cpu", "float32") == "cpu"
+    except BackendUnsupported:  # chosen for a GPU
+        return True
 
 
 def threads_of(X: Any) -> int | None:
