@@ -94,7 +94,7 @@ def score_stored(
     precision: str,
     out_dtype: Any,
 ) -> Array:
-    """Stored documents where they lie: all with every query; those at `places` with the one query, or pair by pair."""
+    """Stored documents where they lie: all of them, or those at `places`, with every query, in int8 one; or pair by pair."""
     dtype = floating(out_dtype)
     scores = np.empty(scores_shape_of_stored(Q.shape, D, query_index, places), np.float32)
     options = normalize, mask_mode, precision
@@ -121,8 +121,13 @@ def forward_stored(
     threads: int,
 ) -> None:
     """Writes float32 scores to that address. What `D.storage` holds was checked when it was made."""
+    tokens, offsets, scales = D.storage()
+    if places is not None and query_index is None and scales is None:
+        documents, _rows = packed.chosen(tokens, offsets, places)
+        native.forward(queries, documents, native.EVERY, native.NO_INDEX, scores, *options, threads)
+        return
     if D.operand is None:
-        D.operand = packed.operand(*D.storage())
+        D.operand = packed.operand(tokens, offsets, scales)
     layout, index = native.EVERY, native.NO_INDEX
     if places is not None:
         query_index = np.zeros(len(places), np.int64) if query_index is None else query_index

@@ -358,8 +358,9 @@ def _score_stored(Q: Any, D: Stored, q_mask: Any, d_mask: Any, options: Options,
             Q, q_mask, cu_q = _packed(xp, Q, q_mask, some)
     checks.same_dim(Q.shape, (len(D), D.dim))
     places = D.places(None)
-    # Many queries with documents here and there: better copied together once than fetched for every query.
-    if cu_q is None and _in_place(D, options) and (places is None or Q.ndim == 2 or len(Q) == 1):
+    # Many queries with int8 documents here and there: better copied together once than fetched for every query.
+    fetched = places is None or Q.ndim == 2 or len(Q) == 1 or D.storage()[2] is None
+    if cu_q is None and _in_place(D, options) and fetched:
         scores = xp.score_stored(Q, q_mask, D, None, places, *options, out_dtype)
         if scores is not None:
             return scores

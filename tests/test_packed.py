@@ -550,3 +550,21 @@ def test_pack_details():
         ek.pack(X.astype(int))
     with pytest.raises(ValueError, match="float16"):
         ek.pack(X * 1e6, normalize=False)
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chosen_documents_with_many_queries(dtype, precision):
+    """Wherever they lie, however often they are chosen, they score as among all documents."""
+    lengths = [*LENGTHS, 130, 200, 1, 0, 7]
+    packed = PackedEmbeddings.from_list([x.numpy() for x in ragged(lengths, 48, seed=4)], dtype=dtype)
+    Q = embeddings(5, 32, 48, seed=5)
+    q_mask = torch.rand(5, 32, generator=torch.Generator().manual_seed(0)) < 0.7
+    count = len(lengths)
+    for chosen in ([count - 2, 0, 5, 5, 1], np.arange(count)[::-1].copy(), [], np.arange(count) % 3 == 0):
+        columns = np.flatnonzero(chosen) if np.asarray(chosen).dtype == bool else np.array(chosen, int)
+        for q, mask in ((Q, None), (Q, q_mask), (Q[0], None), (Q[:1], None)):
+            wanted = ek.maxsim(q, packed, mask, precision=precision)[..., columns]
+            assert torch.equal(ek.maxsim(q, packed[chosen], mask, precision=precision), wanted)
+            found = ek.maxsim(q.numpy(), packed[chosen], None if mask is None else mask.numpy(), precision=precision)
+            np.testing.assert_array_equal(found, wanted.numpy())

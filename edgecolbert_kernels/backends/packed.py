@@ -356,6 +356,15 @@ def operand(X: Array, offsets: Array, scales: Array | None) -> native.Operand:
     return native.packed(_address(X), _code(X), X.shape, strides, _address(offsets), count, 0, scales_address)
 
 
+def chosen(tokens: Array, offsets: Array, documents: Array) -> tuple[native.Operand, Array]:
+    """Some documents of a collection in floats, where they lie, as a list; with it, the array to keep alive."""
+    first = offsets[documents]
+    addresses = _address(tokens) + first * tokens.strides[0]
+    rows = np.stack([addresses, offsets[documents + 1] - first, np.full_like(first, tokens.shape[1])])
+    start, step = _address(rows), rows.strides[0]
+    return (_code(tokens), tokens.shape[1], start, start + step, start + 2 * step, len(first)), rows
+
+
 def _code(X: Array) -> Any:
     code = _CODES.get(X.dtype)
     return native.BFLOAT16 if code is None and X.dtype.name == "bfloat16" else code
