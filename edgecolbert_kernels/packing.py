@@ -73,7 +73,7 @@ def pack(
     whole = np.stack([keep for keep in kept if keep is not None]) if padded and mask is not None and kept else None
     how = normalize, dtype, threads_of(documents[0]) if documents else None
     if padded and weight is None:
-        tokens, offsets, scales = _kernel(dtypes.matrix("hidden", hidden)[0], whole, None, *how)
+        tokens, offsets, scales = _kernel(_matrix(hidden, whole), whole, None, *how)
         return PackedEmbeddings.from_arrays(tokens, offsets, scales)
     lengths = [
         len(document) if keep is None else int(keep.sum()) for document, keep in zip(documents, kept, strict=True)
@@ -107,6 +107,18 @@ def _pack_there(hidden: Any, mask: Any, weight: Any, bias: Any, normalize: bool,
     tokens, offsets, scales = packing.pack(hidden, mask, weight, bias, normalize, name)
     packed = embeddings.from_device(tokens, offsets, scales, PackedEmbeddings)
     return packed.cpu() if device is None else packed.to(device)
+
+
+def _matrix(hidden: Any, mask: Array | None) -> Array:
+    """As kernels read it. Rows that the mask drops may hold what float32 cannot."""
+    try:
+        return dtypes.matrix("hidden", hidden)[0]
+    except ValueError:
+        if mask is None:
+            raise
+    kept = (hidden.detach().cpu().numpy() if hasattr(hidden, "detach") else hidden).copy()
+    kept[~mask] = 0
+    return dtypes.matrix("hidden", kept)[0]
 
 
 def _kernel(

@@ -148,6 +148,36 @@ def test_int8_names_the_document(bad):
             attempt()
 
 
+@pytest.mark.parametrize("dtype", STORAGES)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_anything_behind_a_mask(dtype, normalize):
+    """Also what float32 cannot hold, in arrays and tensors of float64."""
+    hidden, mask = np.ones((2, 3, 4)), np.array([[1, 1, 0], [1, 1, 1]])
+    hidden[0, 2] = 1e300, np.inf, np.nan, -1e300
+    for each in (hidden, torch.from_numpy(hidden)):
+        assert pack(each, mask, normalize=normalize, dtype=dtype).num_tokens == 5
+        with pytest.raises(ValueError, match=r"hidden.*float32"):
+            pack(each, normalize=normalize, dtype=dtype)
+        hidden[1, 0, 0], kept = 1e300, hidden[1, 0, 0]
+        with pytest.raises(ValueError, match=r"hidden.*float32"):
+            pack(each, mask, normalize=normalize, dtype=dtype)
+        hidden[1, 0, 0] = kept
+
+
+def test_documents_that_have_no_numbers():
+    """Anything that has a length and can be walked through."""
+    documents = {7: rows(3), 5: rows(2)}.values()
+    assert PackedEmbeddings.from_list(documents).lengths.tolist() == [3, 2]
+    assert PackedEmbeddings.empty(33).append(documents).lengths.tolist() == [3, 2]
+
+
+def test_scales_below_the_normal_ones():
+    values, scales = np.array([[100, -50, 1, 0]], np.int8), np.array([1e-38], np.float32)
+    packed = PackedEmbeddings.from_arrays(values, [0, 1], scales)
+    np.testing.assert_array_equal(packed.to("float32").tokens, packed[0])
+    assert packed[0][0, 0] > 0
+
+
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_backends_of_a_gpu(name):
     """Chosen for scores there, they do not keep the host from packing."""

@@ -29,7 +29,7 @@ def from_list(documents: Sequence[Any], dtype: str, dim: int | None) -> Arrays:
     # The kernels read one dtype, and dimensions that lie side by side.
     if available() and len({given for _, given in matrices}) == 1:
         return _stored(
-            pack_list, [_readable(rows) for rows, _ in matrices], dtype=dtype, threads=threads_of(documents[0])
+            pack_list, [_readable(rows) for rows, _ in matrices], dtype=dtype, threads=threads_of(next(iter(documents)))
         )
     offsets = offsets_of([len(rows) for rows, _ in matrices])
     tokens = np.empty((int(offsets[-1]), int(dim or 0)), dtypes.STORAGE[dtype])

@@ -151,7 +151,9 @@ class PackedTokens(Documents):
         """Documents in float32 `[t, d]`, with their boundaries from 0."""
         tokens, offsets = self.stored(begin, end)
         scales = None if self._scales is None else self._scales_of(begin, end)
-        if self._dtype != "float32" and available():
+        # The kernels take subnormal scales for zeros.
+        normal = scales is None or not ((scales > 0) & (scales < np.finfo(np.float32).tiny)).any()
+        if self._dtype != "float32" and normal and available():
             return unpack_rows(tokens, offsets, scales), offsets
         rows = dtypes.widen(tokens, self._dtype)
         if scales is not None:
