@@ -24,8 +24,9 @@ KILLS = int(os.environ.get("EDGECOLBERT_CRASH_KILLS", "200"))
 CHILD = """
 import os, sys
 import numpy as np
-from edgecolbert_kernels import PackedWriter
+from edgecolbert_kernels import PackedEmbeddings, PackedWriter
 
+PackedEmbeddings.from_list([np.zeros((1, 16), np.float32)])  # loads the kernels, which a commit would wait for
 with PackedWriter(sys.argv[1]) as writer:
     n = len(writer)
     os.write(1, b"ready\\n")
