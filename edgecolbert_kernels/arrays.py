@@ -228,8 +228,8 @@ def score_in_place(
         if isinstance(X, list) and (not X or masks or any(x.strides[1] != x.itemsize for x in X)):
             return None
     dtype = floating(out_dtype)
-    queries, _q_rows = _table(Q) if isinstance(Q, list) else (_operand(Q, q_mask, None), None)
-    documents, _d_rows = _table(D) if isinstance(D, list) else (_operand(D, d_mask, None), None)
+    queries, _q_rows = packed.listed(Q) if isinstance(Q, list) else (_operand(Q, q_mask, None), None)
+    documents, _d_rows = packed.listed(D) if isinstance(D, list) else (_operand(D, d_mask, None), None)
     scores = np.empty(layout.scores_shape_of_lists(Q, D), np.float32)
     native.forward(
         queries,
@@ -251,12 +251,6 @@ def _operand(X: Array, mask: Array | None, cu_seqlens: Array | None) -> native.O
     if cu_seqlens is None:
         return native.padded(_address(X), dtype, X.shape, strides, mask_address)
     return native.packed(_address(X), dtype, X.shape, strides, _address(cu_seqlens), len(cu_seqlens) - 1, mask_address)
-
-
-def _table(X: list[Array]) -> tuple[native.Operand, Array]:
-    addresses, lengths = [_address(x) for x in X], [len(x) for x in X]
-    strides = [x.strides[0] // x.itemsize for x in X]
-    return native.table(_code(X[0]), X[0].shape[1], addresses, lengths, strides)
 
 
 def _code(X: Array) -> Any:

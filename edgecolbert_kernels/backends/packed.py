@@ -179,12 +179,9 @@ def pack_list(
     """The same of one [L, d] for each document, at least one, all in one of the dtypes that X of `pack_rows` may have and
     with their dimensions side by side. Strict, and nothing is normalised or left out."""
     _need_module()
-    dim = documents[0].shape[1]
-    lengths = [len(each) for each in documents]
-    strides = [each.strides[0] // each.itemsize for each in documents]
-    addresses = [_address(each) for each in documents]
-    source, _alive = native.table(_code(documents[0]), dim, addresses, lengths, strides)
-    return _pack(source, np.array(lengths), dim, False, dtype, threads, None, documents.__getitem__)
+    source, _rows = listed(documents)
+    lengths = np.array([len(each) for each in documents])
+    return _pack(source, lengths, documents[0].shape[1], False, dtype, threads, None, documents.__getitem__)
 
 
 def _pack(
@@ -354,6 +351,13 @@ def operand(X: Array, offsets: Array, scales: Array | None) -> native.Operand:
     strides = [stride // X.itemsize for stride in X.strides]
     scales_address = 0 if scales is None else _address(scales)
     return native.packed(_address(X), _code(X), X.shape, strides, _address(offsets), count, 0, scales_address)
+
+
+def listed(X: Sequence[Array]) -> tuple[native.Operand, Any]:
+    """One [L, d] for each sequence, of one dtype, dimensions side by side; with it, the array to keep alive."""
+    addresses, lengths = [_address(x) for x in X], [len(x) for x in X]
+    strides = [x.strides[0] // x.itemsize for x in X]
+    return native.table(_code(X[0]), X[0].shape[1], addresses, lengths, strides)
 
 
 def chosen(tokens: Array, offsets: Array, documents: Array) -> tuple[native.Operand, Array]:

@@ -92,7 +92,17 @@ class PackedEmbeddings(PackedTokens):
     def from_padded(
         cls, X: Any, mask: Any = None, ids: Iterable[Id] | None = None, *, dtype: Any = "float16"
     ) -> PackedEmbeddings:
-        """Pack `[N, L, d]`, leaving out the tokens where `mask` `[N, L]` (bool, or 0/1) is 0, holes included."""
+        """Pack documents of one length.
+
+        Args:
+            X: `[N, L, d]`, an array or a tensor in the dtypes of `from_list`.
+            mask: `[N, L]`, bool or 0/1: the tokens to keep, with holes or without. None keeps all; a document may keep none.
+            ids, dtype: as in `from_list`.
+
+        Raises:
+            TypeError, ValueError: as in `from_list`, or the mask's shape is another. The storage's range is asked of kept
+                tokens alone.
+        """
         dtype = dtypes.name(dtype)
         arrays = making.from_padded(X, mask, dtype)
         return cls(dtype, *arrays, identifiers.checked(ids, len(arrays[1]) - 1))
