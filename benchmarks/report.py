@@ -185,6 +185,7 @@ def result_table(rows: Rows) -> str:
             "p50 (p20 to p80)": f"{spread(row)} {row['unit']}{scaled}",
             "GB/s": number(row["gigabytes_a_second"]) if row.get("gigabytes_a_second") else "",
             "of its peak": f"{share:.0f} %" if share else "",
+            "of the same lines": f"{100 * row['of_same_lines']['p50']:.0f} %" if "of_same_lines" in row else "",
             "time over that of": ", ".join(f"{name} {value['p50']:.3g}x" for name, value in row.get("ratio", {}).items()),
             **{quantity: row.get(quantity, "") for quantity in quantities},
             "error": row.get("error", ""),

@@ -3,9 +3,9 @@
 `pack` projects nothing here: it drops masked tokens of fp32 [N, L, d], normalises and rounds, into memory that is there
 already, with one thread and with all. Beside it stands what memory gives: lines of the cache read and, for each (a copy), every
 two (float16) or four (int8), one written past the caches, with nothing computed. GB/s count the bytes that must be read and
-those written; "of memory" is the median of ratios of one round, in wall time. Dropped tokens are not counted, though the
-processor fetches most of them with their neighbours. Saving flushes to the disk, as does the plain write beside it; what is
-loaded is in the page cache, and so is the plain read.
+those written; "of memory" is the median of ratios of one round, in wall time, to memory without a mask, "of the same lines"
+to memory where only the lines of kept tokens are read: less is had there, as the processor fetches many of those between.
+Saving flushes to the disk, as does the plain write beside it; what is loaded is in the page cache, and so is the plain read.
 """
 
 from __future__ import annotations
@@ -28,6 +28,13 @@ from edgecolbert_kernels.backends import native
 from edgecolbert_kernels.backends.packed import empty_lines, pack_rows
 
 FULL, QUICK = (10_000, 300, 48), (2_000, 300, 48)
+LINE = 64
+RATIOS = {"float32": 1, "float16": 2, "int8": 4}  # lines read for one that is written
+SHARES = {"of_memory": "of memory", "of_same_lines": "of the same lines"}
+
+
+def memory(dtype: str, mask_name: str) -> str:
+    return f"memory, {RATIOS[dtype]} read : 1 written, {mask_name}"
 
 
 def write(path: Path, array: np.ndarray) -> None:
@@ -36,6 +43,27 @@ def write(path: Path, array: np.ndarray) -> None:
         file.write(array)
         file.flush()
         os.fsync(file.fileno())
+
+
+def runs_of_rows(mask: np.ndarray | None, num_documents: int, length: int) -> np.ndarray:
+    """(first row, rows) of every run of kept rows that lie side by side in a document."""
+    if mask is None:
+        return np.stack([np.arange(num_documents) * length, np.full(num_documents, length)], axis=1)
+    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    (documents, begins), ends = np.nonzero(edges == 1), np.nonzero(edges == -1)[1]
+    return np.stack([documents * length + begins, ends - begins], axis=1)
+
+
+def traffic(hidden: np.ndarray, mask: np.ndarray | None, target: np.ndarray, ratio: int) -> tuple[Callable[[int], None], int]:
+    """The lines that packing must read, and one written for every `ratio` of a run; with it, how many bytes that is."""
+    lines = runs_of_rows(mask, *hidden.shape[:2]) * (hidden[0, 0].nbytes // LINE)
+    written = -(-lines[:, 1] // ratio)
+    runs = np.column_stack([lines, np.cumsum(written) - written])
+
+    def move(threads: int) -> None:
+        native.module().move_lines(hidden.ctypes.data, target.ctypes.data, runs.ctypes.data, len(runs), ratio, threads)
+
+    return move, LINE * int(lines[:, 1].sum() + written.sum())
 
 
 def packing(hidden: np.ndarray, rounds: int, shared: dict, threads: int) -> list[dict]:
@@ -48,36 +76,34 @@ def packing(hidden: np.ndarray, rounds: int, shared: dict, threads: int) -> list
         "padding": np.arange(length) < lengths[:, None],
         "holes": random.random((num_documents, length)) < 0.8,
     }
-    memory = {
-        "float32": "memory, copied",
-        "float16": "memory, 2 read : 1 written",
-        "int8": "memory, 4 read : 1 written",
-    }
     target = empty_lines(hidden.shape, np.float32)
-    calls: dict[str, tuple[Callable, int, str]] = {}
-    for (dtype, name), ratio in zip(memory.items(), (1, 2, 4), strict=True):
-        count = hidden.nbytes // 64 // ratio
-        move = partial(native.module().move_lines, hidden.ctypes.data, target.ctypes.data, count, ratio, threads)
-        calls[name] = move, count * 64 * (1 + ratio), dtype
+    target.fill(0)
+    calls: dict[str, tuple[Callable[[], object], int]] = {}
+    limits: dict[str, tuple[str, str]] = {}
     for mask_name, mask in masks.items():
-        tokens = hidden.shape[0] * length if mask is None else int(mask.sum())
+        tokens = num_documents * length if mask is None else int(mask.sum())
+        for dtype, ratio in RATIOS.items():
+            move, moved = traffic(hidden, mask, target, ratio)
+            calls[memory(dtype, mask_name)] = partial(move, threads), moved
         for dtype in ("float16", "int8"):
             for normalize in (True, False):
                 out = empty_lines((tokens, dim), dtype)
                 call = partial(pack_rows, hidden, mask, normalize=normalize, dtype=dtype, out=out, threads=threads)
                 name = f"{dtype}, {mask_name}" + (", normalised" if normalize else "")
-                calls[name] = call, tokens * dim * (4 + out.itemsize), dtype
-    contenders = [Contender(name, lambda turn, call=call: call()) for name, (call, _, _) in calls.items()]
+                calls[name] = call, tokens * dim * (4 + out.itemsize)
+                limits[name] = memory(dtype, "no mask"), memory(dtype, mask_name)
+    contenders = [Contender(name, lambda turn, call=call: call()) for name, (call, _) in calls.items()]
     samples = interleave(contenders, rounds, clock=time.perf_counter)
-    rates = {name: moved / 1e9 / samples.values[name] for name, (_, moved, _) in calls.items()}
+    rates = {name: moved / 1e9 / samples.values[name] for name, (_, moved) in calls.items()}
     rows = []
-    for name, (_, _, dtype) in calls.items():
-        ratio = suite.quantiles(rates[name] / rates[memory[dtype]])
-        rate = round(float(np.median(rates[name])), 2)
+    for name in calls:
+        facts = {"gigabytes_a_second": round(float(np.median(rates[name])), 2)}
+        for limit, fact in zip(limits.get(name, ()), ("of_memory", "of_same_lines"), strict=False):
+            facts[fact] = suite.quantiles(rates[name] / rates[limit])
         times = suite.quantiles(1e3 * samples.values[name])
-        facts = {"gigabytes_a_second": rate, "of_memory": ratio}
         rows.append({"case": "pack", **shared, "threads": threads, "contender": name, "unit": "ms", **times, **facts})
-        print(f"  {threads} threads, {name:<32}{rate:>8.2f} GB/s{ratio['p50']:>7.2f} of memory", flush=True)
+        shares = "".join(f"{facts[fact]['p50']:>7.2f} {text}" for fact, text in SHARES.items() if fact in facts)
+        print(f"  {threads} threads, {name:<38}{facts['gigabytes_a_second']:>8.2f} GB/s{shares}", flush=True)
     return rows
 
 

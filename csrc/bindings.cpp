@@ -163,6 +163,12 @@ void py_backward(const py::tuple& queries, const py::tuple& documents, int layou
   backward(isa, call);
 }
 
+void py_pack_offsets(const py::tuple& source, int64_t out, int threads) {
+  const Sequences sequences = read_sequences(source);
+  const py::gil_scoped_release release;
+  pack_offsets(sequences, address<int64_t>(out), threads);
+}
+
 int64_t py_pack(const py::tuple& source, bool normalize, int dtype, int64_t offsets, int64_t out, int64_t scales,
                 int threads) {
   PackCall call;
@@ -211,16 +217,16 @@ double measure_peak(const std::string& kind, double seconds) {
   return best;
 }
 
-void move_lines(uintptr_t source, uintptr_t out, int64_t lines, int ratio, int threads) {
+void move_lines(uintptr_t source, uintptr_t out, uintptr_t runs, int64_t count, int ratio, int threads) {
   if (source % 64 || out % 64) throw py::value_error("source and out must be aligned to 64 bytes");
   if (ratio != 1 && ratio != 2 && ratio != 4) throw py::value_error("ratio must be 1, 2 or 4");
   const Kernels& isa = kernels();
   const py::gil_scoped_release release;
   const int64_t pieces = int64_t(threads) * 16;
   parallel_for(pieces, threads, [&](int64_t piece, int) {
-    const int64_t begin = lines * piece / pieces, end = lines * (piece + 1) / pieces;
-    const float* const from = reinterpret_cast<const float*>(source) + begin * ratio * 16;
-    isa.move_lines(from, reinterpret_cast<float*>(out) + begin * 16, end - begin, ratio);
+    const int64_t begin = count * piece / pieces, end = count * (piece + 1) / pieces;
+    isa.move_lines(reinterpret_cast<const float*>(source), reinterpret_cast<float*>(out),
+                   reinterpret_cast<const LineRun*>(runs) + begin, end - begin, ratio);
   });
 }
 
@@ -263,17 +269,17 @@ PYBIND11_MODULE(_C, m) {
       "dispatch_rate", &dispatch_rate, py::call_guard<py::gil_scoped_release>(),
       "No-operations that this core starts a cycle, over 0.2 ms: fewer than at other times while another thread shares "
       "the core. 0 where it cannot be measured.");
-  m.def("move_lines", &move_lines, py::arg("source"), py::arg("out"), py::arg("lines"), py::arg("ratio"),
+  m.def("move_lines", &move_lines, py::arg("source"), py::arg("out"), py::arg("runs"), py::arg("count"), py::arg("ratio"),
         py::arg("threads"),
-        "Writes `lines` cache lines past the caches, each the float32 sum of `ratio` (1, 2, 4) lines of `source`: what "
-        "memory "
-        "gives. Addresses that are no multiple of 64, or another ratio: ValueError.");
+        "Writes lines past the caches, each the float32 sum of `ratio` lines of a run or of the fewer that are left at its "
+        "end. `runs` is int64 [count, 3]: first line read, lines read, first line written.");
   m.def("forward", &py_forward, py::arg("queries"), py::arg("documents"), py::arg("layout"), py::arg("index"),
         py::arg("out"), py::arg("argmax"), py::arg("argmax_bytes"), py::arg("precision"), py::arg("zero_mode"),
         py::arg("normalize"), py::arg("threads"));
   m.def("backward", &py_backward, py::arg("queries"), py::arg("documents"), py::arg("layout"), py::arg("index"),
         py::arg("grad"), py::arg("argmax"), py::arg("argmax_bytes"), py::arg("grad_queries"), py::arg("grad_documents"),
         py::arg("normalize"), py::arg("accumulate_queries"), py::arg("threads"));
+  m.def("pack_offsets", &py_pack_offsets, py::arg("source"), py::arg("out"), py::arg("threads"));
   m.def("pack", &py_pack, py::arg("source"), py::arg("normalize"), py::arg("dtype"), py::arg("offsets"), py::arg("out"),
         py::arg("scales"), py::arg("threads"));
   m.def("unpack", &py_unpack, py::arg("source"), py::arg("out"), py::arg("threads"));

@@ -21,7 +21,10 @@ def screened() -> tuple[int, int]: ...
 def has_openmp() -> bool: ...
 def measure_peak(kind: str, seconds: float = 0.05) -> float: ...
 def dispatch_rate() -> float: ...
-def move_lines(source: int, out: int, lines: int, ratio: int, threads: int) -> None: ...
+def move_lines(source: int, out: int, runs: int, count: int, ratio: int, threads: int) -> None:
+    """The traffic of packing: of each run, int64 (first line read, lines read, first line written), `ratio` lines of 64
+    bytes at a time are summed, what is left at its end too, and written past the caches."""
+
 def forward(
     queries: tuple[int, ...],
     documents: tuple[int, ...],
@@ -49,6 +52,9 @@ def backward(
     accumulate_queries: bool,
     threads: int,
 ) -> None: ...
+def pack_offsets(source: tuple[int, ...], out: int, threads: int) -> None:
+    """Where each document begins among the kept tokens: int64 [count + 1] from 0."""
+
 def pack(
     source: tuple[int, ...],
     normalize: bool,

@@ -319,16 +319,20 @@ class TestWrongInput:
 @pytest.mark.parametrize("ratio", [1, 2, 4])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_traffic_without_arithmetic(isa, ratio, threads):
-    lines = 1001
-    source, out = empty_lines((lines * ratio * 16,), np.float32), empty_lines(((lines + 1) * 16,), np.float32)
-    source[:] = np.random.default_rng(0).integers(0, 1000, len(source))
+    random = np.random.default_rng(0)
+    read = random.integers(0, 14, 101)  # lines of a run, which as many follow that are skipped
+    written = -(-read // ratio)
+    runs = np.stack([np.cumsum(2 * read) - 2 * read, read, np.cumsum(written) - written], axis=1)
+    source, out = empty_lines((2 * read.sum(), 16), np.float32), empty_lines((written.sum() + 1, 16), np.float32)
+    source[:] = random.integers(0, 1000, source.shape)
     out[:] = -1
-    _C.move_lines(source.ctypes.data, out.ctypes.data, lines, ratio, threads)
-    np.testing.assert_array_equal(out[: lines * 16].reshape(lines, 16), source.reshape(lines, ratio, 16).sum(1))
-    assert (out[lines * 16 :] == -1).all()
+    _C.move_lines(source.ctypes.data, out.ctypes.data, runs.ctypes.data, len(runs), ratio, threads)
+    sums = [source[k : min(k + ratio, i + n)].sum(0) for i, n, _ in runs for k in range(i, i + n, ratio)]
+    np.testing.assert_array_equal(out[:-1], sums)
+    assert (out[-1] == -1).all()
 
 
 @pytest.mark.parametrize("change", [{"source": 4}, {"out": 32}, {"ratio": 3}])
 def test_traffic_of_wrong_arguments(change):
     with pytest.raises(ValueError, match=next(iter(change))):
-        _C.move_lines(**{"source": 0, "out": 0, "lines": 0, "ratio": 1, "threads": 1} | change)
+        _C.move_lines(**{"source": 0, "out": 0, "runs": 0, "count": 0, "ratio": 1, "threads": 1} | change)

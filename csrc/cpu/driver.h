@@ -121,6 +121,8 @@ Screened screened();
 // Throw std::out_of_range for a pair that names a missing query or document, std::bad_alloc; nothing else.
 void forward(const Kernels& kernels, const ForwardCall& call);
 void backward(const Kernels& kernels, const BackwardCall& call);
+// Where every document begins among the kept tokens: out[source.count + 1], out[0] = 0.
+void pack_offsets(const Sequences& source, int64_t* out, int threads);
 // Returns the first document with a value that is not finite, which int8 cannot hold, or that became infinite, for
 // which floats are watched unless they are normalised; -1: there is none.
 int64_t pack(const Kernels& kernels, const PackCall& call);

@@ -34,33 +34,60 @@ int threads_of(int64_t documents, int64_t rows, int32_t dim, int wanted) {
   return threads_for(documents, rows * dim < kSerialElements ? 1 : wanted);
 }
 
-constexpr uint64_t kEightKept = 0x0101010101010101;
+constexpr uint64_t kEightOnes = 0x0101010101010101;
 
-// How many of the first tokens are kept without a hole, up to seven less than there are.
-int64_t leading(const uint8_t* mask, int64_t length) {
+// How many bytes are not 0.
+int64_t count_kept(const uint8_t* mask, int64_t length) {
+  constexpr uint64_t low = 0x7f * kEightOnes;
+  int64_t n = 0, t = 0;
+  for (uint64_t eight; t + 8 <= length; t += 8) {
+    memcpy(&eight, mask + t, 8);
+    const uint64_t ones = ((((eight & low) + low) | eight) >> 7) & kEightOnes;
+    n += int64_t(ones * kEightOnes >> 56);
+  }
+  for (; t < length; ++t) n += mask[t] != 0;
+  return n;
+}
+
+// How many bytes from the first on are `value`.
+int64_t leading(const uint8_t* mask, int64_t length, uint8_t value) {
+  const uint64_t all = value * kEightOnes;
   int64_t t = 0;
   for (uint64_t eight; t + 8 <= length; t += 8) {
     memcpy(&eight, mask + t, 8);
-    if (eight != kEightKept) break;
+    if (eight != all) break;
   }
+  while (t < length && mask[t] == value) ++t;
   return t;
 }
 
 // Numbers of the kept tokens; null when they are the first ones.
 const int32_t* list_kept(const uint8_t* mask, int64_t length, int32_t* kept, int64_t* count) {
-  const int64_t first = leading(mask, length);
-  int64_t n = first;
+  const int64_t first = leading(mask, length, 1);
+  int64_t n = *count = first;
+  if (first + leading(mask + first, length - first, 0) == length) return nullptr;
   for (int64_t t = first; t < length; ++t) {
     kept[n] = int32_t(t);
     n += mask[t] != 0;
   }
   *count = n;
-  if (n == first || kept[n - 1] == n - 1) return nullptr;
+  if (kept[n - 1] == n - 1) return nullptr;
   for (int64_t t = 0; t < first; ++t) kept[t] = int32_t(t);
   return kept;
 }
 
 }  // namespace
+
+void pack_offsets(const Sequences& source, int64_t* out, int threads) {
+  const int64_t last = source.count - 1;
+  const int64_t tokens = source.count ? source.first_token(last) + source.tokens(last) - source.first_token(0) : 0;
+  out[0] = 0;
+  parallel_for(source.count, threads_of(source.count, source.mask ? tokens : 0, 1, threads), [&](int64_t j, int) {
+    const uint8_t* const mask = source.mask_of(j);
+    out[j + 1] = mask ? count_kept(mask, source.tokens(j)) : source.tokens(j);
+  });
+  for (int64_t j = 0; j < source.count; ++j) out[j + 1] += out[j];
+}
 
 int64_t pack(const Kernels& kernels, const PackCall& call) {
   const Sequences& source = call.source;

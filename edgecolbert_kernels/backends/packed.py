@@ -152,22 +152,19 @@ def pack_rows(
     mask_address = 0 if mask is None else _address(mask)
     strides = [stride // X.itemsize for stride in X.strides]
     if offsets is None:
-        count, length = X.shape[:2]
-        lengths = np.full(count, length) if mask is None else np.count_nonzero(mask, axis=1)
+        count = len(X)
         source = native.padded(_address(X), _code(X), X.shape, strides, mask_address)
     else:
         offsets = _integers("offsets", offsets)
         _check_offsets("offsets", offsets, "X", len(X))
         count = len(offsets) - 1
-        kept_before = np.arange(len(X) + 1) if mask is None else np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
-        lengths = np.diff(kept_before[offsets])
         source = native.packed(_address(X), _code(X), X.shape, strides, _address(offsets), count, mask_address)
 
     def kept(n: int) -> Array:
         place = n if offsets is None else slice(int(offsets[n]), int(offsets[n + 1]))
         return X[place] if mask is None else X[place][mask[place]]
 
-    return _pack(source, lengths, X.shape[-1], normalize, dtype, threads, out, kept if strict else None)
+    return _pack(source, count, X.shape[-1], normalize, dtype, threads, out, kept if strict else None)
 
 
 def pack_list(
@@ -180,13 +177,12 @@ def pack_list(
     with their dimensions side by side. Strict, and nothing is normalised or left out."""
     _need_module()
     source, _rows = listed(documents)
-    lengths = np.array([len(each) for each in documents])
-    return _pack(source, lengths, documents[0].shape[1], False, dtype, threads, None, documents.__getitem__)
+    return _pack(source, len(documents), documents[0].shape[1], False, dtype, threads, None, documents.__getitem__)
 
 
 def _pack(
     source: native.Operand,
-    lengths: Array,
+    count: int,
     dim: int,
     normalize: bool,
     dtype: Any,
@@ -194,10 +190,10 @@ def _pack(
     out: Array | None,
     strict: Callable[[int], Array] | None,
 ) -> tuple[Array, Array, Array | None]:
-    """`lengths` are of the kept tokens. `strict` gives those of a document."""
-    count = len(lengths)
-    packed_offsets = np.zeros(count + 1, np.int64)
-    np.cumsum(lengths, out=packed_offsets[1:])
+    """Of `count` documents; `strict` gives the kept tokens of one."""
+    threads = native.threads() if threads is None else threads
+    packed_offsets = np.empty(count + 1, np.int64)
+    native.module().pack_offsets(source, _address(packed_offsets), threads)
     storage = _storage(dtype)
     shape = (int(packed_offsets[-1]), dim)
     tokens = empty_lines(shape, storage) if out is None else out
@@ -213,7 +209,7 @@ def _pack(
         _address(packed_offsets),
         _address(tokens),
         0 if scales is None else _address(scales),
-        native.threads() if threads is None else threads,
+        threads,
     )
     if suspect >= 0 and storage == np.int8:
         raise OutOfRange(suspect, f"document {suspect} of X has a NaN or an infinity, which int8 cannot hold")

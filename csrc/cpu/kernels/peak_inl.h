@@ -40,10 +40,12 @@ inline uint64_t peak_operations(Peak peak) {
   return peak == Peak::f32 ? run_multiply_adds<DotF32>(steps) : 0;
 }
 
+constexpr int64_t kFloatsOfLine = 64 / int64_t(sizeof(float));
+
 template <int ratio>
-inline void move_lines_of(const float* source, float* out, int64_t lines) {
-  constexpr int floats = 64 / int(sizeof(float)), w = Simd::width;
-  for (int64_t line = 0; line < lines; ++line, source += ratio * floats, out += floats) {
+[[gnu::always_inline]] inline void move_run(const float* source, float* out, int64_t lines) {
+  constexpr int floats = kFloatsOfLine, w = Simd::width;
+  for (; lines >= ratio; lines -= ratio, source += ratio * floats, out += floats) {
     for (int k = 0; k < floats; k += w) {
       Simd::F sum = Simd::load(source + k);
 #pragma GCC unroll 4
@@ -51,12 +53,22 @@ inline void move_lines_of(const float* source, float* out, int64_t lines) {
       Simd::stream(out + k, sum);
     }
   }
+  if constexpr (ratio > 1) {
+    if (lines) move_run<ratio - 1>(source, out, lines);
+  }
+}
+
+template <int ratio>
+inline void move_runs(const float* source, float* out, const LineRun* runs, int64_t count) {
+  for (const LineRun* run = runs; run < runs + count; ++run) {
+    move_run<ratio>(source + run->source * kFloatsOfLine, out + run->out * kFloatsOfLine, run->lines);
+  }
   Simd::finish_streams();
 }
 
-inline void move_lines(const float* source, float* out, int64_t lines, int ratio) {
-  if (ratio == 1) return move_lines_of<1>(source, out, lines);
-  ratio == 2 ? move_lines_of<2>(source, out, lines) : move_lines_of<4>(source, out, lines);
+inline void move_lines(const float* source, float* out, const LineRun* runs, int64_t count, int ratio) {
+  if (ratio == 1) return move_runs<1>(source, out, runs, count);
+  ratio == 2 ? move_runs<2>(source, out, runs, count) : move_runs<4>(source, out, runs, count);
 }
 
 }  // namespace
