@@ -167,10 +167,12 @@ struct StoreJob {
   DType dtype;
   int32_t dim;
   bool normalize;
-  bool stream;   // past the caches, where rows lie such that registers are aligned
-  bool roomy;    // the first-level cache has room for rows that come much later
-  char* out;     // [source.length, dim]
-  char* buffer;  // dim elements of scratch
+  bool stream;                 // past the caches, where rows lie such that registers are aligned
+  bool roomy;                  // the first-level cache has room for rows that come much later
+  int64_t rows_ahead;          // so many rows before its turn a row is asked for
+  const int32_t* all_numbers;  // 0, 1, ...: as Tokens::kept of a document beside one that has it; null: none has
+  char* out;                   // [source.length, dim]
+  char* buffer;                // dim elements of scratch
   // The rest, up to `scale`, is for i8, which looks at the next document while it stores this one.
   bool looked;                // in: source was `next` of the call before, on the same job; out: for the call after
   Peaks peaks;                // in, if looked: of source; out: of next
@@ -202,7 +204,8 @@ constexpr int64_t kNever = INT64_MAX;
 enum class Peak : int32_t { f32 = 0, i16 = 1, i8 = 2 };
 
 // What an instruction set offers. One constant of this type an object file.
-// Lines of the cache side by side. Written past the caches is, for every `ratio` of them and for what is left, their sum.
+// Lines of the cache side by side. Written past the caches is, for every `ratio` of them and for what is left, their
+// sum.
 struct LineRun {
   int64_t source, lines, out;  // lines behind the beginnings of both, which are aligned to a line
 };

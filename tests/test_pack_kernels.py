@@ -199,15 +199,28 @@ def test_int8_of_nothing_much(isa):
         assert np.isfinite(scales[0])
 
 
+@pytest.mark.parametrize("dim", [33, 48, 64, 96, 128])
+def test_norms_of_several_rows_have_the_bits_of_one(isa, dim):
+    X = embeddings((3001, dim), np.float32)
+    X[5], X[17], X[40], X[41] = 0.0, 1e-14, np.nan, np.inf
+    X[100:150] *= np.float32(10) ** np.random.default_rng(0).integers(-20, 18, (50, 1))
+    holes = np.random.default_rng(1).random(3001) < 0.8
+    for dtype in (np.float16, np.float32):
+        each = pack_rows(X, offsets=np.arange(3002), normalize=True, dtype=dtype)[0]
+        for mask in (None, holes):
+            together = pack_rows(X, mask, np.array([0, 3001]), normalize=True, dtype=dtype)[0]
+            np.testing.assert_array_equal(together, each if mask is None else each[mask])
+
+
 @pytest.mark.parametrize("dtype", STORAGES)
-@pytest.mark.parametrize("dim", [33, 48])
-def test_large_results_and_threads(isa, dtype, dim):
+@pytest.mark.parametrize("dim, source, kept", [(33, np.float16, 0.97), (48, np.float32, 0.97), (48, np.float32, 1.0)])
+def test_large_results_and_threads(isa, dtype, dim, source, kept):
     """Above 16 MiB stores go past the caches: the same bits, for any number of threads, whatever they were aligned to."""
     size = np.dtype(dtype).itemsize
     lengths = np.random.default_rng(0).integers(0, 600, 2 * (17 << 20) // (size * dim * 600) + 60)
     offsets = boundaries(lengths)
-    X = embeddings((offsets[-1], dim), np.float16)
-    mask = np.random.default_rng(1).random(len(X)) < 0.97
+    X = embeddings((offsets[-1], dim), source)
+    mask = np.random.default_rng(1).random(len(X)) < kept
     for normalize in (False, True):
         packed = pack_rows(X, mask, offsets, normalize=normalize, dtype=dtype, threads=1)
         assert packed[0].nbytes > 16 << 20

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <numeric>
 
 #include "buffer.h"
 #include "driver.h"
@@ -17,6 +18,8 @@ constexpr int64_t kSerialElements = 1 << 18;
 constexpr int64_t kStreamedBytes = 16 << 20;
 // As Golden Cove, Zen 5 and their successors have; their predecessors 32 KiB.
 constexpr long kRoomyBytes = 48 << 10;
+// How many bytes before its turn a row is asked for: a row that int8 looks at, another, and another without room.
+constexpr int64_t kAheadLooking = 6144, kAhead = 4096, kAheadCramped = 2048;
 
 // The first-level cache, by what the C library says; where that is nothing, it is not.
 bool is_roomy() {
@@ -97,7 +100,10 @@ int64_t pack(const Kernels& kernels, const PackCall& call) {
   for (int64_t j = 0; j < source.count; ++j) longest = std::max(longest, source.tokens(j));
   const int threads = threads_of(source.count, rows, source.dim, call.threads);
   const int64_t scratch = scratch_bytes(source.dim), row_numbers = (longest + 63) / 64 * 64;
+  const int64_t ahead = call.dtype == DType::i8 ? kAheadLooking : is_roomy() ? kAhead : kAheadCramped;
   Buffer<char> buffers(scratch * threads);
+  Buffer<int32_t> all_numbers(source.mask ? longest : 0);
+  if (source.mask) std::iota(all_numbers.data(), all_numbers.data() + longest, 0);
   Buffer<int32_t> kept(row_numbers * 2 * threads);
   Buffer<float> norms(row_numbers * 2 * threads);
   std::atomic<int64_t> not_finite{source.count};
@@ -126,6 +132,8 @@ int64_t pack(const Kernels& kernels, const PackCall& call) {
     job.normalize = call.normalize;
     job.stream = rows * row_bytes >= kStreamedBytes;
     job.roomy = is_roomy();
+    job.rows_ahead = 1 + ahead / std::max<int64_t>(source.dim * bytes_of(source.dtype), 1);
+    job.all_numbers = source.mask ? all_numbers.data() : nullptr;
     job.out = call.out + (call.offsets[j] - call.offsets[0]) * row_bytes;
     job.inverse_norms = norms.data() + row_numbers * (2 * thread + j % 2);
     job.next_inverse_norms = norms.data() + row_numbers * (2 * thread + (j + 1) % 2);

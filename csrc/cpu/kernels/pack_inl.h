@@ -2,13 +2,11 @@
 //
 // A row is asked for some time before it is needed, then loaded, summed up where it is normalised, converted, and
 // written: into the caches when the result is small, past them when it is large, so that no line of it is read before
-// it is overwritten. Rows one after the other, each with its own root and division, let the processor read and write
-// all the time; norms computed for several rows at once, or lines collected before they are written, were slower. int8
-// must see a document's last value before it rounds the first: it looks at a document while it rounds the one before,
-// whose rows are still in the second-level cache. What it looks at is asked for earlier, and where the first-level
-// cache is small no further than into the second: it has too few places for what is on its way, beside two streams of
-// reads. Where it is roomy, everything is asked for from two pages on: no processor's own reads ahead go beyond the
-// next.
+// it is overwritten. Memory can be so fast that the instructions around a row count: which rows there are and how they
+// lie is decided before the loop, and four norms share a root and a division. int8 must see a document's last value
+// before it rounds the first: it looks at a document while it rounds the one before, whose rows are still in the
+// second-level cache, a row or four of each in turn. What it looks at is asked for earlier, and where the first-level
+// cache is small into the second only: it has too few places for what is on its way, beside two streams of reads.
 #pragma once
 
 namespace {
@@ -38,111 +36,159 @@ template <bool past, class From, class To, class Transform>
   if (k < dim) Simd::store_first(out + k, transform(Simd::load_first(row + k, dim - k)), dim - k);
 }
 
-// The kept tokens of a document, as contiguous elements. Holes and conversions keep the processor from running ahead on
-// its own, so rows are asked for before they are needed, behind the last one those of `next`; `far` is how those are
-// that int8 looks at.
-template <class From, class Dim, bool far = false>
-class Rows {
- public:
-  Rows(const StoreJob& job, const Tokens& tokens, const Tokens* next, Dim dim)
-      : tokens_(tokens),
-        next_(next),
-        dim_(dim),
-        buffer_(job.buffer),
-        rows_ahead_(1 + (job.roomy ? kAheadBytesRoomy : kAheadBytes) / row_bytes()),
-        into_first_(!far || job.roomy) {}
+// How the rows of a document lie: one distance apart, by the list of the kept ones, or as it turns out to be, which
+// allows for dimensions apart.
+enum class Lie { even, listed, any };
 
-  // Valid until the next call.
-  [[gnu::always_inline]] const From* operator[](int64_t i) const {
-    return contiguous_row<From>(address(tokens_, i), tokens_.dim_stride, dim_, buffer_);
+// The kept rows of a document, one after the other.
+template <class From, class Dim, Lie lie>
+class Walk {
+ public:
+  Walk(const StoreJob& job, const Tokens& tokens, Dim dim, int64_t first = 0)
+      : data_(tokens.data),
+        token_stride_(tokens.token_stride),
+        dim_stride_(tokens.dim_stride),
+        number_(lie == Lie::any || tokens.kept ? tokens.kept : job.all_numbers),
+        buffer_(job.buffer),
+        dim_(dim) {
+    listed() ? void(number_ += first) : void(data_ += first * token_stride_);
   }
 
-  // Asks for the row that comes so many bytes after row i.
-  [[gnu::always_inline]] void ask_ahead(int64_t i) const {
-    i += rows_ahead_;
-    if (i < tokens_.length) {
-      ask(tokens_, i);
-    } else if (next_ && i - tokens_.length < next_->length) {
-      ask(*next_, i - tokens_.length);
-    }
+  [[gnu::always_inline]] const char* next_address() {
+    const char* const row = listed() ? data_ + *number_ * token_stride_ : data_;
+    listed() ? void(++number_) : void(data_ += token_stride_);
+    return row;
+  }
+  // The next row's elements side by side, valid until the next call.
+  [[gnu::always_inline]] const From* next() {
+    const char* const row = next_address();
+    return lie == Lie::any ? contiguous_row<From>(row, dim_stride_, dim_, buffer_) : reinterpret_cast<const From*>(row);
   }
 
  private:
-  static constexpr int64_t kAheadBytes = far ? 6144 : 2048, kAheadBytesRoomy = 8192;
+  [[gnu::always_inline]] bool listed() const { return lie == Lie::listed || (lie == Lie::any && number_); }
 
-  int64_t row_bytes() const { return int64_t(sizeof(From)) * dim_; }
+  const char* data_;
+  int64_t token_stride_, dim_stride_;
+  const int32_t* number_;
+  char* buffer_;
+  Dim dim_;
+};
 
-  [[gnu::always_inline]] static const char* address(const Tokens& tokens, int64_t i) {
-    return tokens.data + (tokens.kept ? tokens.kept[i] : i) * tokens.token_stride;
-  }
-
-  [[gnu::always_inline]] void ask(const Tokens& tokens, int64_t i) const {
-    if (tokens.dim_stride != int64_t(sizeof(From))) return;
-    const char* const row = address(tokens, i);
-    if (into_first_) {
-      for (int64_t k = 0; k < row_bytes(); k += 64) __builtin_prefetch(row + k, 0, 3);
+// Asks for the rows of a document from `rows_ahead` on, and then for the first ones of the next.
+template <class From, class Dim, Lie lie>
+class Asking {
+ public:
+  Asking(const StoreJob& job, const Tokens& tokens, const Tokens* next, Dim dim, bool into_first)
+      : job_(&job), next_(next), walk_(job, tokens, dim), dim_(dim), into_first_(into_first) {
+    if (lie == Lie::any && tokens.dim_stride != int64_t(sizeof(From))) return;
+    if (job.rows_ahead < tokens.length) {
+      begin(tokens, job.rows_ahead);
     } else {
-      for (int64_t k = 0; k < row_bytes(); k += 64) __builtin_prefetch(row + k, 0, 2);
+      begin_next(job.rows_ahead - tokens.length);
     }
   }
 
-  const Tokens tokens_;
-  const Tokens* const next_;
-  const Dim dim_;
-  char* const buffer_;
-  const int64_t rows_ahead_;
-  const bool into_first_;
+  [[gnu::always_inline]] void row() {
+    if (left_ == 0) return;
+    const char* const row = walk_.next_address();
+    const int64_t bytes = int64_t(sizeof(From)) * dim_;
+    if (into_first_) {
+      for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(row + k, 0, 3);
+    } else {
+      for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(row + k, 0, 2);
+    }
+    if (--left_ == 0) begin_next(0);
+  }
+
+ private:
+  void begin(const Tokens& tokens, int64_t first) {
+    walk_ = Walk<From, Dim, lie>(*job_, tokens, dim_, first);
+    left_ = tokens.length - first;
+  }
+  void begin_next(int64_t first) {
+    if (next_ && first < next_->length) begin(*next_, first);
+    next_ = nullptr;
+  }
+
+  const StoreJob* job_;
+  const Tokens* next_;
+  Walk<From, Dim, lie> walk_;
+  int64_t left_ = 0;
+  Dim dim_;
+  bool into_first_;
 };
 
+// Rows whose norms share a root.
+template <bool normalize, Lie lie>
+constexpr int kTogether = normalize && lie != Lie::any ? 4 : 1;
+
 // Finds the largest |x| of a document, before and after normalisation, and the norms.
-template <class From, class Dim>
+template <class From, class Dim, Lie lie>
 class Look {
  public:
   Look(const StoreJob& job, const Tokens& tokens, const Tokens* next, float* inverse_norms, Dim dim)
-      : rows_(job, tokens, next, dim), dim_(dim), inverse_norms_(job.normalize ? inverse_norms : nullptr) {}
+      : walk_(job, tokens, dim), asking_(job, tokens, next, dim, job.roomy), inverse_norms_(inverse_norms), dim_(dim) {}
 
-  [[gnu::always_inline]] void at(int64_t i) {
-    rows_.ask_ahead(i);
-    Simd::I largest = Simd::zero_integer();
-    if (!inverse_norms_) {
-      for_each_register(rows_[i], dim_,
-                        [&](int, Simd::F x) { largest = Simd::maximum_unsigned(largest, Simd::absolute_bits(x)); });
-      before_ = Simd::maximum_unsigned(before_, largest);
-      return;
+  template <int rows, bool normalize>
+  [[gnu::always_inline]] void at() {
+    Simd::F squares[rows];
+    Simd::I largest[rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      asking_.row();
+      squares[r] = Simd::zero();
+      largest[r] = Simd::zero_integer();
+      for_each_register(walk_.next(), dim_, [&](int, Simd::F x) {
+        largest[r] = Simd::maximum_unsigned(largest[r], Simd::absolute_bits(x));
+        if (normalize) squares[r] = Simd::multiply_add(x, x, squares[r]);
+      });
+      before_ = Simd::maximum_unsigned(before_, largest[r]);
     }
-    Simd::F squares = Simd::zero();
-    for_each_register(rows_[i], dim_, [&](int, Simd::F x) {
-      largest = Simd::maximum_unsigned(largest, Simd::absolute_bits(x));
-      squares = Simd::multiply_add(x, x, squares);
-    });
-    before_ = Simd::maximum_unsigned(before_, largest);
-    const float norm = inverse_norms_[i] = inverse_norm_of(squares);
-    const Simd::F normalized = Simd::multiply(Simd::from_bits(largest), Simd::broadcast(norm));
-    after_ = Simd::maximum_unsigned(after_, Simd::bits(normalized));
+    if (!normalize) return;
+    inverse_norms_of(squares, inverse_norms_);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      const Simd::F normalized = Simd::multiply(Simd::from_bits(largest[r]), Simd::broadcast(inverse_norms_[r]));
+      after_ = Simd::maximum_unsigned(after_, Simd::bits(normalized));
+    }
+    inverse_norms_ += rows;
   }
 
+  template <bool normalize>
   Peaks peaks() const {
     const uint32_t raw = Simd::largest_unsigned(before_);
-    return {raw < 0x7f800000u, bits_to_float(inverse_norms_ ? Simd::largest_unsigned(after_) : raw)};
+    return {raw < 0x7f800000u, bits_to_float(normalize ? Simd::largest_unsigned(after_) : raw)};
   }
 
  private:
-  const Rows<From, Dim, true> rows_;
-  const Dim dim_;
-  float* const inverse_norms_;
+  Walk<From, Dim, lie> walk_;
+  Asking<From, Dim, lie> asking_;
+  float* inverse_norms_;
+  Dim dim_;
   Simd::I before_ = Simd::zero_integer(), after_ = Simd::zero_integer();  // bits
 };
+
+// Apart, as it is needed before and behind the loop that also rounds.
+template <bool normalize, class From, class Dim, Lie lie>
+[[gnu::noinline]] Look<From, Dim, lie> look_at(Look<From, Dim, lie> look, int64_t rows) {
+  constexpr int together = kTogether<normalize, lie>;
+  int64_t i = 0;
+  for (; i + together <= rows; i += together) look.template at<together, normalize>();
+  for (; i < rows; ++i) look.template at<1, normalize>();
+  return look;
+}
 
 constexpr float kSmallestPackedPeak = 2e-36f;  // 127 / x and x / 127 are normal numbers; below it a document is zero
 
 // Rounds a document while it looks at the next one, so that memory is read all the time.
-template <bool past, class From, class Dim>
+template <bool past, bool normalize, Lie lie, class From, class Dim>
 inline void store_int8(StoreJob& job, Dim dim) {
+  constexpr int together = kTogether<normalize, lie>;
   const int64_t length = job.source.length, next_length = job.next ? job.next->length : 0;
   if (!job.looked) {
-    Look<From, Dim> look(job, job.source, job.next, job.inverse_norms, dim);
-    for (int64_t i = 0; i < length; ++i) look.at(i);
-    job.peaks = look.peaks();
+    const Look<From, Dim, lie> look(job, job.source, job.next, job.inverse_norms, dim);
+    job.peaks = look_at<normalize>(look, length).template peaks<normalize>();
   }
   job.looked = false;
   job.finite = job.peaks.finite;
@@ -150,21 +196,27 @@ inline void store_int8(StoreJob& job, Dim dim) {
   const bool zero = job.peaks.largest < kSmallestPackedPeak;
   job.scale = zero ? 0.0f : job.peaks.largest / 127.0f;
   const Simd::F inverse_scale = Simd::broadcast(zero ? 0.0f : 127.0f / job.peaks.largest);
-  const Rows<From, Dim> rows(job, job.source, nullptr, dim);
-  Look<From, Dim> look(job, job.next ? *job.next : Tokens{}, job.after, job.next_inverse_norms, dim);
+  Walk<From, Dim, lie> walk(job, job.source, dim);
+  Look<From, Dim, lie> look(job, job.next ? *job.next : Tokens{}, job.after, job.next_inverse_norms, dim);
+  const float* inverse_norms = job.inverse_norms;
   I8* out = reinterpret_cast<I8*>(job.out);
-  for (int64_t i = 0; i < length; ++i, out += dim) {
-    if (i < next_length) look.at(i);
-    if (job.normalize) {
-      const Simd::F inverse_norm = Simd::broadcast(job.inverse_norms[i]);
-      convert_row<past>(rows[i], dim, out,
-                        [&](Simd::F x) { return Simd::multiply(Simd::multiply(x, inverse_norm), inverse_scale); });
-    } else {
-      convert_row<past>(rows[i], dim, out, [&](Simd::F x) { return Simd::multiply(x, inverse_scale); });
-    }
+  const auto round = [&]() __attribute__((always_inline)) {
+    const Simd::F inverse_norm = Simd::broadcast(normalize ? *inverse_norms++ : 1.0f);
+    convert_row<past>(walk.next(), dim, out, [&](Simd::F x) {
+      return Simd::multiply(normalize ? Simd::multiply(x, inverse_norm) : x, inverse_scale);
+    });
+    out += dim;
+  };
+  const int64_t both = length < next_length ? length : next_length;
+  int64_t i = 0;
+  for (; i + together <= both; i += together) {
+    look.template at<together, normalize>();
+#pragma GCC unroll 4
+    for (int r = 0; r < together; ++r) round();
   }
-  for (int64_t i = length; i < next_length; ++i) look.at(i);
-  job.peaks = look.peaks();
+  for (int64_t k = i; k < length; ++k) round();
+  if (i < next_length) look = look_at<normalize>(look, next_length - i);
+  job.peaks = look.template peaks<normalize>();
   job.looked = job.next != nullptr;
 }
 
@@ -173,25 +225,51 @@ inline uint32_t bits_of_infinite(F16) { return 0x477ff000; }
 inline uint32_t bits_of_infinite(BF16) { return 0x7f7f8000; }
 inline uint32_t bits_of_infinite(float) { return 0x7f800000; }
 
-template <bool past, class From, class To, class Dim>
+template <bool past, Lie lie, class From, class To, class Dim>
 inline void store_float(StoreJob& job, Dim dim) {
-  const Rows<From, Dim> rows(job, job.source, job.next, dim);
+  Walk<From, Dim, lie> walk(job, job.source, dim);
+  Asking<From, Dim, lie> asking(job, job.source, job.next, dim, true);
   To* out = reinterpret_cast<To*>(job.out);
   Simd::I largest = Simd::zero_integer();  // bits
   for (int64_t i = 0; i < job.source.length; ++i, out += dim) {
-    rows.ask_ahead(i);
-    const From* const row = rows[i];
-    if (job.normalize) {
-      const Simd::F scale = Simd::broadcast(inverse_norm(row, dim));
-      convert_row<past>(row, dim, out, [&](Simd::F x) { return Simd::multiply(x, scale); });
-    } else {
-      convert_row<past>(row, dim, out, [&](Simd::F x) {
-        largest = Simd::maximum_unsigned(largest, Simd::absolute_bits(x));
-        return x;
-      });
-    }
+    asking.row();
+    const From* const row = walk.next();
+    convert_row<past>(row, dim, out, [&](Simd::F x) {
+      largest = Simd::maximum_unsigned(largest, Simd::absolute_bits(x));
+      return x;
+    });
   }
   job.finite = Simd::largest_unsigned(largest) < bits_of_infinite(To{});
+}
+
+template <bool past, Lie lie, class From, class To, class Dim>
+inline void store_normalized(StoreJob& job, Dim dim) {
+  constexpr int together = kTogether<true, lie>;
+  Walk<From, Dim, lie> walk(job, job.source, dim);
+  Asking<From, Dim, lie> asking(job, job.source, job.next, dim, true);
+  To* out = reinterpret_cast<To*>(job.out);
+  const auto store = [&](auto rows_at_once) __attribute__((always_inline)) {
+    constexpr int rows = decltype(rows_at_once){};
+    const From* row[rows];
+    Simd::F squares[rows];
+    float inverse_norms[rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      asking.row();
+      row[r] = walk.next();
+      squares[r] = square_lanes(row[r], dim);
+    }
+    inverse_norms_of(squares, inverse_norms);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r, out += dim) {
+      const Simd::F scale = Simd::broadcast(inverse_norms[r]);
+      convert_row<past>(row[r], dim, out, [&](Simd::F x) { return Simd::multiply(x, scale); });
+    }
+  };
+  int64_t i = 0;
+  for (; i + together <= job.source.length; i += together) store(Constant<together>());
+  for (; i < job.source.length; ++i) store(Constant<1>());
+  job.finite = true;
 }
 
 template <class A, class B>
@@ -200,35 +278,47 @@ template <class A>
 constexpr bool kSame<A, A> = true;
 
 // The same type without normalisation: bits are kept, those of a NaN too.
-template <class Element>
+template <Lie lie, class Element>
 inline void copy_rows(const StoreJob& job) {
-  const Rows<Element, int> rows(job, job.source, job.next, job.dim);
+  Walk<Element, int, lie> walk(job, job.source, job.dim);
+  Asking<Element, int, lie> asking(job, job.source, job.next, job.dim, true);
   const int64_t bytes = int64_t(sizeof(Element)) * job.dim;
   for (int64_t i = 0; i < job.source.length; ++i) {
-    rows.ask_ahead(i);
-    memcpy(job.out + i * bytes, rows[i], size_t(bytes));
+    asking.row();
+    memcpy(job.out + i * bytes, walk.next(), size_t(bytes));
   }
 }
 
-template <bool past, class From, class To, class Dim>
+template <bool past, Lie lie, class From, class To, class Dim>
 inline void store_rows(StoreJob& job, Dim dim) {
   if constexpr (kSame<To, I8>) {
-    store_int8<past, From>(job, dim);
-  } else if (kSame<From, To> && !job.normalize) {
-    copy_rows<From>(job);
+    job.normalize ? store_int8<past, true, lie, From>(job, dim) : store_int8<past, false, lie, From>(job, dim);
+  } else if (job.normalize) {
+    store_normalized<past, lie, From, To>(job, dim);
+  } else if constexpr (kSame<From, To>) {
+    copy_rows<lie, From>(job);
     job.finite = true;
   } else {
-    store_float<past, From, To>(job, dim);
+    store_float<past, lie, From, To>(job, dim);
   }
 }
 
-// Memory is so fast that the instructions around a row count.
+// Where the usual comes to the usual, loops are made for it.
 template <bool past, class From, class To>
 inline void store_usual_rows(StoreJob& job) {
+  const auto store_any = [&] { store_rows<past, Lie::any, From, To>(job, job.dim); };
   if constexpr (kSame<From, float> && (kSame<To, F16> || kSame<To, I8>)) {
-    with_dim(job.dim, [&](auto dim) { store_rows<past, From, To>(job, dim); });
+    if (job.source.dim_stride != int64_t(sizeof(From))) return store_any();
+    const bool listed = job.source.kept || (job.next && job.next->kept);
+    with_dim(job.dim, [&](auto dim) {
+      if constexpr (kSame<decltype(dim), int>) {
+        store_any();
+      } else {
+        listed ? store_rows<past, Lie::listed, From, To>(job, dim) : store_rows<past, Lie::even, From, To>(job, dim);
+      }
+    });
   } else {
-    store_rows<past, From, To>(job, job.dim);
+    store_any();
   }
 }
 

@@ -40,6 +40,18 @@ template <class Element>
   return 1.0f / (norm <= epsilon ? epsilon : norm);  // a NaN stays
 }
 
+// The same bits, of 1 or 4 rows.
+[[gnu::always_inline]] inline void inverse_norms_of(const Simd::F (&squares)[1], float* out) {
+  out[0] = inverse_norm_of(squares[0]);
+}
+[[gnu::always_inline]] inline void inverse_norms_of(const Simd::F (&squares)[4], float* out) {
+  const Four sums = Simd::sums(squares), epsilon = {kNormEpsilon, kNormEpsilon, kNormEpsilon, kNormEpsilon};
+  Four norms;
+  for (int r = 0; r < 4; ++r) norms[r] = __builtin_sqrtf(sums[r]);
+  const Four inverse = 1.0f / (norms <= epsilon ? epsilon : norms);
+  memcpy(out, &inverse, sizeof inverse);
+}
+
 template <class Element>
 [[gnu::always_inline]] inline float inverse_norm(const Element* row, int dim, float epsilon = kNormEpsilon) {
   return inverse_norm_of(square_lanes(row, dim), epsilon);

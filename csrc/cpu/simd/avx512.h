@@ -69,6 +69,16 @@ struct Simd {
   static F maximum(F a, F b) { return _mm512_max_ps(a, b); }
   static float sum(F x) { return _mm512_reduce_add_ps(x); }
 
+  // Lane r is sum(x[r]), with the same bits.
+  static Four sums(const F (&x)[4]) {
+    const F a = _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x44), _mm512_shuffle_f32x4(x[0], x[1], 0xee));
+    const F b = _mm512_add_ps(_mm512_shuffle_f32x4(x[2], x[3], 0x44), _mm512_shuffle_f32x4(x[2], x[3], 0xee));
+    F four = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    four = _mm512_add_ps(four, _mm512_permute_ps(four, 0x4e));
+    four = _mm512_add_ps(four, _mm512_permute_ps(four, 0xb1));
+    return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, four));
+  }
+
   static I zero_integer() { return _mm512_setzero_si512(); }
   static I broadcast(int32_t x) { return _mm512_set1_epi32(x); }
   static I load(const int32_t* p) { return _mm512_loadu_si512(p); }

@@ -84,6 +84,9 @@ struct Simd {
   static F maximum(F a, F b) { return vmaxq_f32(a, b); }
   static float sum(F x) { return vaddvq_f32(x); }
 
+  // Lane r is sum(x[r]), with the same bits.
+  static Four sums(const F (&x)[4]) { return vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3])); }
+
   static I zero_integer() { return vdupq_n_s32(0); }
   static I broadcast(int32_t x) { return vdupq_n_s32(x); }
   static I load(const int32_t* p) { return vld1q_s32(p); }

@@ -66,6 +66,8 @@ struct Simd {
   static F maximum(F a, F b) { return from_bits(select(I(a > b), bits(a), bits(b))); }
   static float sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
+  static Four sums(const F (&x)[4]) { return Four{sum(x[0]), sum(x[1]), sum(x[2]), sum(x[3])}; }
+
   static I zero_integer() { return I{}; }
   static I broadcast(int32_t x) { return I{x, x, x, x}; }
   static I load(const int32_t* p) {

@@ -18,6 +18,8 @@ struct I8 {
   int8_t value;
 };
 
+typedef float Four __attribute__((vector_size(16)));
+
 inline float bits_to_float(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
