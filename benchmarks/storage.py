@@ -54,7 +54,9 @@ def runs_of_rows(mask: np.ndarray | None, num_documents: int, length: int) -> np
     return np.stack([documents * length + begins, ends - begins], axis=1)
 
 
-def traffic(hidden: np.ndarray, mask: np.ndarray | None, target: np.ndarray, ratio: int) -> tuple[Callable[[int], None], int]:
+def traffic(
+    hidden: np.ndarray, mask: np.ndarray | None, target: np.ndarray, ratio: int
+) -> tuple[Callable[[int], None], int]:
     """The lines that packing must read, and one written for every `ratio` of a run; with it, how many bytes that is."""
     lines = runs_of_rows(mask, *hidden.shape[:2]) * (hidden[0, 0].nbytes // LINE)
     written = -(-lines[:, 1] // ratio)

@@ -169,14 +169,14 @@ class Look {
   Simd::I before_ = Simd::zero_integer(), after_ = Simd::zero_integer();  // bits
 };
 
-// Apart, as it is needed before and behind the loop that also rounds.
+// The end of it. Apart, as it is needed before and behind the loop that also rounds.
 template <bool normalize, class From, class Dim, Lie lie>
-[[gnu::noinline]] Look<From, Dim, lie> look_at(Look<From, Dim, lie> look, int64_t rows) {
+[[gnu::noinline]] Peaks look_at(Look<From, Dim, lie> look, int64_t rows) {
   constexpr int together = kTogether<normalize, lie>;
   int64_t i = 0;
   for (; i + together <= rows; i += together) look.template at<together, normalize>();
   for (; i < rows; ++i) look.template at<1, normalize>();
-  return look;
+  return look.template peaks<normalize>();
 }
 
 constexpr float kSmallestPackedPeak = 2e-36f;  // 127 / x and x / 127 are normal numbers; below it a document is zero
@@ -187,8 +187,7 @@ inline void store_int8(StoreJob& job, Dim dim) {
   constexpr int together = kTogether<normalize, lie>;
   const int64_t length = job.source.length, next_length = job.next ? job.next->length : 0;
   if (!job.looked) {
-    const Look<From, Dim, lie> look(job, job.source, job.next, job.inverse_norms, dim);
-    job.peaks = look_at<normalize>(look, length).template peaks<normalize>();
+    job.peaks = look_at<normalize>(Look<From, Dim, lie>(job, job.source, job.next, job.inverse_norms, dim), length);
   }
   job.looked = false;
   job.finite = job.peaks.finite;
@@ -215,8 +214,7 @@ inline void store_int8(StoreJob& job, Dim dim) {
     for (int r = 0; r < together; ++r) round();
   }
   for (int64_t k = i; k < length; ++k) round();
-  if (i < next_length) look = look_at<normalize>(look, next_length - i);
-  job.peaks = look.template peaks<normalize>();
+  job.peaks = look_at<normalize>(look, next_length - i);
   job.looked = job.next != nullptr;
 }
 
