@@ -5,8 +5,8 @@
 // it is overwritten. Memory can be so fast that the instructions around a row count: which rows there are and how they
 // lie is decided before the loop, and four norms share a root and a division. int8 must see a document's last value
 // before it rounds the first: it looks at a document while it rounds the one before, whose rows are still in the
-// second-level cache, a row or four of each in turn. What it looks at is asked for earlier, and where the first-level
-// cache is small into the second only: it has too few places for what is on its way, beside two streams of reads.
+// second-level cache, in step. What it looks at is asked for earlier, and where the first-level cache is small into the
+// second only: it has too few places for what is on its way, beside two streams of reads.
 #pragma once
 
 namespace {
@@ -206,15 +206,22 @@ inline void store_int8(StoreJob& job, Dim dim) {
     });
     out += dim;
   };
-  const int64_t both = length < next_length ? length : next_length;
-  int64_t i = 0;
-  for (; i + together <= both; i += together) {
-    look.template at<together, normalize>();
+  // In step, so that both end together: memory would wait while the rest of a document is only rounded.
+  int64_t rounded = 0, looked = 0;
+  for (int64_t lead = 0; rounded + together <= length && looked + together <= next_length;) {
+    if (lead <= 0) {
+      look.template at<together, normalize>();
+      looked += together;
+      lead += length;
+    } else {
 #pragma GCC unroll 4
-    for (int r = 0; r < together; ++r) round();
+      for (int r = 0; r < together; ++r) round();
+      rounded += together;
+      lead -= next_length;
+    }
   }
-  for (int64_t k = i; k < length; ++k) round();
-  job.peaks = look_at<normalize>(look, next_length - i);
+  for (; rounded < length; ++rounded) round();
+  job.peaks = look_at<normalize>(look, next_length - looked);
   job.looked = job.next != nullptr;
 }
 
