@@ -203,13 +203,12 @@ constexpr int64_t kNever = INT64_MAX;
 
 enum class Peak : int32_t { f32 = 0, i16 = 1, i8 = 2 };
 
-// What an instruction set offers. One constant of this type an object file.
-// Lines of the cache side by side. Written past the caches is, for every `ratio` of them and for what is left, their
-// sum.
+// Lines of the cache side by side, counted from the beginnings of two arrays that are aligned to a line.
 struct LineRun {
-  int64_t source, lines, out;  // lines behind the beginnings of both, which are aligned to a line
+  int64_t source, lines, out;  // first line read, lines read, first line written
 };
 
+// What an instruction set offers. One constant of this type an object file.
 struct Kernels {
   const char* name;
   int32_t width;              // 32-bit lanes of a register
@@ -232,7 +231,8 @@ struct Kernels {
   void (*store_tokens)(StoreJob*);
   void (*load_tokens)(const LoadJob*);
   uint64_t (*peak_operations)(Peak);  // runs a fixed stretch of multiply-adds and returns how many operations it was
-  void (*move_lines)(const float* source, float* out, const LineRun* runs, int64_t count, int ratio);  // 1, 2 or 4
+  // For every `ratio` (1, 2 or 4) lines of a run, and for what is left at its end, writes their sum past the caches.
+  void (*move_lines)(const float* source, float* out, const LineRun* runs, int64_t count, int ratio);
 };
 
 constexpr int kScreenDimsOfWord = 4;    // of a k-word of a screen

@@ -269,11 +269,12 @@ PYBIND11_MODULE(_C, m) {
       "dispatch_rate", &dispatch_rate, py::call_guard<py::gil_scoped_release>(),
       "No-operations that this core starts a cycle, over 0.2 ms: fewer than at other times while another thread shares "
       "the core. 0 where it cannot be measured.");
-  m.def("move_lines", &move_lines, py::arg("source"), py::arg("out"), py::arg("runs"), py::arg("count"),
-        py::arg("ratio"), py::arg("threads"),
-        "Writes lines past the caches, each the float32 sum of `ratio` lines of a run or of the fewer that are left at "
-        "its "
-        "end. `runs` is int64 [count, 3]: first line read, lines read, first line written.");
+  m.def(
+      "move_lines", &move_lines, py::arg("source"), py::arg("out"), py::arg("runs"), py::arg("count"), py::arg("ratio"),
+      py::arg("threads"),
+      "For every `ratio` (1, 2 or 4) lines of a run, and for what is left at its end, writes their float32 sum past "
+      "the caches. `runs` is int64 [count, 3]: first line read, lines read, first line written. Addresses that are no "
+      "multiple of 64, or another ratio: ValueError.");
   m.def("forward", &py_forward, py::arg("queries"), py::arg("documents"), py::arg("layout"), py::arg("index"),
         py::arg("out"), py::arg("argmax"), py::arg("argmax_bytes"), py::arg("precision"), py::arg("zero_mode"),
         py::arg("normalize"), py::arg("threads"));
