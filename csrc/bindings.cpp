@@ -34,9 +34,8 @@ T* address(int64_t value) {
 Sequences read_sequences(const py::tuple& arguments) {
   PyObject* const t = arguments.ptr();
   Sequences s;
-  if (arguments.size() != 6 && arguments.size() != 13)
-    throw py::value_error("a sequence description has 6 or 13 integers");
-  const bool list = arguments.size() == 6;
+  const bool list = arguments.size() == 6 || arguments.size() == 7;
+  if (!list && arguments.size() != 13) throw py::value_error("a sequence description has 6, 7 or 13 integers");
   const int64_t dtype = integer(t, list ? 0 : 1);
   const int64_t dim = integer(t, list ? 1 : 2);
   if (dtype < 0 || dtype > 3) throw py::value_error("unknown dtype code " + std::to_string(dtype));
@@ -45,25 +44,25 @@ Sequences read_sequences(const py::tuple& arguments) {
   s.dim = int32_t(dim);
   const int64_t bytes = bytes_of(s.dtype);
   if (list) {
-    if (s.dtype == DType::i8) throw py::value_error("no lists of int8");
     s.dim_stride = bytes;
     s.pointers = address<const int64_t>(integer(t, 2));
     s.lengths = address<const int64_t>(integer(t, 3));
     s.token_strides = address<const int64_t>(integer(t, 4));
     s.count = integer(t, 5);
-    return s;
+    if (arguments.size() == 7) s.scales = address<const float>(integer(t, 6));
+  } else {
+    s.data = address<const char>(integer(t, 0));
+    s.dim_stride = integer(t, 3) * bytes;
+    s.token_stride = integer(t, 4) * bytes;
+    s.inner_stride = integer(t, 5) * bytes;
+    s.outer_stride = integer(t, 6) * bytes;
+    s.inner_count = integer(t, 7);
+    s.count = integer(t, 8);
+    s.length = integer(t, 9);
+    s.offsets = address<const int64_t>(integer(t, 10));
+    s.mask = address<const uint8_t>(integer(t, 11));
+    s.scales = address<const float>(integer(t, 12));
   }
-  s.data = address<const char>(integer(t, 0));
-  s.dim_stride = integer(t, 3) * bytes;
-  s.token_stride = integer(t, 4) * bytes;
-  s.inner_stride = integer(t, 5) * bytes;
-  s.outer_stride = integer(t, 6) * bytes;
-  s.inner_count = integer(t, 7);
-  s.count = integer(t, 8);
-  s.length = integer(t, 9);
-  s.offsets = address<const int64_t>(integer(t, 10));
-  s.mask = address<const uint8_t>(integer(t, 11));
-  s.scales = address<const float>(integer(t, 12));
   if ((s.dtype == DType::i8) != (s.scales != nullptr)) throw py::value_error("int8 has scales, other dtypes have none");
   if (s.inner_count < 1 || s.count < 0 || s.length < 0)
     throw py::value_error("negative size in a sequence description");

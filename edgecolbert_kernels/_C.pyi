@@ -3,7 +3,7 @@ lifetimes.
 
 A sequence description is one of
     (data, dtype, dim, dim_stride, token_stride, inner_stride, outer_stride, inner_count, count, length, offsets, mask, scales)
-    (dtype, dim, pointers, lengths, token_strides, count)
+    (dtype, dim, pointers, lengths, token_strides, count), of int8 with scales behind it
 with addresses as integers and strides in elements; dtype 0 float32, 1 float16, 2 bfloat16, 3 int8 (documents only, with
 float32 `scales[count]`); see `csrc/cpu/driver.h`.
 """

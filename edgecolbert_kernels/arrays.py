@@ -66,23 +66,6 @@ def stored(X: Array) -> Array:
     return X
 
 
-def reads_in_place(*inputs: Array | None) -> bool:
-    return True
-
-
-def query_rows(Q: Array, q_mask: Array | None) -> tuple[Array, Array]:
-    """`[Nq, Lq, d]` or `[Lq, d]` as rows back to back, without the masked ones, and their boundaries."""
-    Q = Q if Q.ndim == 3 else Q[None]
-    if q_mask is None:
-        return Q.reshape(-1, Q.shape[-1]), np.arange(len(Q) + 1, dtype=np.int64) * Q.shape[1]
-    q_mask = q_mask if q_mask.ndim == 2 else q_mask[None]
-    return Q[q_mask], np.cumsum([0, *q_mask.sum(axis=1)], dtype=np.int64)
-
-
-def score_packed(*arguments: Any, **options: Any) -> Array:
-    return packed.score_packed(*arguments, **options)
-
-
 def score_stored(
     Q: Array,
     q_mask: Array | None,
@@ -94,7 +77,7 @@ def score_stored(
     precision: str,
     out_dtype: Any,
 ) -> Array:
-    """Stored documents where they lie: all of them, or those at `places`, with every query, in int8 one; or pair by pair."""
+    """Stored documents where they lie: all of them, or those at `places`, with every query; or pair by pair."""
     dtype = floating(out_dtype)
     scores = np.empty(scores_shape_of_stored(Q.shape, D, query_index, places), np.float32)
     options = normalize, mask_mode, precision
@@ -122,21 +105,16 @@ def forward_stored(
 ) -> None:
     """Writes float32 scores to that address. What `D.storage` holds was checked when it was made."""
     tokens, offsets, scales = D.storage()
-    if places is not None and query_index is None and scales is None:
-        documents, _rows = packed.chosen(tokens, offsets, places)
+    if places is not None and query_index is None:
+        documents, _alive = packed.chosen(tokens, offsets, scales, places)
         native.forward(queries, documents, native.EVERY, native.NO_INDEX, scores, *options, threads)
         return
     if D.operand is None:
         D.operand = packed.operand(tokens, offsets, scales)
     layout, index = native.EVERY, native.NO_INDEX
-    if places is not None:
-        query_index = np.zeros(len(places), np.int64) if query_index is None else query_index
+    if places is not None and query_index is not None:
         layout, index = native.INDEXED, (len(places), _address(query_index), _address(places))
     native.forward(queries, D.operand, layout, index, scores, *options, threads)
-
-
-def answer(scores: Array, single: bool, out_dtype: Any) -> Array:
-    return (scores[0] if single else scores).astype(floating(out_dtype), copy=False)
 
 
 def join(scores: list[Array]) -> Array:

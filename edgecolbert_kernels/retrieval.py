@@ -127,12 +127,13 @@ class _Queries:
             scores[some] = maxsim_indexed(_constant(self.Q), documents, query[some], document[some], self.q_mask)
         return scores
 
-    def fast_errors(self, documents: PackedEmbeddings) -> _Errors:
-        """How far at most a fast score is from the exact one."""
+    def fast_errors(self, documents: PackedEmbeddings, allowed: Array | None = None) -> _Errors:
+        """How far at most a fast score of an allowed document is from the exact one."""
         each = [dtypes.widen(*dtypes.matrix("Q", query)).astype(np.float64) for query in self.Q]
         if documents.dtype == "int8":
             slopes = [_int8_error(query, documents.dim) for query in each]
-            return _Errors(np.zeros(len(each)), np.array(slopes), documents.token_norms())
+            norms = documents.token_norms()
+            return _Errors(np.zeros(len(each)), np.array(slopes), norms if allowed is None else norms[allowed])
         return _Errors(np.array([_fixed_point_error(query, documents.dim) for query in each]))
 
 
@@ -199,11 +200,12 @@ def _scan(queries: _Queries, documents: PackedEmbeddings, allowed: Array | None,
     """Every document that is allowed."""
     packed = documents if allowed is None else documents[allowed]
     # With this few documents all of them would be scored twice. int8 wants the norm of every document's tokens, which
-    # costs as much as scoring a few queries, once: whoever has asked for that many, one by one or at once, asks for more.
-    packed.searched += len(queries)
+    # costs as much as scoring a few queries, once: whoever has asked for that many, one by one or at once, of all
+    # documents or, more often, of a part, asks for more.
+    documents.searched += len(queries) * len(packed) / max(1, len(documents))
     fast = precision == "fast" and len(packed) > 4 * found.k
-    fast = fast and (packed.dtype != "int8" or packed.searched >= FEW_QUERIES)
-    errors = queries.fast_errors(packed) if fast else _Errors(np.zeros(len(queries)))
+    fast = fast and (packed.dtype != "int8" or documents.searched >= FEW_QUERIES)
+    errors = queries.fast_errors(documents, allowed) if fast else _Errors(np.zeros(len(queries)))
     best = found.of(queries)
     # The k highest scores that documents so far have for certain; the k-th is what a newcomer must be able to reach.
     certain = np.full((len(queries), found.k), -np.inf, np.float32)

@@ -68,10 +68,6 @@ class Stored:
         """All documents in their order: tokens [T, d] and boundaries int64 [n + 1], once or more."""
         raise NotImplementedError
 
-    def integers(self) -> Iterator[tuple[Array, Array, Array]] | None:
-        """The same for int8: tokens, boundaries that may start anywhere, and scales. None for other storages."""
-        raise NotImplementedError
-
     def storage(self) -> tuple[Array, Array, Array | None]:
         """Tokens, boundaries that may start anywhere, and scales for int8, of these documents and maybe others."""
         raise NotImplementedError
@@ -352,23 +348,15 @@ def _score_stored(Q: Any, D: Stored, q_mask: Any, d_mask: Any, options: Options,
     cu_q = None
     if type(Q) is list:
         some = xp.stored(D.nothing())
-        if D.integers() is not None:
+        if D.storage()[2] is not None:
             Q, q_mask = _padded(xp, Q, q_mask, some)
         else:
             Q, q_mask, cu_q = _packed(xp, Q, q_mask, some)
     checks.same_dim(Q.shape, (len(D), D.dim))
-    places = D.places(None)
-    # Many queries with int8 documents here and there: better copied together once than fetched for every query.
-    fetched = places is None or Q.ndim == 2 or len(Q) == 1 or D.storage()[2] is None
-    if cu_q is None and _in_place(D, options) and fetched:
-        scores = xp.score_stored(Q, q_mask, D, None, places, *options, out_dtype)
+    if cu_q is None and _in_place(D, options):
+        scores = xp.score_stored(Q, q_mask, D, None, D.places(None), *options, out_dtype)
         if scores is not None:
             return scores
-    integers = D.integers() if _in_place(D, options) else None
-    if integers is not None and xp.reads_in_place(Q, q_mask):
-        rows, boundaries = xp.query_rows(Q, q_mask)
-        found = [xp.score_packed(rows, boundaries, *block, precision=options[2]) for block in integers]
-        return xp.answer(found[0] if len(found) == 1 else _arrays.join(found), Q.ndim == 2, out_dtype)
     scores = [
         xp.score(
             Q, xp.stored(tokens), q_mask, None, cu_q, xp.integers("D", boundaries, Q), None, None, *options, out_dtype

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import DIMENSIONS, LENGTHS
 from conftest import ISAS
+from edgecolbert_kernels import PackedEmbeddings, maxsim
 from edgecolbert_kernels.backends import native
 from edgecolbert_kernels.backends.packed import score_packed
 from marks import compiled
@@ -322,6 +324,25 @@ def test_float_storage(isa, precision, dtype):
     np.testing.assert_allclose(scores, wanted, atol=1e-5 if precision == "exact" else 1e-3)
 
 
+@pytest.mark.parametrize("dim", [1, 31, 48, 64, 129])
+def test_chosen_documents_have_the_bits_of_all(isa, precision, dim):
+    tokens, offsets, scales = documents_of((*LENGTHS, *LENGTHS), dim, skip=0)
+    scales[4] = 0
+    packed = PackedEmbeddings.from_arrays(tokens[: offsets[-1]], offsets, scales)
+    random = np.random.default_rng(2)
+    Q = random.standard_normal((5, 33, dim)).astype(np.float32)
+    mask = random.random((5, 33)) < 0.8
+    every = maxsim(Q, packed, mask, precision=precision)
+    for rows in ([5], [7, 7, 0, 3], range(17, -1, -1), random.integers(0, len(packed), 40), []):
+        rows = np.array(rows, np.int64)
+        chosen = packed[rows]
+        np.testing.assert_array_equal(maxsim(Q, chosen, mask, precision=precision), every[:, rows])
+        tensors = torch.from_numpy(Q), torch.from_numpy(mask)
+        np.testing.assert_array_equal(maxsim(tensors[0], chosen, tensors[1], precision=precision), every[:, rows])
+        one = maxsim(Q[0], chosen, mask[0], precision=precision)
+        np.testing.assert_array_equal(one, every[0, rows])
+
+
 class TestWrongInput:
     queries, query_offsets = queries_of((5,), 8)
     tokens, offsets, scales = documents_of((4, 3), 8)
@@ -365,7 +386,8 @@ class TestWrongInput:
         documents = operand(self.tokens, None, self.offsets, self.scales)
         with pytest.raises(ValueError, match="queries are not int8"):
             forward(documents, documents, native.EVERY, native.NO_INDEX, out, None, "exact")
-        with pytest.raises(ValueError, match="no lists of int8"):
-            forward(queries, (3, 8, 0, 0, 0, 0), native.EVERY, native.NO_INDEX, out, None, "exact")
+        for each in ((3, 8, 0, 0, 0, 0), (0, 8, 0, 0, 0, 0, 64)):
+            with pytest.raises(ValueError, match="int8 has scales"):
+                forward(queries, each, native.EVERY, native.NO_INDEX, out, None, "exact")
         with pytest.raises(ValueError, match="no backward for int8"):
             _C.backward(queries, documents, native.EVERY, native.NO_INDEX, 0, 0, 4, 0, 0, False, False, 1)

@@ -356,13 +356,19 @@ def listed(X: Sequence[Array]) -> tuple[native.Operand, Any]:
     return native.table(_code(X[0]), X[0].shape[1], addresses, lengths, strides)
 
 
-def chosen(tokens: Array, offsets: Array, documents: Array) -> tuple[native.Operand, Array]:
-    """Some documents of a collection in floats, where they lie, as a list; with it, the array to keep alive."""
+def chosen(
+    tokens: Array, offsets: Array, scales: Array | None, documents: Array
+) -> tuple[native.Operand, tuple[Array, ...]]:
+    """Some documents of a collection, where they lie, as a list; with it, the arrays to keep alive."""
     first = offsets[documents]
     addresses = _address(tokens) + first * tokens.strides[0]
     rows = np.stack([addresses, offsets[documents + 1] - first, np.full_like(first, tokens.shape[1])])
     start, step = _address(rows), rows.strides[0]
-    return (_code(tokens), tokens.shape[1], start, start + step, start + 2 * step, len(first)), rows
+    each = _code(tokens), tokens.shape[1], start, start + step, start + 2 * step, len(first)
+    if scales is None:
+        return each, (rows,)
+    scales = scales[documents]
+    return (*each, _address(scales)), (rows, scales)
 
 
 def _code(X: Array) -> Any:

@@ -85,16 +85,6 @@ def reads_in_place(*inputs: Tensor | None) -> bool:
     return plain(*inputs) and choose("maxsim", "cpu", "float32") == "cpu"
 
 
-def query_rows(Q: Tensor, q_mask: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-    Q = Q.detach()
-    rows = Q.contiguous().view(torch.int16).numpy().view(np.uint16) if Q.dtype is torch.bfloat16 else Q.numpy()
-    return arrays.query_rows(rows, None if q_mask is None else q_mask.numpy().astype(bool))
-
-
-def score_packed(*arguments: Any, **options: Any) -> np.ndarray:
-    return arrays.score_packed(*arguments, **options, threads=torch.get_num_threads())
-
-
 def score_stored(
     Q: Tensor,
     q_mask: Tensor | None,
@@ -116,11 +106,6 @@ def score_stored(
     queries = cpu.operand(Q, q_mask)
     arrays.forward_stored(queries, D, query_index, places, scores.data_ptr(), options, torch.get_num_threads())
     return scores if scores.dtype is dtype else scores.to(dtype)
-
-
-def answer(scores: np.ndarray, single: bool, out_dtype: Any) -> Tensor:
-    dtype = torch.float32 if out_dtype is None else _float(out_dtype)
-    return torch.from_numpy(scores[0] if single else scores).to(dtype)
 
 
 def join(scores: list[Tensor]) -> Tensor:

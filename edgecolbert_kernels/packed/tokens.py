@@ -13,7 +13,7 @@ from edgecolbert_kernels.device.documents import Documents
 
 Array = np.ndarray
 
-# Documents that kernels cannot read where they lie (int8, or scattered ones) are copied in blocks of this size.
+# Documents that are wanted in float32, or side by side where they are scattered, are copied in blocks of this size.
 BLOCK_BYTES = 1 << 25
 # A run of neighbours at least this long is read where it lies.
 RUN_DOCUMENTS = 256
@@ -32,7 +32,7 @@ class PackedTokens(Documents):
         """
         self._dtype, self._tokens, self._offsets, self._scales, self._rows = dtype, tokens, offsets, scales, rows
         self._norms: Array | None = None
-        self.searched = 0  # queries, in all these documents
+        self.searched = 0.0  # queries, in all these documents
         self.operand = None
 
     def __reduce__(self) -> Any:
@@ -92,14 +92,6 @@ class PackedTokens(Documents):
             yield from (self.floats(begin, end) for begin, end in self.cuts())
         else:
             yield from (self._span(*run) if in_place else self._gathered(*run) for run, in_place in self._runs())
-
-    def integers(self) -> Iterator[tuple[Array, Array, Array]] | None:
-        if self._scales is None:
-            return None
-        return (
-            (*(self._span(*run) if in_place else self._gathered(*run)), self._scales_of(*run))
-            for run, in_place in self._runs()
-        )
 
     def storage(self) -> tuple[Array, Array, Array | None]:
         return self._tokens, self._offsets, self._scales
