@@ -60,7 +60,12 @@ def pack(
         return pack(hidden, mask, weight, bias, normalize=normalize, dtype="float32").to(device).to(dtype)
     dtype = dtypes.name(dtype)
     documents, width = _documents(hidden)
-    kept = _masks(mask, documents)
+    has_kernel = available()
+    padded = has_kernel and not isinstance(hidden, (list, tuple)) and not isinstance(mask, (list, tuple))
+    whole = _whole_mask(mask, documents) if padded and mask is not None and documents else None
+    if whole is not None:  # documents are of one shape: the first speaks for all
+        checks.mask("mask[0]", whole[0].shape, "hidden[0]", documents[0].shape)
+    kept = _masks(mask, documents) if whole is None else list(whole)
     if weight is not None:
         checks.rank("weight", weight.shape, (2,), "[d, h]")
         if documents and weight.shape[1] != width:
@@ -68,9 +73,6 @@ def pack(
         width = int(weight.shape[0])
     if bias is not None and (weight is None or tuple(bias.shape) != (width,)):
         raise checks.wrong_shape("bias", bias.shape, "[d], with a weight [d, h]")
-    has_kernel = available()
-    padded = has_kernel and not isinstance(hidden, (list, tuple)) and not isinstance(mask, (list, tuple))
-    whole = np.stack([keep for keep in kept if keep is not None]) if padded and mask is not None and kept else None
     how = normalize, dtype, threads_of(documents[0]) if documents else None
     if padded and weight is None:
         tokens, offsets, scales = _kernel(_matrix(hidden, whole), whole, None, *how)
@@ -173,14 +175,18 @@ def _masks(mask: Any, documents: Sequence[Any]) -> list[Array | None]:
     if isinstance(mask, (list, tuple)):
         checks.mask_list("mask", mask, "hidden", len(documents))
         kept = [each if each is None else _bool(each) for each in mask]
-    elif len(mask.shape) != 2 or len(mask) != len(documents):
-        raise checks.wrong_shape("mask", mask.shape, f"[{len(documents)}, L], one value for each token of hidden")
     else:
-        kept = list(_bool(mask))
+        kept = list(_whole_mask(mask, documents))
     for n, (keep, document) in enumerate(zip(kept, documents, strict=True)):
         if keep is not None:
             checks.mask(f"mask[{n}]", keep.shape, f"hidden[{n}]", document.shape)
     return kept
+
+
+def _whole_mask(mask: Any, documents: Sequence[Any]) -> Array:
+    if len(mask.shape) != 2 or len(mask) != len(documents):
+        raise checks.wrong_shape("mask", mask.shape, f"[{len(documents)}, L], one value for each token of hidden")
+    return _bool(mask)
 
 
 def _bool(mask: Any) -> Array:

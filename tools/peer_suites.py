@@ -250,9 +250,7 @@ def pytest_configure(config: object) -> None:
     for name in ("forward", "backward", "forward_lists"):
         setattr(cpu, name, _counted(getattr(cpu, name)))
     from edgecolbert_kernels import arrays
-    from edgecolbert_kernels.backends import packed
 
-    packed.score_packed = _counted(packed.score_packed)
     arrays.forward_stored = _counted(arrays.forward_stored)
 
 
