@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from cases import DIMENSIONS, LENGTHS
 from conftest import ISAS
 from edgecolbert_kernels.backends import native
-from edgecolbert_kernels.backends.packed import empty_lines, pack_rows, score_packed, unpack_rows
+from edgecolbert_kernels.backends.packed import empty_lines, pack_rows, unpack_rows
 from marks import compiled
+from stored import score_packed
 
 _C = native.module()
 pytestmark = compiled

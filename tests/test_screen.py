@@ -19,7 +19,6 @@ import oracle
 from cases import DIMENSIONS, STORAGES, embeddings, grid, holes, packed, padded, ragged, storage_name
 from edgecolbert_kernels import PackedEmbeddings, reference
 from edgecolbert_kernels.backends import native
-from edgecolbert_kernels.backends.packed import score_packed
 from screening import (
     _C,
     INF,
@@ -37,7 +36,7 @@ from screening import (
     values,
     with_gradients,
 )
-from test_int8 import documents_of, forward, operand, queries_of
+from stored import documents_of, forward, operand, queries_of, score_packed
 
 LENGTHS = (31, 32, 33, 35, 36, 37, 63, 64, 65, 75, 76, 77, 255, 300, 1000)
 """Around the shortest document that is screened and around a tile; a full document; one of several blocks."""

@@ -1,4 +1,5 @@
-"""Packed token embeddings on numpy arrays: made, widened again, and scored where they lie, in memory or in a mapped file.
+"""Packed token embeddings on numpy arrays: made, widened again, and described to the kernels that score
+them where they lie, in memory or in a mapped file.
 
 A packed collection is three arrays: `tokens` [T, d], the kept tokens of all documents back to back; `offsets` int64 [N + 1],
 document n being the rows from `offsets[n]` to `offsets[n + 1]`; and, where tokens are int8, `scales` float32 [N], with
@@ -56,61 +57,6 @@ def threads_of(X: Any) -> int | None:
     import torch
 
     return torch.get_num_threads()
-
-
-def score_packed(
-    queries: Array,
-    query_offsets: Array,
-    tokens: Array,
-    offsets: Array,
-    scales: Array | None,
-    *,
-    begin: int = 0,
-    end: int | None = None,
-    precision: str = "exact",
-    threads: int | None = None,
-    out: Array | None = None,
-) -> Array:
-    """MaxSim of every query with the documents `begin` to `end` (None: to the last): float32 [Nq, end - begin].
-
-    queries        [Tq, d], the tokens of all queries back to back: float32, float16, bfloat16 as uint16; other floats are
-                   rounded to float32
-    query_offsets  int64 [Nq + 1]: query i is the rows from `query_offsets[i]` to `query_offsets[i + 1]`
-    tokens         [T, d], float32, float16, bfloat16 as uint16, or int8; any strides; read in place, also from a mapped file
-    offsets        int64 [N + 1], of all documents of the collection; `offsets[0]` need not be 0
-    scales         float32 [N] for int8 tokens, else None
-    precision      "exact" (float32 sums) or "fast" (fixed point where the values allow)
-    threads        None: EDGECOLBERT_NUM_THREADS, else OMP_NUM_THREADS, else all CPUs
-    out            where to write, float32 [Nq, end - begin] and C-contiguous; it is also returned
-
-    A document without tokens scores 0, and so does a query without tokens. A score is the same bits whatever the range and
-    whatever the number of threads.
-    """
-    queries, query_operand, query_offsets = _queries(queries, query_offsets)
-    tokens, offsets, scales = _collection(tokens, offsets, scales)
-    _check_score(queries, tokens, precision)
-    count = len(offsets) - 1
-    end = count if end is None else end
-    if not 0 <= begin <= end <= count:
-        raise ValueError(
-            f"begin is {begin} and end is {end}; want 0 <= begin <= end <= {count}, the number of documents"
-        )
-    _check_offsets("offsets", offsets[begin : end + 1], "tokens", len(tokens))
-    shape = (len(query_offsets) - 1, end - begin)
-    if out is None:
-        out = np.empty(shape, np.float32)
-    elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous or not out.flags.writeable:
-        raise ValueError(f"out is {out.dtype} {list(out.shape)}; want writeable C-contiguous float32 {list(shape)}")
-    _forward(
-        query_operand,
-        operand(tokens, offsets[begin : end + 1], None if scales is None else scales[begin:]),
-        native.EVERY,
-        native.NO_INDEX,
-        out,
-        precision,
-        threads,
-    )
-    return out
 
 
 def pack_rows(
@@ -235,28 +181,6 @@ def unpack_rows(tokens: Array, offsets: Array, scales: Array | None = None, *, t
     return out
 
 
-def _forward(
-    queries: native.Operand,
-    documents: native.Operand,
-    layout: int,
-    index: tuple[int, int, int],
-    out: Array,
-    precision: str,
-    threads: int | None,
-) -> None:
-    threads = native.threads() if threads is None else threads
-    native.forward(queries, documents, layout, index, _address(out), False, "exclude", precision, threads)
-
-
-def _queries(queries: Array, query_offsets: Array) -> tuple[Array, native.Operand, Array]:
-    """The arrays to keep alive, and what the kernels are told of them."""
-    _need_module()
-    queries = _floats("queries", _aligned("queries", queries, 2))
-    query_offsets = _integers("query_offsets", query_offsets)
-    _check_offsets("query_offsets", query_offsets, "queries", len(queries))
-    return queries, operand(queries, query_offsets, None), query_offsets
-
-
 def empty_lines(shape: tuple[int, ...], dtype: Any) -> Array:
     """An array that begins with a cache line (64 bytes): the kernels write whole registers past the caches."""
     line, size = 64, math.prod(shape) * np.dtype(dtype).itemsize
@@ -288,12 +212,6 @@ def _storage(dtype: Any) -> np.dtype[Any]:
     if storage not in _CODES:
         raise checks.wrong_dtype("the result", storage, _STORAGE)
     return storage
-
-
-def _check_score(queries: Array, tokens: Array, precision: str) -> None:
-    checks.options("exclude", precision)
-    if queries.shape[1] != tokens.shape[1]:
-        raise ValueError(f"queries have {queries.shape[1]} dimensions and tokens {tokens.shape[1]}; want the same")
 
 
 def _collection(tokens: Array, offsets: Array, scales: Array | None) -> tuple[Array, Array, Array | None]:
