@@ -32,11 +32,14 @@ import torch
 from benchmarks import machine
 from benchmarks.gpu_cases import Case, cases
 from benchmarks.gpu_clock import Clock, Contender, Times, quantiles
+from edgecolbert_kernels.backends import repeated
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = RESULTS.parent.parent
 SECONDS = {"full": 520.0, "quick": 110.0}
-SECONDS_OF_TESTS, SECONDS_TO_END = 290, 15
+# Tests may take that long, and leave as much to the benchmarks; what runs out of time has a while to say so.
+SECONDS_OF_TESTS, SECONDS_OF_BENCHMARKS, SECONDS_TO_END = 290, 200, 15
+BUILT = "EDGECOLBERT_BENCHMARK_BUILT"
 LOG_OF_TESTS = ROOT / "build" / "gpu-tests.log"
 # The interpreter, the emulator and the compilers: no GPU takes part.
 TESTS_ELSEWHERE = ("triton", "triton_report", "cuda_emulated", "device_interpreted", "gpu_benchmark")
@@ -65,6 +68,7 @@ def facts(device: torch.device, peaks: dict[str, float], quick: bool) -> dict[st
         "flash_maxsim": machine.version("flash-maxsim"),
         "peak": {name: float(f"{value:.4g}") for name, value in peaks.items()},
         "quick": quick,
+        "repeats": repeated.table is not None,  # calls that were made before go through the compiled module
         **machine.gpu_facts(),
     }
 
@@ -164,7 +168,7 @@ def replaced(before: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -
     return found + [row for rest in again.values() for row in rest]
 
 
-def run_tests() -> dict[str, Any]:
+def run_tests(deadline: float) -> dict[str, Any]:
     """The tests that a GPU takes part in."""
     command = [sys.executable, "-m", "pytest", "tests", "-v", "-p", "no:cacheprovider", "--tb=short", "--durations=25"]
     command += ["-k", "triton or cuda or gpu or device"]
@@ -172,13 +176,21 @@ def run_tests() -> dict[str, Any]:
     if machine.version("pytest-xdist"):
         command += ["-n", str(os.cpu_count() or 1), "--dist", "worksteal"]
     start = time.monotonic()
-    output, status = run_for(SECONDS_OF_TESTS, command)
+    seconds_left = deadline - start - SECONDS_OF_BENCHMARKS - SECONDS_TO_END
+    output, status = run_for(max(60, min(SECONDS_OF_TESTS, seconds_left)), command)
     LOG_OF_TESTS.parent.mkdir(exist_ok=True)
     LOG_OF_TESTS.write_text(output)
     print(output[-3000:], f"all of it: {LOG_OF_TESTS}", sep="\n", flush=True)
     counts = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|error)", output[-2000:])}
     seconds = round(time.monotonic() - start)
     return {"case": "tests", "contender": "tests", "exit_status": status, "seconds": seconds, **counts}
+
+
+def failed(tests: dict[str, Any]) -> bool:
+    """Whether one failed, or none was seen to pass. All that were run before the time was up may have passed."""
+    if tests["exit_status"] is None:
+        return bool(not tests.get("passed") or tests.get("failed") or tests.get("error"))
+    return bool(tests["exit_status"])
 
 
 def run_for(seconds: float, command: Sequence[str]) -> tuple[str, int | None]:
@@ -208,10 +220,20 @@ def run_for(seconds: float, command: Sequence[str]) -> tuple[str, int | None]:
             os.killpg(running.pid, signal.SIGKILL)
 
 
-def build() -> None:
-    """The compiled module of the CPU, which is timed by none of this but takes part in the tests, where it is not there."""
-    if machine.compiled_module() is None:
-        subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, check=False)
+def build(deadline: float) -> None:
+    """The compiled module, where it is not there: repeated calls go through it. What is imported has not seen it, so the
+    program begins anew, with the time that is left."""
+    if machine.compiled_module() is not None:
+        return
+    if BUILT in os.environ:
+        raise SystemExit(
+            "the compiled module was built and cannot be imported: python -m edgecolbert_kernels.env says why"
+        )
+    print("building the compiled module", flush=True)
+    subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, check=True)
+    os.environ[BUILT] = "1"
+    left = str(round(deadline - time.monotonic()))
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:], "--seconds", left])
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -294,9 +316,10 @@ def main() -> None:
     deadline = time.monotonic() + (options.seconds or SECONDS["quick" if options.quick else "full"])
     device = torch.device("cpu") if options.dry_run else torch.device("cuda", torch.cuda.current_device())
     tests: list[dict[str, Any]] = []
+    if not options.dry_run:
+        build(deadline)
     if not (options.dry_run or options.quick or options.no_tests or options.only):
-        build()
-        tests = [run_tests()]
+        tests = [run_tests(deadline)]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-").removeprefix("nvidia-")
     path = options.out or (None if options.dry_run else RESULTS / f"gpu-{slug}.jsonl")
@@ -316,7 +339,7 @@ def main() -> None:
         measured = [each for each in replaced(before, rows) if "p50" in each]
         if machine.version("matplotlib") and measured:
             plot(measured, path.with_suffix(".png"))
-    if any(each.get("failed") or each.get("exit_status") not in (0, None) for each in [*tests, *rows]):
+    if any(map(failed, tests)) or any(each.get("failed") for each in rows):
         raise SystemExit("tests or cases failed")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import edgecolbert_kernels as ek
 from cases import STORAGES, embeddings, grid, holes, padded, ragged, storage_name
 from conftest import ON_GPU, examples
 from edgecolbert_kernels import reference
-from edgecolbert_kernels.backends import contrastive_torch
+from edgecolbert_kernels.backends import contrastive_torch, cpu
 from edgecolbert_kernels.ops import contrastive, tiles
 from losses import assert_as_near, assert_same, leaf, value_and_gradients
 from marks import inductor
@@ -359,7 +360,7 @@ def test_small_output_gradients(engine, regime, small_tiles, scale, temperature)
 
 def score_gradients(monkeypatch, problem_, grad, skip):
     """The gradient of every score in float32, with what is negligible skipped, or with nothing skipped."""
-    loss, state = tiles.forward(problem_, tiles.Plan(False, True))
+    loss, state = tiles.forward(problem_, tiles.Plan(False, True), tiles.setting(problem_))
     weights = contrastive_torch.Weights(
         grad.expand(loss.shape), problem_, state.rows, state.columns, torch.float32, False
     )
@@ -516,7 +517,7 @@ def test_without_gradients(backend, regime, mode, monkeypatch):
     Q, D = (leaf(embeddings(NQ, n, DIM, seed=n)) for n in (4, 5))
     wanted = ek.contrastive_loss(Q, D, **regime)
     plans, forward = [], tiles.forward
-    monkeypatch.setattr(tiles, "forward", lambda problem, plan: plans.append(plan) or forward(problem, plan))
+    monkeypatch.setattr(tiles, "forward", lambda *given: plans.append(given[1]) or forward(*given))
     with mode():
         found = ek.contrastive_loss(Q, D, **regime)
     assert not found.requires_grad
@@ -547,6 +548,29 @@ def test_opcheck(regime, name):
     for need in ((True, True, True), (False, True, False), (True, False, True)):
         inputs = (torch.ones_like(loss), *arguments[:-2], *state, *need)
         torch.library.opcheck(OP.contrastive_backward.default, inputs, test_utils=utils)
+
+
+@pytest.mark.parametrize(
+    "name, wrong, error",
+    [
+        ("grad", lambda x: x[:-1], ValueError),
+        ("rows", lambda x: x[:, :-1], ValueError),
+        ("rows", torch.Tensor.float, TypeError),
+        ("columns", lambda x: x.new_empty(3, 1), ValueError),
+        ("scores", lambda x: x[1:], ValueError),
+        ("scores", torch.Tensor.half, TypeError),
+        ("argmax", lambda x: x[1:], ValueError),
+        ("argmax", torch.Tensor.long, TypeError),
+    ],
+)
+def test_what_the_backward_op_refuses(name, wrong, error):
+    arguments = op_arguments("plain", problem(), {})
+    loss, *state = OP.contrastive_forward(*arguments)
+    tensors = dict(zip(("grad", "rows", "columns", "scores", "argmax"), (torch.ones_like(loss), *state), strict=True))
+    tensors[name] = wrong(tensors[name])
+    grad, *state = tensors.values()
+    with pytest.raises(error, match=name):
+        OP.contrastive_backward(grad, *arguments[:-2], *state, True, True, True)
 
 
 @pytest.mark.parametrize(
@@ -652,6 +676,21 @@ def test_refused_derivatives(backend, regime):
                 for x, dual in ((Q, q), (D, d), (half, t))
             ]
             loss(*duals)
+
+
+def test_the_backward_of_another_thread(monkeypatch):
+    """As PyTorch runs that of a device: the backend and the progress are those of the forward."""
+
+    def fail(*_):
+        raise AssertionError("not the backend of the forward")
+
+    monkeypatch.setattr(cpu, "backward", fail)
+    Q, D, seen = leaf(embeddings(3, 4, 8, seed=1)), embeddings(5, 5, 8, seed=2), []
+    with ek.backend("torch"), tiles.progress(lambda done, total: seen.append((done, total))):
+        loss = ek.contrastive_loss(Q, D)
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(loss.backward).result()
+    assert Q.grad.abs().sum() > 0 and seen == [(5, 5)] * 2
 
 
 def test_progress():

@@ -18,7 +18,8 @@ import edgecolbert_kernels as ek
 from cases import DIMENSIONS, grid, holes
 from conftest import CUDA
 from edgecolbert_kernels import reference
-from edgecolbert_kernels.backends.cuda import compiler
+from edgecolbert_kernels.backends import cuda
+from edgecolbert_kernels.backends.cuda import compiler, driver
 
 on_gpu = pytest.mark.skipif(not CUDA, reason="there is no GPU that the kernels run on")
 with_compiler = pytest.mark.skipif(compiler.missing() is not None, reason="NVRTC is not found")
@@ -105,6 +106,33 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert compiler.compiled("rerank.cu", RERANK, 90).startswith(b"\x7fELF")
+
+
+@with_compiler
+def test_a_user_without_a_home(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def fail(_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", fail)
+    assert compiler.compiled("rerank.cu", RERANK, 90).startswith(b"\x7fELF")
+
+
+@with_compiler
+def test_a_gpu_that_the_compiler_does_not_know(monkeypatch):
+    """It is left to Triton."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for capability, reason in (((9, 0), None), ((13, 7), "capability 13.7")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        said = cuda._missing_compiler.__wrapped__()
+        assert said is None if reason is None else reason in said
+
+
+def test_nothing_is_loaded_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="once before"):
+        driver.Kernel("rerank.cu", "rerank", RERANK, 128)._load(0)
 
 
 def test_importing_the_backend_imports_nothing():

@@ -329,6 +329,19 @@ def test_views_are_streamed(place):
             assert tokens is None or np.array_equal(tokens, view.tokens)
 
 
+def test_a_search_has_few_keys_at_a_time(place, monkeypatch):
+    """Of documents of the host too, however short they are."""
+    seen = []
+    monkeypatch.setattr(search, "KEYS", 12)
+    monkeypatch.setattr(
+        search, "_better", lambda best, Q, block, q_mask, some, numbers: seen.append(some.stop - some.start) or best
+    )
+    packed = documents(lengths=(1,) * 20)
+    for given in (packed, on(packed, place)):
+        search.search(queries(place), given, 2, None, None)
+    assert seen == [3, 3, 3, 3, 3, 3, 2] * 2
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_host_documents_are_streamed_to_a_gpu(dtype, monkeypatch, tmp_path):

@@ -122,8 +122,8 @@ def run(given, save_scores=None, budget=256 << 20):
     """Forward and backward; what was alive at most, inputs and gradients included."""
     inputs = sum(x.nbytes for x in given if isinstance(x, torch.Tensor))
     with Allocations() as allocations:
-        loss, state = tiles.forward(given, tiles.plan(given.Q, given.D, save_scores, budget))
-        grads = tiles.backward(torch.empty_like(loss), given, state, True, True, True)
+        loss, state = tiles.forward(given, tiles.plan(given.Q, given.D, save_scores, budget), tiles.setting(given))
+        grads = tiles.backward(torch.empty_like(loss), given, state, tiles.setting(given), True, True, True)
     assert [x.shape for x in grads] == [given.Q.shape, given.D.shape, ()]
     return inputs + allocations.most
 
@@ -165,7 +165,7 @@ def test_tiles_grow_with_the_device(kernels):
     for size in (64, 1024, 24576):
         given = problem(size, size, 32, 180, 48)
         with torch.no_grad():
-            parts = list(tiles._Source(given).tiles(False))
+            parts = list(tiles._Source(given, tiles.setting(given)).tiles(False))
         assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
         assert parts[-1].stop == size
         bytes_of_document = size * 32 * 2

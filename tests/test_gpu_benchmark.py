@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.gpu import replaced, run_for
+import pytest
+
+from benchmarks.gpu import failed, replaced, run_for
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,3 +52,18 @@ def test_what_does_not_end_is_ended():
     output, status = run_for(5.0, [sys.executable, "-c", code])
     assert output == "begun\n" and status is None
     assert run_for(60.0, [sys.executable, "-c", "print(1)"]) == ("1\n", 0)
+
+
+@pytest.mark.parametrize(
+    "found, wanted",
+    [
+        ({"exit_status": 0, "passed": 9}, False),
+        ({"exit_status": 1, "passed": 9, "failed": 1}, True),
+        ({"exit_status": None, "passed": 9}, False),
+        ({"exit_status": None, "passed": 9, "error": 1}, True),
+        ({"exit_status": None}, True),
+    ],
+)
+def test_tests_without_an_end(found, wanted):
+    """Out of time is no failure; without one that passed, it is."""
+    assert failed(found) is wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -21,6 +22,14 @@ def key(Q: Tensor, D: Tensor, cu_q: Tensor | None, cu_d: Tensor | None, query_in
         None if cu_d is None else cu_d.shape[0],
         None if query_index is None else query_index.shape[0],
     )
+
+
+def kept(plans: dict[Any, Plan], of: Any, make: Callable[[], Plan]) -> Plan:
+    """The plan that is there, else one that is made. Another thread may clear them at any moment."""
+    try:
+        return plans[of]
+    except KeyError:
+        return keep(plans, of, make())
 
 
 def keep(plans: dict[Any, Plan], of: Any, plan: Plan) -> Plan:

@@ -83,7 +83,7 @@ def blocks(
 ) -> Iterator[tuple[slice, Packed]]:
     """Ranges of documents on the device of Q: all at once where they are there and need not be widened."""
     if not isinstance(documents, DeviceEmbeddings):
-        return stream.blocks(documents, Q.device)
+        return stream.blocks(documents, Q.device, most_documents=most_documents)
     widened = documents.scales is not None and not reads_scaled(Q, options)
     tokens = max(1, WIDENED_BYTES // (4 * documents.dim)) if widened else None
     return documents.blocks_on(Q.device, tokens, most_documents)
@@ -124,8 +124,9 @@ def _score_stored(
             checks.same_device(name, each.device, Q.device, "Q")
     backend = select("maxsim", Q.device.type, "float32")
     scores = backend.forward(Q, block.tokens, *batch, *options, False, scales=block.scales)[0]
-    if out_dtype not in (None, torch.float32):
-        return scores.to(out_dtype)
+    dtype = tensors.score_dtype(out_dtype)
+    if dtype is not torch.float32:
+        return scores.to(dtype)
     if repeated.table is not None:
         repeated.remember(backend, (Q, block.tokens, *batch, block.scales), options, out_dtype)
     return scores

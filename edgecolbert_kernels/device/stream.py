@@ -25,7 +25,9 @@ PLACES = 2
 ALIGNMENT = 256
 
 
-def blocks(documents: Any, device: torch.device, most_tokens: int | None = None) -> Iterator[tuple[slice, Packed]]:
+def blocks(
+    documents: Any, device: torch.device, most_tokens: int | None = None, most_documents: int | None = None
+) -> Iterator[tuple[slice, Packed]]:
     """All documents of a PackedEmbeddings in order: ranges of them, and their vectors on the device.
 
     A block is valid until the next one is asked for, in the order of the caller's stream.
@@ -33,12 +35,13 @@ def blocks(documents: Any, device: torch.device, most_tokens: int | None = None)
     Args:
         device: of any type; only on CUDA does the transfer overlap.
         most_tokens: of a block; a longer document is a block of its own. None: about BLOCK_BYTES.
+        most_documents: of a block. None: any number.
     """
     starts = np.zeros(len(documents) + 1, np.int64)
     np.cumsum(documents.lengths, out=starts[1:])
     row = documents.dim * dtypes.STORAGE[documents.dtype].itemsize
     most = max(1, BLOCK_BYTES // row) if most_tokens is None else most_tokens
-    ranges = list(cuts(starts, most))
+    ranges = list(cuts(starts, most, most_documents))
     if device.type != "cuda":
         for begin, end in ranges:
             yield slice(begin, end), on_host(documents[begin:end]).to(device)

@@ -45,7 +45,7 @@ def losses(*args: Any) -> Tensor:
         if torch.is_grad_enabled() and (Q.requires_grad or D.requires_grad or temperature.requires_grad):
             loss: Tensor = Contrastive.apply(Q, D, temperature, problem, kept)
             return loss
-        return tiles.forward(problem, kept)[0]
+        return tiles.forward(problem, kept, tiles.setting(problem))[0]
     if in_derivative():
         raise no_derivative("functorch")
     refuse_tangents(Q, D, temperature)
@@ -59,9 +59,9 @@ class Contrastive(torch.autograd.Function):
     def forward(
         ctx: Any, Q: Tensor, D: Tensor, temperature: Tensor, problem: tiles.Problem, kept: tiles.Plan
     ) -> Tensor:
-        loss, state = tiles.forward(problem, kept)
+        ctx.options, ctx.setting = problem[_TENSORS:], tiles.setting(problem)
+        loss, state = tiles.forward(problem, kept, ctx.setting)
         ctx.save_for_backward(*problem[:_TENSORS], *state)
-        ctx.options = problem[_TENSORS:]
         return loss
 
     @staticmethod
@@ -71,13 +71,14 @@ class Contrastive(torch.autograd.Function):
         if torch.is_grad_enabled() or not plain(grad):
             grads = _wanted(backward_op(grad, *inputs, *state, *needs), needs)
         else:
-            grads = tiles.backward(grad, tiles.Problem(*inputs), tiles.State(*state), *needs)
+            grads = tiles.backward(grad, tiles.Problem(*inputs), tiles.State(*state), ctx.setting, *needs)
         return *grads, None, None
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     problem = _problem(args[:_PROBLEM_SIZE])
-    loss, state = tiles.forward(problem, tiles.plan(problem.Q, problem.D, *args[_PROBLEM_SIZE:]))
+    kept = tiles.plan(problem.Q, problem.D, *args[_PROBLEM_SIZE:])
+    loss, state = tiles.forward(problem, kept, tiles.setting(problem))
     return loss, *state
 
 
@@ -101,7 +102,9 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     problem, rest = _problem(args[:_PROBLEM_SIZE]), args[_PROBLEM_SIZE:]
-    grads = tiles.backward(grad, problem, tiles.State(*rest[:4]), *rest[4:])
+    state = tiles.State(*rest[: len(tiles.State._fields)])
+    _check_state(grad, problem, state)
+    grads = tiles.backward(grad, problem, state, tiles.setting(problem), *rest[len(state) :])
     return tuple(
         X.new_empty(0) if g is None else g
         for X, g in zip((problem.Q, problem.D, problem.temperature), grads, strict=True)
@@ -175,6 +178,34 @@ def _check(problem: tiles.Problem) -> None:
         checks.same_device("exclude", problem.exclude.device, Q.device)
     checks.same_device("target", problem.target.device, Q.device)
     checks.shape("temperature", problem.temperature.shape, (), "a number")
+    checks.same_device("temperature", problem.temperature.device, Q.device)
+
+
+def _check_state(grad: Tensor, problem: tiles.Problem, state: tiles.State) -> None:
+    """Kernels read all of these as the forward writes them."""
+    queries, documents = problem.Q.shape[0], problem.D.shape[0]
+    checks.shape("grad", grad.shape, (queries,), "one entry for each query")
+    checks.shape("rows", state.rows.shape, (len(tiles.Rows._fields), queries), "what the forward returned")
+    columns = (len(tiles.Columns._fields), documents) if problem.symmetric else (0, 0)
+    checks.shape("columns", state.columns.shape, columns, "what the forward returned")
+    if state.scores.numel():
+        checks.shape("scores", state.scores.shape, (queries, documents), "what the forward returned")
+    if state.argmax.numel():
+        of_argmax = (queries * documents * problem.Q.shape[1],)
+        checks.shape("argmax", state.argmax.shape, of_argmax, "what the forward returned")
+        wanted = torch.int16 if layout.argmax_is_int16(problem.D, None) else torch.int32
+        if state.argmax.dtype != wanted:
+            raise checks.wrong_dtype("argmax", state.argmax.dtype, str(wanted))
+    arithmetic = getattr(torch, arguments.arithmetic(problem.Q, problem.D))
+    for name, each, dtype in (
+        ("rows", state.rows, torch.float64),
+        ("columns", state.columns, torch.float64),
+        ("scores", state.scores, arithmetic),
+    ):
+        if each.dtype != dtype:
+            raise checks.wrong_dtype(name, each.dtype, str(dtype))
+    for name, each in (("grad", grad), *zip(state._fields, state, strict=True)):
+        checks.same_device(name, each.device, problem.Q.device)
 
 
 for _op, _implementation, _fake, _setup, _gradient in (

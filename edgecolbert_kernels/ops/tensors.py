@@ -99,7 +99,7 @@ def score_stored(
     """As on numpy arrays; None where the compiled kernels cannot answer, or a gradient is wanted."""
     if not reads_in_place(Q, q_mask):
         return None
-    dtype = torch.float32 if out_dtype is None else _float(out_dtype)
+    dtype = score_dtype(out_dtype)
     shape = arrays.scores_shape_of_stored(Q.shape, D, query_index, places)
     scores = torch.empty(shape, dtype=torch.float32, device="cpu")
     options = normalize, mask_mode, precision
@@ -147,7 +147,7 @@ def score(
     precision: str,
     out_dtype: Any,
 ) -> Tensor:
-    dtype = torch.float32 if out_dtype is None else _float(out_dtype)
+    dtype = score_dtype(out_dtype)
     batch = q_mask, d_mask, cu_q, cu_d, query_index, document_index
     needs_grad = (Q.requires_grad or D.requires_grad) and torch.is_grad_enabled()
     options = normalize, mask_mode, precision
@@ -193,7 +193,7 @@ def score_in_place(
             every += X
     if not reads_in_place(*every):
         return None
-    dtype = torch.float32 if out_dtype is None else _float(out_dtype)
+    dtype = score_dtype(out_dtype)
     scores = cpu.forward_lists(Q, D, q_mask, d_mask, normalize, mask_mode, precision)
     return scores if scores.dtype == dtype else scores.to(dtype)
 
@@ -214,7 +214,10 @@ def _kept(X: Sequence[Tensor], masks: Sequence[Tensor | None] | None) -> list[Te
     return [x.new_ones(x.shape[0], dtype=torch.bool) if each is None else each for x, each in every]
 
 
-def _float(dtype: Any) -> torch.dtype:
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise checks.out_dtype(dtype, "torch")
-    return dtype
+def score_dtype(out_dtype: Any) -> torch.dtype:
+    """What `out_dtype` of a public function asks for: a float dtype of torch, by default float32."""
+    if out_dtype is None:
+        return torch.float32
+    if not isinstance(out_dtype, torch.dtype) or not out_dtype.is_floating_point:
+        raise checks.out_dtype(out_dtype, "torch")
+    return out_dtype

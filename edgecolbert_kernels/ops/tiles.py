@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,13 @@ _progress: ContextVar[Callable[[int, int], None] | None] = ContextVar("edgecolbe
 class Plan(NamedTuple):
     keep_argmax: bool
     keep_scores: bool
+
+
+class Setting(NamedTuple):
+    """What contexts decide. The backward of a device runs in a thread of its own, which does not see those of its caller."""
+
+    backend: ModuleType
+    report: Callable[[int, int], None] | None
 
 
 class State(NamedTuple):
@@ -78,9 +86,14 @@ def plan(Q: Tensor, D: Tensor, save_scores: bool | None, max_saved_bytes: int) -
     return Plan(keep_argmax, keep_argmax or bool(save_scores) or bool(scores <= max_saved_bytes))
 
 
-def forward(problem: Problem, kept: Plan) -> tuple[Tensor, State]:
+def setting(problem: Problem) -> Setting:
+    """Of this thread."""
+    return Setting(select("maxsim", problem.Q.device.type, arguments.arithmetic(problem.Q, problem.D)), _progress.get())
+
+
+def forward(problem: Problem, kept: Plan, chosen: Setting) -> tuple[Tensor, State]:
     """The loss of every query `[Nq]`, 0 for one without a positive."""
-    source = _Source(problem)
+    source = _Source(problem, chosen)
     scores, argmax = source.score(slice(None), with_argmax=kept.keep_argmax) if kept.keep_scores else (None, None)
     sums = source.arithmetic.RowSums(problem, _limit(problem, source), source.dtype)
     for some in source.tiles(kept.keep_scores and sums.takes_everything):
@@ -94,10 +107,16 @@ def forward(problem: Problem, kept: Plan) -> tuple[Tensor, State]:
 
 
 def backward(
-    grad: Tensor, problem: Problem, state: State, need_queries: bool, need_documents: bool, need_temperature: bool
+    grad: Tensor,
+    problem: Problem,
+    state: State,
+    chosen: Setting,
+    need_queries: bool,
+    need_documents: bool,
+    need_temperature: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients to Q, D and the temperature from those to the losses, `grad [Nq]`."""
-    source = _Source(problem)
+    source = _Source(problem, chosen)
     weights = source.arithmetic.Weights(grad, problem, state.rows, state.columns, source.dtype, need_temperature)
     keep_scores, keep_argmax = state.scores.numel() > 0, state.argmax.numel() > 0
     need_tokens = need_queries or need_documents
@@ -129,12 +148,11 @@ def backward(
 class _Source:
     """Scores and token gradients of tiles, from the backend that runs MaxSim."""
 
-    def __init__(self, problem: Problem):
+    def __init__(self, problem: Problem, chosen: Setting):
         self.Q, self.D, self.q_mask, self.d_mask = problem[:4]
         self.options = problem.normalize, problem.mask_mode, "exact"
-        arithmetic = arguments.arithmetic(self.Q, self.D)
-        self.backend = select("maxsim", self.Q.device.type, arithmetic)
-        self.dtype = getattr(torch, arithmetic)
+        self.backend, self.report = chosen
+        self.dtype = getattr(torch, arguments.arithmetic(self.Q, self.D))
         # What sums scores and weighs them: a backend of a GPU has kernels for it.
         self.arithmetic: Any = self.backend if hasattr(self.backend, "RowSums") else contrastive_torch
         # Whether the backend finds winners itself, of the pairs whose gradient is not 0, without a word to the host.
@@ -148,7 +166,7 @@ class _Source:
 
     def tiles(self, everything: bool) -> Iterator[slice]:
         """Documents, so many that a tile's argmax and scores stay small; or all of them, where the scores are there."""
-        count, report = self.D.shape[0], _progress.get()
+        count, report = self.D.shape[0], self.report
         tokens, queries = max(1, self.Q.shape[0] * self.Q.shape[1]), max(1, self.Q.shape[0])
         on_cpu = self.Q.device.type == "cpu"
         argmax, scores = (ARGMAX_BYTES, SCORES) if on_cpu else (ARGMAX_BYTES_ELSEWHERE, SCORES_ELSEWHERE)

@@ -40,6 +40,17 @@ def __getattr__(name: str) -> Any:
 
 @cache
 def _missing_compiler() -> str | None:
+    import torch
+
     from edgecolbert_kernels.backends.cuda import compiler
 
-    return compiler.missing()
+    reason = compiler.missing()
+    if reason:
+        return reason
+    for number in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(number)
+        if 10 * major + minor not in compiler.capabilities():
+            return (
+                f"NVRTC, which compiles its kernels, does not know GPU {number}, of compute capability {major}.{minor}"
+            )
+    return None

@@ -34,6 +34,18 @@ def missing() -> str | None:
     )
 
 
+@cache
+def capabilities() -> tuple[int, ...]:
+    """What this NVRTC compiles for: 90 and the like."""
+    nvrtc, count = _library(), ctypes.c_int()
+    if nvrtc is None:
+        return ()
+    _check(nvrtc, nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
+    found = (ctypes.c_int * count.value)()
+    _check(nvrtc, nvrtc.nvrtcGetSupportedArchs(found))
+    return tuple(found)
+
+
 def compiled(source: str, constants: Mapping[str, int], capability: int) -> bytes:
     """The cubin of a file beside this one, for compute capability 90 and the like, with macros for its constants.
 
@@ -46,7 +58,10 @@ def compiled(source: str, constants: Mapping[str, int], capability: int) -> byte
     key = hashlib.sha256(
         b"\0".join([_version(), text, *headers.values(), *(option.encode() for option in options)])
     ).hexdigest()
-    kept = _folder() / f"{key}.cubin"
+    folder = _folder()
+    if folder is None:
+        return _compile(text, source, headers, options)
+    kept = folder / f"{key}.cubin"
     try:
         return kept.read_bytes()
     except OSError:
@@ -123,8 +138,12 @@ def _version() -> bytes:
     return f"{major.value}.{minor.value}".encode()
 
 
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "edgecolbert_kernels"
+def _folder() -> Path | None:
+    """None for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "edgecolbert_kernels"
+    except RuntimeError:
+        return None
 
 
 def _keep(made: bytes, path: Path) -> None:

@@ -75,6 +75,11 @@ class Kernel:
         return cuda_driver.Launch(launch.args[0], function, grid, self.threads, 0, arguments, output, made, self)
 
     def _load(self, device: int) -> int:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a kernel cannot be loaded while a CUDA graph is captured; make the call once before, on tensors of the "
+                "same shapes, strides and alignment"
+            )
         major, minor = torch.cuda.get_device_capability(device)
         code = compiler.compiled(self.source, self.constants, 10 * major + minor)
         torch.cuda.synchronize(device)  # makes the device's context, where this is its first use in a thread

@@ -123,7 +123,7 @@ class _Call:
     def queries(self, sums: Tensor | None) -> Tensor:
         out = _empty(self.Q, self.cu_q) if sums is None else sums
         key = "queries", sums is None, self.key
-        plan = _plans[key] if key in _plans else plans.keep(_plans, key, self._plan_queries(sums is not None))
+        plan = plans.kept(_plans, key, lambda: self._plan_queries(sums is not None))
         if plan is not None:
             order, first = triton.owners(self.query_index, self._num_queries())
             inverse = _inverse_norms(self.D) if self.normalize else None
@@ -136,7 +136,7 @@ class _Call:
     def documents(self) -> Tensor:
         out = _empty(self.D, self.cu_d)
         key = "documents", self.key
-        plan = _plans[key] if key in _plans else plans.keep(_plans, key, self._plan_documents())
+        plan = plans.kept(_plans, key, self._plan_documents)
         if plan is not None:
             order, first = triton.owners(self.document_index, self._num_documents())
             inverse = _inverse_norms(self.Q) if self.normalize else None
