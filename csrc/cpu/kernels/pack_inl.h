@@ -283,14 +283,19 @@ template <class A>
 constexpr bool kSame<A, A> = true;
 
 // The same type without normalisation: bits are kept, those of a NaN too.
-template <Lie lie, class Element>
-inline void copy_rows(const StoreJob& job) {
-  Walk<Element, int, lie> walk(job, job.source, job.dim);
-  Asking<Element, int, lie> asking(job, job.source, job.next, job.dim, true);
-  const int64_t bytes = int64_t(sizeof(Element)) * job.dim;
-  for (int64_t i = 0; i < job.source.length; ++i) {
+template <bool past, Lie lie, class Element, class Dim>
+inline void copy_rows(const StoreJob& job, Dim dim) {
+  Walk<Element, Dim, lie> walk(job, job.source, dim);
+  Asking<Element, Dim, lie> asking(job, job.source, job.next, dim, true);
+  Element* out = reinterpret_cast<Element*>(job.out);
+  for (int64_t i = 0; i < job.source.length; ++i, out += dim) {
     asking.row();
-    memcpy(job.out + i * bytes, walk.next(), size_t(bytes));
+    const Element* const row = walk.next();
+    if (past) {
+      for (int k = 0; k < dim; k += Simd::width) Simd::stream_copy(out + k, row + k);
+    } else {
+      memcpy(out, row, sizeof(Element) * size_t(int(dim)));
+    }
   }
 }
 
@@ -301,29 +306,30 @@ inline void store_rows(StoreJob& job, Dim dim) {
   } else if (job.normalize) {
     store_normalized<past, lie, From, To>(job, dim);
   } else if constexpr (kSame<From, To>) {
-    copy_rows<lie, From>(job);
+    copy_rows<past, lie, From>(job, dim);
     job.finite = true;
   } else {
     store_float<past, lie, From, To>(job, dim);
   }
 }
 
-// Where the usual comes to the usual, loops are made for it.
+// Where dimensions are side by side, as they mostly are, loops are made for that; from fp32 for the usual numbers of
+// them.
 template <bool past, class From, class To>
 inline void store_usual_rows(StoreJob& job) {
-  const auto store_any = [&] { store_rows<past, Lie::any, From, To>(job, job.dim); };
-  if constexpr (kSame<From, float> && (kSame<To, F16> || kSame<To, I8>)) {
-    if (job.source.dim_stride != int64_t(sizeof(From))) return store_any();
+  if (!Simd::specialises || job.source.dim_stride != int64_t(sizeof(From))) {
+    return store_rows<false, Lie::any, From, To>(job, job.dim);
+  }
+  if constexpr (Simd::specialises) {
     const bool listed = job.source.kept || (job.next && job.next->kept);
-    with_dim(job.dim, [&](auto dim) {
-      if constexpr (kSame<decltype(dim), int>) {
-        store_any();
-      } else {
-        listed ? store_rows<past, Lie::listed, From, To>(job, dim) : store_rows<past, Lie::even, From, To>(job, dim);
-      }
-    });
-  } else {
-    store_any();
+    const auto store = [&](auto dim) {
+      listed ? store_rows<past, Lie::listed, From, To>(job, dim) : store_rows<past, Lie::even, From, To>(job, dim);
+    };
+    if constexpr (kSame<From, float> && !kSame<To, float>) {
+      with_dim(job.dim, store);
+    } else {
+      store(job.dim);
+    }
   }
 }
 

@@ -16,6 +16,7 @@ namespace {
 
 struct Simd {
   static constexpr int width = 8, registers = 16;
+  static constexpr bool specialises = true;  // packing has loops for usual shapes, beside those for any
   using F = __m256;
   using I = __m256i;
 
@@ -68,6 +69,12 @@ struct Simd {
   static void stream_two(Element* p, F x, F y) {
     stream(p, x);
     stream(p + width, y);
+  }
+  // `width` elements as they are.
+  static void stream_copy(float* out, const float* p) { _mm256_stream_ps(out, _mm256_loadu_ps(p)); }
+  template <class Half>
+  static void stream_copy(Half* out, const Half* p) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(out), _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   static void finish_streams() { _mm_sfence(); }
 

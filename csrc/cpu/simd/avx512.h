@@ -9,6 +9,7 @@ namespace {
 
 struct Simd {
   static constexpr int width = 16, registers = 32;
+  static constexpr bool specialises = true;  // packing has loops for usual shapes, beside those for any
   using F = __m512;
   using I = __m512i;
 
@@ -28,6 +29,7 @@ struct Simd {
   static void store(F16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_f16(x)); }
   static void store(BF16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(x)); }
   static void store(I8* p, F x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_i8(x)); }
+  static void store_two(BF16* p, F x, F y) { _mm512_storeu_si512(p, narrow_bf16(x, y)); }
   template <class Element>
   static void store_two(Element* p, F x, F y) {
     store(p, x);
@@ -47,10 +49,21 @@ struct Simd {
   static void stream(F16* p, F x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_f16(x)); }
   static void stream(BF16* p, F x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(x)); }
   static void stream(I8* p, F x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_i8(x)); }
+  static void stream_two(BF16* p, F x, F y) {
+    const I both = narrow_bf16(x, y);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(both));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p + width), _mm512_extracti64x4_epi64(both, 1));
+  }
   template <class Element>
   static void stream_two(Element* p, F x, F y) {
     stream(p, x);
     stream(p + width, y);
+  }
+  // `width` elements as they are.
+  static void stream_copy(float* out, const float* p) { _mm512_stream_ps(out, _mm512_loadu_ps(p)); }
+  template <class Half>
+  static void stream_copy(Half* out, const Half* p) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(out), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   static void finish_streams() { _mm_sfence(); }
 
@@ -201,13 +214,19 @@ struct Simd {
   static F widen_i8(__m128i x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)); }
   static __m128i narrow_i8(F x) { return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)); }
   static __m256i narrow_f16(F x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static __m256i narrow_bf16(F x) {
+  // The nearest bfloat16 in the upper half of each lane.
+  static I round_bf16(F x) {
     const I raw = bits(x);
     const I odd = _mm512_and_si512(_mm512_srli_epi32(raw, 16), _mm512_set1_epi32(1));
     const I rounded = add(raw, add(odd, _mm512_set1_epi32(0x7fff)));
-    const I quiet = _mm512_or_si512(raw, _mm512_set1_epi32(0x400000));
     const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+    return _mm512_mask_or_epi32(rounded, nan, raw, _mm512_set1_epi32(0x400000));
+  }
+  static __m256i narrow_bf16(F x) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(x), 16)); }
+  static I narrow_bf16(F x, F y) {
+    alignas(64) static constexpr int16_t upper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    return _mm512_permutex2var_epi16(round_bf16(x), _mm512_load_si512(upper), round_bf16(y));
   }
 };
 

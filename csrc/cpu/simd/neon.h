@@ -9,6 +9,7 @@ namespace {
 
 struct Simd {
   static constexpr int width = 4;
+  static constexpr bool specialises = true;  // packing has loops for usual shapes, beside those for any
   using F = float32x4_t;
   using I = int32x4_t;
 
@@ -66,6 +67,10 @@ struct Simd {
   template <class Element>
   static void stream_two(Element* p, F x, F y) {
     store_two(p, x, y);
+  }
+  template <class Element>
+  static void stream_copy(Element* out, const Element* p) {
+    memcpy(out, p, width * sizeof(Element));
   }
   static void finish_streams() {}
 

@@ -7,6 +7,7 @@ namespace {
 
 struct Simd {
   static constexpr int width = 4;
+  static constexpr bool specialises = false;  // packing has loops for usual shapes, beside those for any
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
   typedef uint32_t U __attribute__((vector_size(16)));
@@ -44,6 +45,10 @@ struct Simd {
   template <class Element>
   static void stream_two(Element* p, F x, F y) {
     store_two(p, x, y);
+  }
+  template <class Element>
+  static void stream_copy(Element* out, const Element* p) {
+    memcpy(out, p, width * sizeof(Element));
   }
   static void finish_streams() {}
 
