@@ -35,6 +35,10 @@ def wrong_dtype(name: str, seen: object, wanted: str) -> TypeError:
     return TypeError(f"{name} has dtype {_plain(seen)}; want {wanted}")
 
 
+def nested(name: str) -> TypeError:
+    return TypeError(f"{name} is a nested tensor; want a padded one, or a list: {name}.unbind()")
+
+
 def wrong_layout(name: str, seen: object) -> TypeError:
     return TypeError(f"{name} has layout {_plain(seen)}; want a dense (strided) tensor")
 

@@ -60,7 +60,8 @@ class GradCache:
     numbers of chunks. For negatives from other ranks use `gather_with_gradient` in loss_fn.
 
     Raises:
-        ValueError: mini_batch_size or memory_budget is below 1, or not exactly one of them is given.
+        TypeError, ValueError: mini_batch_size or memory_budget is not an integer, is below 1, or not exactly one of them is
+            given.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class GradCache:
     def __call__(self, *inputs: Any, **options: Any) -> Tensor:
         """The same loss for a trainer that calls `backward()` itself: step three then happens in there.
 
+        Once: what is encoded again is not kept, so neither `retain_graph` nor `torch.autograd.grad` has anything to go by.
         Without gradients (`torch.no_grad`) it is just the loss. It may be NaN, and scaling it is up to the trainer.
         """
         chunks, leaves, loss = self._forward(inputs, options)
@@ -189,10 +191,10 @@ class _Replay(torch.autograd.Function):
         return None, None, None
 
 
-def _at_least_one(name: str, given: int | Sequence[int] | None) -> None:
-    for size in given if isinstance(given, Sequence) else [given]:
-        if size is not None and size < 1:
-            raise ValueError(f"{name} is {given}; want at least 1")
+def _at_least_one(name: str, given: Any) -> None:
+    for size in given if isinstance(given, Sequence) and not isinstance(given, str) else [given]:
+        if size is not None:
+            checks.at_least(name, size, 1)
 
 
 def _for_each(name: str, given: Any, count: int) -> Sequence[Any]:

@@ -97,7 +97,7 @@ def contrastive_loss(
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.between("label_smoothing", label_smoothing, 0, 1)
     Q, q_mask = _tokens("Q", Q, q_mask, D, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
-    D, d_mask = _tokens("D", D, d_mask, Q, (3, 4), "[Nd, Ld, d], [Nq, K, Ld, d] or a list of [Ld, d]")
+    D, d_mask, mask_mode = _documents(D, d_mask, Q, mask_mode, "[Nd, Ld, d], [Nq, K, Ld, d] or a list of [Ld, d]")
     group = 1
     if D.ndim == 4:
         checks.same_batch(Q.shape, D.shape)
@@ -221,7 +221,8 @@ def distillation_loss(
         checks.same_count("D", len(D), "teacher_scores", count)
     Q, q_mask = _tokens("Q", Q, q_mask, D, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
     of_list = isinstance(D, (list, tuple))
-    D, d_mask = _tokens("D", D, d_mask, Q, (3, 4), "[Nq, K, Ld, d], [K, Ld, d] or a list of Nq * K [Ld, d]")
+    wanted = "[Nq, K, Ld, d], [K, Ld, d] or a list of Nq * K [Ld, d]"
+    D, d_mask, mask_mode = _documents(D, d_mask, Q, mask_mode, wanted)
     if of_list:
         D = D.view(*teacher_scores.shape, *D.shape[1:])
         d_mask = None if d_mask is None else d_mask.view(D.shape[:3])
@@ -251,6 +252,8 @@ def distillation_loss(
         if teacher_temperature is None:
             teacher_temperature = temperature.detach() if isinstance(temperature, Tensor) else temperature
         teacher_temperature = _temperature("teacher_temperature", teacher_temperature, Q)
+        temperature = distillation.above_zero("temperature", temperature)
+        teacher_temperature = distillation.above_zero("teacher_temperature", teacher_temperature)
     else:
         temperature = teacher_temperature = 1.0
     # Shapes are settled, so that no error is lost.
@@ -301,6 +304,21 @@ def _tokens(
     return X, None if mask is None else tensors.mask(scoring.MASKS[name], mask, name, X)
 
 
+def _documents(D: Any, d_mask: Any, other: Any, mask_mode: str, wanted: str) -> tuple[Tensor, Tensor | None, str]:
+    """The same of documents, and the mode of the mask. Padding of a list never counts, so where masked tokens count as
+    zeros these become zeros."""
+    if mask_mode == "zero" and isinstance(D, (list, tuple)):
+        D = tensors.token_list("D", D)
+        if d_mask is not None:
+            checks.mask_list("d_mask", d_mask, "D", len(D))
+            D = [
+                x if m is None else x.masked_fill(~tensors.mask(f"d_mask[{n}]", m, f"D[{n}]", x)[:, None], 0)
+                for n, (x, m) in enumerate(zip(D, d_mask, strict=True))
+            ]
+        d_mask, mask_mode = None, "exclude"
+    return *_tokens("D", D, d_mask, other, (3, 4), wanted), mask_mode
+
+
 def _temperature(name: str, seen: Any, like: Tensor) -> Any:
     """A number above 0, or a tensor of one as `[]`, whose value the arithmetic looks at."""
     if isinstance(seen, Tensor):
@@ -308,7 +326,7 @@ def _temperature(name: str, seen: Any, like: Tensor) -> Any:
         if seen.numel() != 1:
             raise checks.wrong_shape(name, seen.shape, "a single number")
         return seen.reshape(())
-    if not hasattr(seen, "__float__"):
+    if not isinstance(seen, (int, float, torch.SymInt, torch.SymFloat)) and not hasattr(seen, "__float__"):
         raise checks.not_an_array(name, seen, "a number or a tensor of one")
     if not seen > 0:
         raise checks.not_positive(name, seen)

@@ -91,6 +91,8 @@ class Contrastive(nn.Module):
     ) -> None:
         super().__init__()
         checks.options(mask_mode, "exact")
+        if not temperature > 0:
+            raise checks.not_positive("temperature", temperature)
         self.model = model
         self.score_metric = score_metric
         self.score_mini_batch_size = score_mini_batch_size
@@ -171,6 +173,7 @@ class CachedContrastive(Contrastive):
             temperature,
             mask_mode=mask_mode,
         )
+        checks.at_least("mini_batch_size", mini_batch_size, 1)
         self.mini_batch_size = mini_batch_size
         self.show_progress_bar = show_progress_bar
 
@@ -225,9 +228,14 @@ class Distillation(nn.Module):
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor) -> Tensor:
         """The loss of `[queries, documents]`, Nq and Nq * K rows, query-major, and the teacher's scores `[Nq, K]`."""
-        queries, documents = sentence_features
+        features = list(sentence_features)
+        if len(features) != 2:
+            raise ValueError(f"there are {len(features)} batches of texts; want queries and their documents")
+        queries, documents = features
         Q, q_mask = _encode(self.model, queries, True, self._kernels_normalize)
         encoded = _encode(self.model, documents, False, self._kernels_normalize)
+        if not len(Q) or len(encoded[1]) % len(Q):
+            raise checks.wrong_shape("documents", encoded[1].shape, f"as many rows for each of {len(Q)} queries")
         D, d_mask = (X.unflatten(0, (len(Q), -1)) for X in encoded)
         if self.score_metric is None:
             return distillation_loss(
@@ -255,7 +263,9 @@ class Distillation(nn.Module):
 
 
 def _encode(model: Any, features: Features, is_query: bool, kernels_normalize: Callable[[Tensor], bool]) -> Encoded:
-    facts = model if hasattr(model, "skiplist") else model.module
+    facts: Any = model if hasattr(model, "skiplist") else getattr(model, "module", None)
+    if not hasattr(facts, "skiplist"):
+        raise TypeError(f"model is a {type(model).__name__} without a skiplist; want a model as PyLate's ColBERT")
     # A copy, as models add their outputs to the dict they are given.
     embeddings = model(dict(features))["token_embeddings"]
     if not kernels_normalize(embeddings):

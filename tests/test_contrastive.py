@@ -664,7 +664,9 @@ def test_refused_derivatives(backend, regime):
         torch.vmap(lambda q: loss(Q + q.sum())),
         lambda q: torch.func.vjp(loss, q),
     ):
-        with pytest.raises((NotImplementedError, RuntimeError), match="derivative"):
+        with pytest.raises(
+            (NotImplementedError, RuntimeError), match=r"contrastive_loss does not run inside torch\.func"
+        ):
             transform(Q)
     with pytest.raises((NotImplementedError, RuntimeError)):
         torch.func.jvp(loss, (Q,), (torch.ones_like(Q),))
@@ -691,6 +693,18 @@ def test_the_backward_of_another_thread(monkeypatch):
     with ThreadPoolExecutor(1) as threads:
         threads.submit(loss.backward).result()
     assert Q.grad.abs().sum() > 0 and seen == [(5, 5)] * 2
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_padding_of_a_list_is_no_masked_token(regime, masked):
+    """Where masked tokens count as zeros: similarities are negative, so that a zero would win."""
+    Q, D = leaf(-grid(3, 4, 8, seed=1).abs()), [leaf(grid(n, 8, seed=n).abs()) for n in (2, 9, 1, 0, 5)]
+    masks = [torch.arange(len(x)) != 1 for x in D] if masked else None
+    loss = ek.contrastive_loss(Q, D, None, masks, mask_mode="zero", **regime)
+    wanted = torch.nn.functional.cross_entropy(ek.maxsim(Q, D, None, masks, mask_mode="zero"), torch.arange(3))
+    torch.testing.assert_close(loss, wanted)
+    for mine, right in zip(*(torch.autograd.grad(x, [Q, *D]) for x in (loss, wanted)), strict=True):
+        torch.testing.assert_close(mine, right)
 
 
 def test_progress():

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import edgecolbert_kernels as ek
-from cases import STORAGES, embeddings, holes, ragged, storage_name
+from cases import STORAGES, embeddings, grid, holes, ragged, storage_name
 from conftest import examples
 from edgecolbert_kernels import reference
 from losses import assert_as_near, assert_same, leaf, value_and_gradients
@@ -264,6 +264,36 @@ def test_lists(engine):
             torch.testing.assert_close(mine.double(), right, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("of", ["kl", "candidates"])
+def test_padding_of_a_list_is_no_masked_token(engine, of, masked):
+    """Where masked tokens count as zeros: similarities are negative, so that a zero would win."""
+    Q, D = -grid(3, 4, DIM, seed=1).abs(), [grid(n, DIM, seed=n).abs() for n in (2, 9, 1, 0, 5, 3)]
+    masks = [torch.arange(len(x)) != 1 for x in D] if masked else None
+    teacher = embeddings(3, 2, seed=5, norm=None)
+    options = {"student_normalization": "none"}
+    if of == "candidates":
+        options["candidate_mask"] = torch.tensor([[True, True], [True, False], [False, True]])
+    leaves = [leaf(x) for x in (*Q, *D)]
+    losses = ek.distillation_loss(leaves[:3], leaves[3:], teacher, None, masks, mask_mode="zero", **options)
+    found = torch.autograd.grad(losses, leaves)
+    plain = [leaf(x) for x in (*Q, *D)]
+    kept = [None] * 6 if masks is None else [[each] for each in masks]
+    scores = [
+        ek.maxsim(plain[n // 2], [plain[3 + n]], None, kept[n], mask_mode="zero", out_dtype=torch.float32)[0]
+        for n in range(6)
+    ]
+    log_s, log_t = torch.stack(scores).view(3, 2), teacher
+    if of == "candidates":
+        log_s, log_t = (x.masked_fill(~options["candidate_mask"], -1e30) for x in (log_s, log_t))
+    log_s, log_t = log_s.log_softmax(1), log_t.log_softmax(1)
+    each = log_t.exp() * (log_t - log_s)
+    truth = (each.masked_fill(~options["candidate_mask"], 0) if of == "candidates" else each).sum() / 3
+    torch.testing.assert_close(losses, truth, rtol=1e-5, atol=1e-6)
+    for mine, right in zip(found, torch.autograd.grad(truth, plain, allow_unused=True), strict=True):
+        torch.testing.assert_close(mine, torch.zeros_like(mine) if right is None else right, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "shape", [(0, 3, 4, 5), (3, 0, 4, 5), (0, 0, 4, 5), (3, 2, 0, 5), (3, 2, 4, 0), (1, 1, 1, 1)], ids=str
 )
@@ -335,6 +365,30 @@ def test_compile(backend, name):
     torch.testing.assert_close(found, wanted)
 
 
+def test_a_temperature_of_a_graph_is_not_looked_at():
+    torch.compiler.reset()
+    compiled = torch.compile(ek.distillation_loss, fullgraph=True, backend="aot_eager")
+    Q, D, teacher = problem()[:3]
+    for value, finite in ((0.5, True), (0.0, False), (-1.0, False)):
+        assert compiled(Q, D, teacher, temperature=torch.tensor(value)).isfinite().item() is finite
+
+
+@pytest.mark.parametrize("name", ["contrastive", "distillation"])
+def test_a_graph_with_another_temperature(name):
+    """A number that changes from step to step, which a graph then takes as an argument."""
+    torch.compiler.reset()
+    Q, D, teacher = problem()[:3]
+
+    def loss(temperature):
+        if name == "contrastive":
+            return ek.contrastive_loss(Q, D, temperature=temperature)
+        return ek.distillation_loss(Q, D, teacher, temperature=temperature)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for temperature in (0.5, 0.25, 0.125):
+        torch.testing.assert_close(compiled(temperature), loss(temperature))
+
+
 def test_compile_with_dynamic_shapes():
     torch.compiler.reset()
     compiled = torch.compile(ek.distillation_loss, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -402,6 +456,16 @@ MISTAKES = {
         lambda: ek.distillation_loss(Q3, D4, T2, temperature=torch.ones(2)),
         ValueError,
         ["temperature", "[2]"],
+    ),
+    "temperature tensor": (
+        lambda: ek.distillation_loss(Q3, D4, T2, temperature=torch.tensor(0.0)),
+        ValueError,
+        ["temperature", "0.0"],
+    ),
+    "teacher temperature tensor": (
+        lambda: ek.distillation_loss(Q3, D4, T2, teacher_temperature=torch.tensor(-1.0)),
+        ValueError,
+        ["teacher_temperature", "-1"],
     ),
     "teacher temperature": (
         lambda: ek.distillation_loss(Q3, D4, T2, teacher_temperature=-1.0),

@@ -31,6 +31,7 @@ MISTAKES = {
     "Q is a list of lists": (lambda: ek.maxsim([[1.0]], D3), TypeError, ["Q", "list"]),
     "mask is a list": (lambda: ek.maxsim(Q3, D3, None, [[True] * 7] * 3), TypeError, ["d_mask", "list"]),
     "mask of a list is a tensor": (lambda: ek.maxsim(LIST, D3, zeros(2, 5)), TypeError, ["q_mask", "list"]),
+    "nested": (lambda: ek.maxsim(torch.nested.nested_tensor(LIST), D3), TypeError, ["Q", "nested", "list"]),
     "sparse": (lambda: ek.maxsim(Q3.to_sparse(), D3), TypeError, ["Q", "sparse"]),
     "cu_seqlens is a string": (lambda: ek.maxsim_varlen(ROWS, ROWS, "0 10", CU), TypeError, ["cu_seqlens_q"]),
     "cu_seqlens is None": (lambda: ek.maxsim_varlen(ROWS, ROWS, None, CU), TypeError, ["cu_seqlens_q"]),

@@ -449,6 +449,9 @@ def test_chunk_sizes_below_one(size):
 
 
 def test_either_a_size_or_a_budget():
+    for size in (2.5, "8", [2, 2.5]):
+        with pytest.raises(TypeError, match=r"mini_batch_size is a .*; want an integer"):
+            GradCache(torch.sin, torch.sum, size)
     for sizes in ({}, {"mini_batch_size": 2, "memory_budget": 1000}):
         with pytest.raises(ValueError, match="one of mini_batch_size and memory_budget"):
             GradCache(torch.sin, torch.sum, **sizes)

@@ -180,7 +180,16 @@ def test_errors():
     with pytest.raises(ValueError, match=r"\[4, 5\] rows"):
         modules.Contrastive(model())([texts(4, 4, seed=1), texts(4, 4, seed=2), texts(5, 4, seed=2)])
     with pytest.raises(ValueError, match="mini_batch_size is 0"):
-        modules.CachedContrastive(model(), mini_batch_size=0)(features())
+        modules.CachedContrastive(model(), mini_batch_size=0)
+    with pytest.raises(ValueError, match="temperature is 0"):
+        modules.Contrastive(model(), temperature=0)
+    with pytest.raises(TypeError, match="Linear without a skiplist"):
+        modules.Contrastive(torch.nn.Linear(1, 1))(features())
+    distillation = modules.Distillation(model())
+    with pytest.raises(ValueError, match=r"documents .*each of 2 queries"):
+        distillation([texts(2, 4, seed=1), texts(5, 4, seed=2)], torch.ones(2, 2))
+    with pytest.raises(ValueError, match="3 batches of texts"):
+        distillation([texts(2, 4, seed=n) for n in range(3)], torch.ones(2, 2))
 
 
 def test_scorer():

@@ -271,3 +271,7 @@ def test_a_checkpoint(tmp_path):
     best = checkpoint.best(QUERY, TEXTS, 2)
     assert [score for _, score in best] == sorted(scores, reverse=True)[:2]
     assert checkpoint.scores(QUERY, []) == []
+    with pytest.raises(TypeError, match="texts is a str"):
+        checkpoint.scores(QUERY, TEXTS[0])
+    with pytest.raises(ValueError, match="count is -1"):
+        checkpoint.best(QUERY, TEXTS, -1)

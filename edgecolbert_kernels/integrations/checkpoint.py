@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
+from edgecolbert_kernels import checks
 from edgecolbert_kernels.scoring import maxsim
 
 
@@ -28,6 +29,8 @@ class Checkpoint:
 
     def scores(self, query: str, texts: Sequence[str]) -> list[float]:
         """The score of every text, in the order of the texts."""
+        if isinstance(texts, str):
+            raise TypeError("texts is a str; want a sequence of them")
         if not texts:
             return []
         # On the CPU in numpy: lists of arrays are scored where they lie, without padding.
@@ -36,6 +39,7 @@ class Checkpoint:
 
     def best(self, query: str, texts: Sequence[str], count: int) -> list[tuple[int, float]]:
         """Number and score of the best texts, best first; of equal scores the earlier text is first."""
+        checks.at_least("count", count, 0)
         scores = self.scores(query, texts)
         return sorted(enumerate(scores), key=lambda pair: -pair[1])[:count]
 

@@ -47,7 +47,9 @@ def losses(*args: Any) -> Tensor:
             return loss
         return tiles.forward(problem, kept, tiles.setting(problem))[0]
     if in_derivative():
-        raise no_derivative("functorch")
+        raise NotImplementedError(
+            "contrastive_loss does not run inside torch.func.grad, vmap and the like; edgecolbert_kernels.reference does"
+        )
     refuse_tangents(Q, D, temperature)
     return forward_op(*args)[0]
 
@@ -140,7 +142,7 @@ def _wanted(grads: tuple[Tensor, ...], needs: tuple[bool, bool, bool]) -> tuple[
 
 
 def _differentiate_twice(ctx: Any, *grads: Tensor) -> None:
-    raise no_derivative("second")
+    raise no_derivative("second", "contrastive_loss")
 
 
 def _problem(args: tuple[Any, ...]) -> tiles.Problem:

@@ -8,11 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgecolbert_kernels import checks
 from edgecolbert_kernels.backends import select
 from edgecolbert_kernels.ops import arguments
 from edgecolbert_kernels.ops.plain import no_derivative, plain
 
 Temperature = float | Tensor
+
+
+def above_zero(name: str, temperature: Temperature) -> Temperature:
+    """A tensor that is not becomes NaN, or an error where nothing has to be waited for."""
+    if not isinstance(temperature, Tensor):
+        return temperature
+    if temperature.device.type == "cpu" and plain(temperature):
+        if not float(temperature.detach()) > 0:
+            raise checks.not_positive(name, float(temperature.detach()))
+        return temperature
+    if not temperature.is_floating_point():
+        temperature = temperature.to(torch.float32)
+    return temperature.masked_fill(~(temperature > 0), torch.nan)
 
 
 def fused(
@@ -112,4 +126,4 @@ class _Derivatives(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise no_derivative("second")
+        raise no_derivative("second", "distillation_loss")

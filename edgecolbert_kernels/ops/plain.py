@@ -71,5 +71,5 @@ def refuse_tangents(*inputs: Tensor) -> None:
         raise no_derivative("forward-mode")
 
 
-def no_derivative(kind: str) -> NotImplementedError:
-    return NotImplementedError(f"maxsim has no {kind} derivative; edgecolbert_kernels.reference has")
+def no_derivative(kind: str, of: str = "maxsim") -> NotImplementedError:
+    return NotImplementedError(f"{of} has no {kind} derivative; edgecolbert_kernels.reference has")

@@ -25,6 +25,8 @@ is_compiling = torch.compiler.is_compiling
 
 def tokens(name: str, seen: Any) -> Tensor:
     tensor = seen if isinstance(seen, Tensor) else from_numpy(arrays.tokens(name, seen))
+    if tensor.is_nested:
+        raise checks.nested(name)
     if tensor.dtype not in arguments.DTYPES:
         raise checks.wrong_dtype(name, tensor.dtype, checks.FLOATS)
     return tensor
