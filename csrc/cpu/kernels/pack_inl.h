@@ -247,33 +247,52 @@ inline void store_float(StoreJob& job, Dim dim) {
   job.finite = Simd::largest_unsigned(largest) < bits_of_infinite(To{});
 }
 
+template <class From, int rows>
+struct Measured {
+  static constexpr int count = rows;
+  const From* row[rows];
+  float inverse_norms[rows];
+};
+
 template <bool past, Lie lie, class From, class To, class Dim>
 inline void store_normalized(StoreJob& job, Dim dim) {
   constexpr int together = kTogether<true, lie>;
   Walk<From, Dim, lie> walk(job, job.source, dim);
   Asking<From, Dim, lie> asking(job, job.source, job.next, dim, true);
   To* out = reinterpret_cast<To*>(job.out);
-  const auto store = [&](auto rows_at_once) __attribute__((always_inline)) {
-    constexpr int rows = decltype(rows_at_once){};
-    const From* row[rows];
-    Simd::F squares[rows];
-    float inverse_norms[rows];
+  const auto measure = [&](auto& some) __attribute__((always_inline)) {
+    Simd::F squares[some.count];
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < some.count; ++r) {
       asking.row();
-      row[r] = walk.next();
-      squares[r] = square_lanes(row[r], dim);
+      some.row[r] = walk.next();
+      squares[r] = square_lanes(some.row[r], dim);
     }
-    inverse_norms_of(squares, inverse_norms);
+    inverse_norms_of(squares, some.inverse_norms);
+  };
+  const auto store = [&](const auto& some) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r, out += dim) {
-      const Simd::F scale = Simd::broadcast(inverse_norms[r]);
-      convert_row<past>(row[r], dim, out, [&](Simd::F x) { return Simd::multiply(x, scale); });
+    for (int r = 0; r < some.count; ++r, out += dim) {
+      const Simd::F scale = Simd::broadcast(some.inverse_norms[r]);
+      convert_row<past>(some.row[r], dim, out, [&](Simd::F x) { return Simd::multiply(x, scale); });
     }
   };
-  int64_t i = 0;
-  for (; i + together <= job.source.length; i += together) store(Constant<together>());
-  for (; i < job.source.length; ++i) store(Constant<1>());
+  // Rows are measured while those before them are stored: what waits for a root would keep what comes next from
+  // starting.
+  const int64_t blocks = together > 1 ? job.source.length / together : 0;
+  if constexpr (together > 1) {
+    Measured<From, together> some, next;
+    for (int64_t block = 0; block <= blocks; ++block) {
+      if (block < blocks) measure(next);
+      if (block > 0) store(some);
+      some = next;
+    }
+  }
+  Measured<From, 1> one;
+  for (int64_t i = blocks * together; i < job.source.length; ++i) {
+    measure(one);
+    store(one);
+  }
   job.finite = true;
 }
 
