@@ -84,7 +84,7 @@ def search(
     if packed.device is not None or checks.on_accelerator(Q):
         scores, indices = _search_there(Q, packed, k, q_mask, candidates, allowed)
         return (scores[0], indices[0]) if single else (scores, indices)
-    found = _Best(len(Q), k)
+    found = _Best(len(Q), min(k, len(packed)))
     for start in range(0, len(Q), QUERIES):
         part = slice(start, start + QUERIES)
         queries = _Queries(Q[part], None if q_mask is None else q_mask[part], start)
@@ -95,7 +95,7 @@ def search(
             _rerank(queries, packed, allowed, candidates[part], found)
     if not len(Q):
         maxsim(Q, packed, q_mask)  # for its complaints
-    scores, indices = found.scores, found.indices
+    scores, indices = found.padded(k)
     if single:
         scores, indices = scores[0], indices[0]
     if _has_tensors(Q):
@@ -278,6 +278,14 @@ class _Best:
         part.scores = self.scores[queries.first : queries.first + len(queries)]
         part.indices = self.indices[queries.first : queries.first + len(queries)]
         return part
+
+    def padded(self, k: int) -> tuple[Array, Array]:
+        """Scores and indices `[n, k]`; where k is more than there are documents, rows end in -inf and -1."""
+        if k == self.k:
+            return self.scores, self.indices
+        padded = _Best(len(self.scores), k)
+        padded.scores[:, : self.k], padded.indices[:, : self.k] = self.scores, self.indices
+        return padded.scores, padded.indices
 
     def worst(self) -> Array:
         """The k-th best score `[n]`, -inf where there are fewer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -246,6 +247,18 @@ def test_nothing_to_search():
     assert ek.search(Q[:0], collection(dim=4), 3)[0].shape == (0, 3)
     assert ek.search(Q[:, :0], collection(dim=4), 3)[1].tolist() == [[0, 1, 2]] * 2
     assert ek.search(Q, [np.zeros((0, 4), np.float32)], 1)[0].tolist() == [[0], [0]]
+
+
+@pytest.mark.parametrize("candidates", [None, [[1, 2, 3]] * 2])
+def test_more_than_there_are(candidates):
+    """Beside the results, an entry for each document is held, not one for each of k."""
+    Q, packed, k = embeddings(2, 3, 48, seed=3).numpy(), collection(), 200_000
+    tracemalloc.start()
+    scores, indices = ek.search(Q, packed, k, candidates=candidates)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.1 * (scores.nbytes + indices.nbytes)
+    same((scores, indices), ranked(ek.maxsim(Q, packed), k, None if candidates is None else np.array(candidates[0])))
 
 
 def test_wrong_calls():
