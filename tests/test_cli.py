@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -198,15 +199,51 @@ def test_search(folder, capsys):
     assert "query 2: not Unicode" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("k", [5, 10**11, 10**30])
+def test_more_than_there_are(folder, capsys, k):
+    found = run(capsys, "search", folder, "cat", "-k", k, "--json")
+    assert sorted(hit["id"] for hit in found["results"][0]["hits"]) == sorted(TEXTS)
+
+
 def test_search_with_vectors(folder, tmp_path, capsys):
     Q = np.stack([WordEncoder.vector(word).numpy() for word in ("fish", "deep")])
     np.save(tmp_path / "q.npy", Q)
     for precision in ("exact", "fast"):
         found = run(capsys, "search", folder, "--vectors", tmp_path / "q.npy", "--json", "--precision", precision)
         assert found["results"][0]["hits"][0]["id"] == "d3"
-    np.save(tmp_path / "q.npy", np.array([None]), allow_pickle=True)
-    assert main(["search", str(folder), "--vectors", str(tmp_path / "q.npy")]) == 1
     assert main(["search", str(folder)]) == 1
+
+
+@pytest.mark.parametrize("kind", ["objects", "empty", "cut", "npz"])
+def test_bad_vectors(folder, tmp_path, capsys, kind):
+    path = tmp_path / "q.npy"
+    np.save(path, np.array([None]) if kind == "objects" else np.ones((3, 16), np.float32), allow_pickle=True)
+    if kind == "npz":
+        with path.open("wb") as file:
+            np.savez(file, np.ones((3, 16), np.float32))
+    if kind in ("empty", "cut"):
+        path.write_bytes(path.read_bytes()[: -1 if kind == "cut" else 0])
+    assert main(["search", str(folder), "--vectors", str(path)]) == 1
+    assert "q.npy: not a whole .npy file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", ["{", "[]", '{"model": "minilm"}', "[" * 100_000])
+def test_bad_settings(folder, capsys, settings):
+    (folder / "index.json").write_text(settings)
+    assert main(["search", str(folder), "cat"]) == 1
+    assert "index.json: " in capsys.readouterr().err
+
+
+def test_closed_pipes(folder, tmp_path):
+    """As of any tool whose reader leaves: no complaint, and the status of the signal."""
+    np.save(tmp_path / "q.npy", np.ones((3, 16), np.float32))
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "edgecolbert_kernels.cli", "search", folder, "--vectors", tmp_path / "q.npy"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_info(folder, capsys):
@@ -274,6 +311,50 @@ def test_interrupted(tmp_path, encoder, capsys, monkeypatch):
     assert run(capsys, *command)["added"] == 0
     assert main([*command, "--dtype", "int8"]) == 1
     assert "begun with" in capsys.readouterr().err
+
+
+class ProjectedEncoder(WordEncoder):
+    projection = None
+
+    def fit(self, texts):
+        self.projection = torch.eye(16)
+
+
+@pytest.mark.parametrize("full", ["projection.npy", "index.json"])
+def test_a_full_disk_at_the_start(tmp_path, monkeypatch, capsys, full):
+    """Says so, and the same command goes on from there."""
+    monkeypatch.setattr(encoders, "load_encoder", lambda *arguments: ProjectedEncoder())
+    write_jsonl(tmp_path / "c.jsonl", TEXTS)
+    folder = tmp_path / "index"
+    command = ["index", str(tmp_path / "c.jsonl"), "--out", str(folder), "--json"]
+    flush = os.fsync
+
+    def refuse(file):
+        if any(path.name.startswith(f".{full}") for path in folder.iterdir()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        assert main(command) == 1
+    assert f"{os.strerror(errno.ENOSPC)}: '{folder / full}'" in capsys.readouterr().err
+    assert not list(folder.glob(".*"))
+    assert run(capsys, *command)["added"] == 4
+
+
+def test_killed_at_the_start(tmp_path, encoder, capsys):
+    write_jsonl(tmp_path / "c.jsonl", TEXTS)
+    folder = tmp_path / "index"
+    folder.mkdir()
+    for name in (".projection.npy.7.tmp", "projection.npy", ".index.json.7.tmp"):
+        (folder / name).touch()
+    command = ["index", str(tmp_path / "c.jsonl"), "--out", str(folder), "--json"]
+    (folder / "notes").touch()
+    assert main(command) == 1
+    assert "is not empty" in capsys.readouterr().err
+    (folder / "notes").unlink()
+    assert run(capsys, *command)["added"] == 4
+    assert not list(folder.glob(".*"))
 
 
 def test_texts_of_like_length_go_together(tmp_path, encoder, monkeypatch):

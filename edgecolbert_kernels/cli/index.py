@@ -7,13 +7,14 @@ DIR/embeddings/      PackedEmbeddings with the corpus' ids
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,18 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     there = load_settings(folder) if (folder / SETTINGS).exists() else None
     if there is None:
-        if any(folder.iterdir()):
+        # The settings come last: without them, the rest is what an attempt before has left behind.
+        leftovers = {folder / PROJECTION, *folder.glob(f".{PROJECTION}.*.tmp"), *folder.glob(f".{SETTINGS}.*.tmp")}
+        if not leftovers.issuperset(folder.iterdir()):
             raise ValueError(f"{folder} is not empty, and not an index")
+        for path in leftovers:
+            path.unlink(missing_ok=True)
         if hasattr(encoder, "projection"):
             encoder.fit([text for _, text in documents])
-            _write(folder / PROJECTION, lambda file: np.save(file, encoder.projection.numpy()))
-        _write(folder / SETTINGS, lambda file: file.write(json.dumps(asdict(settings), indent=1).encode()))
+            array = io.BytesIO()
+            np.save(array, encoder.projection.numpy())
+            _write(folder / PROJECTION, array.getvalue())
+        _write(folder / SETTINGS, json.dumps(asdict(settings), indent=1).encode())
     else:
         if there != settings:
             raise ValueError(f"{folder} was begun with {there}; this is {settings}")
@@ -98,18 +105,35 @@ def build(
 def load_settings(folder: Path) -> Settings:
     path = folder / SETTINGS
     try:
-        return Settings(**json.loads(path.read_text()))
+        record = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"{folder} is not an index: it has no {SETTINGS}") from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    names = [field.name for field in fields(Settings)]
+    if not isinstance(record, dict) or sorted(record) != sorted(names):
+        raise ValueError(f"{path}: want an object with {', '.join(names)}")
+    return Settings(**record)
 
 
 def load_projection(folder: Path, encoder: Any) -> None:
     if hasattr(encoder, "projection"):
         import torch
 
-        encoder.projection = torch.from_numpy(np.load(folder / PROJECTION, allow_pickle=False))
+        encoder.projection = torch.from_numpy(load_array(folder / PROJECTION))
+
+
+def load_array(path: Path) -> np.ndarray:
+    """What a .npy file holds.
+
+    Raises:
+        ValueError: names the file, which is something else, cut off, or holds objects.
+    """
+    with path.open("rb") as file:
+        try:
+            return np.lib.format.read_array(file, allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"{path}: not a whole .npy file ({error})") from None
 
 
 def load_embeddings(folder: Path) -> PackedEmbeddings:
@@ -141,13 +165,20 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def _write(path: Path, write: Any) -> None:
+def _write(path: Path, data: bytes) -> None:
+    """All of it or, where the disk refuses, nothing."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with unfinished.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not name one
+        raise
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _clock(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -55,15 +56,23 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0, 1 where something is wrong with the input, 2 for a wrong command line, 130 after Ctrl-C."""
+    """Exit status: 0, 1 where something is wrong with the input, 2 for a wrong command line, 130 after Ctrl-C, 141 where
+    nobody reads the output any more.
+    """
     options = parser().parse_args(arguments)
     try:
-        return int({"index": index, "search": search, "eval": evaluate, "info": info}[options.command](options) or 0)
+        {"index": index, "search": search, "eval": evaluate, "info": info}[options.command](options)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        # What is left in the buffer would be another error at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         more = "; the same command goes on from what was committed" if options.command == "index" else ""
         print(f"\ninterrupted{more}", file=sys.stderr)
         return 130
-    except (OSError, ValueError, TypeError, LookupError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, ImportError, RuntimeError, MemoryError) as error:
         print(f"edgecolbert: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 1
 
@@ -89,14 +98,15 @@ def search(options: argparse.Namespace) -> None:
         raise ValueError("give one or more queries, or --vectors")
     packed = index.load_embeddings(options.folder)
     if options.vectors is not None:
-        vectors = np.load(options.vectors, allow_pickle=False)
+        vectors = index.load_array(options.vectors)
         queries: Any = list(vectors) if vectors.ndim == 3 else [vectors]
         names = [f"{options.vectors.name}[{n}]" for n in range(len(queries))]
     else:
         names = [corpus.unicode(f"query {n}", text) for n, text in enumerate(options.query, 1)]
         queries = _encoder(options.folder).encode_queries(names)
     start = time.perf_counter()
-    scores, indices = (np.asarray(each) for each in search(queries, packed, options.k, precision=options.precision))
+    k = min(options.k, len(packed))
+    scores, indices = (np.asarray(each) for each in search(queries, packed, k, precision=options.precision))
     seconds = time.perf_counter() - start
     ids = packed.ids
     results: list[dict[str, Any]] = [
