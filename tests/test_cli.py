@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import edgecolbert_kernels as ek
-from edgecolbert_kernels import PackedEmbeddings
+from edgecolbert_kernels import PackedEmbeddings, PackedWriter
 from edgecolbert_kernels.cli import corpus, encoders, index, metrics
 from edgecolbert_kernels.cli.main import main
 
@@ -27,6 +27,7 @@ class WordEncoder:
     """Equal words get equal unit vectors."""
 
     dimension = 16
+    fingerprint = "words"
 
     def __init__(self, fail_after=None):
         self.encoded, self.fail_after = [], fail_after
@@ -355,6 +356,67 @@ def test_killed_at_the_start(tmp_path, encoder, capsys):
     (folder / "notes").unlink()
     assert run(capsys, *command)["added"] == 4
     assert not list(folder.glob(".*"))
+
+
+def test_a_corpus_that_changed(tmp_path, encoder, capsys):
+    write_jsonl(tmp_path / "c.jsonl", TEXTS)
+    command = ["index", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "index"), "--json"]
+    run(capsys, *command)
+    write_jsonl(tmp_path / "c.jsonl", {"d1": "another text", "d2": TEXTS["d2"], "d5": "a new one"})
+    counts = ("documents", "added", "updated", "pruned", "outdated", "not_in_corpus")
+
+    def again(*options):
+        encoder.encoded = []
+        assert main([*command, *options]) == 0
+        found = capsys.readouterr()
+        return [json.loads(found.out)[name] for name in counts], encoder.encoded, found.err
+
+    found, encoded, said = again()
+    assert (found, encoded) == ([5, 1, 0, 0, 1, 2], ["a new one"])
+    assert "another text in the corpus: 1" in said
+    assert "not in the corpus: 2" in said
+    assert again()[0] == [5, 0, 0, 0, 1, 2]
+    assert again("--update")[:2] == ([5, 0, 1, 0, 0, 2], ["another text"])
+    assert again("--prune") == ([3, 0, 0, 2, 0, 0], [], "")
+    assert again() == ([3, 0, 0, 0, 0, 0], [], "")
+    packed = PackedEmbeddings.load(tmp_path / "index/embeddings", verify=True)
+    assert sorted(packed.ids) == ["d1", "d2", "d5"]
+    wanted = encoder.encode_documents(["another text"])[0].half().numpy()
+    np.testing.assert_array_equal(packed[packed.position("d1")], wanted)
+
+
+@pytest.mark.parametrize("step", ["remove", "append"])
+def test_an_update_that_was_interrupted(folder, tmp_path, encoder, capsys, monkeypatch, step):
+    """No document passes for one of the new text that it was not encoded from."""
+    write_jsonl(tmp_path / "corpus.jsonl", {**TEXTS, "d1": "another text"})
+    command = ["index", str(tmp_path / "corpus.jsonl"), "--out", str(folder), "--json"]
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedWriter, step, interrupt)
+        assert main([*command, "--update"]) == 130
+    capsys.readouterr()
+    found = run(capsys, *command)
+    assert (found["added"], found["outdated"]) == ((0, 1) if step == "remove" else (1, 0))
+
+
+def test_weights_that_changed(folder, tmp_path, encoder, capsys):
+    """The same model by name would mix vectors of two. An index without a fingerprint is taken as it is."""
+    command = ["index", str(tmp_path / "corpus.jsonl"), "--out", str(folder), "--json"]
+    encoder.fingerprint = "other words"
+    assert main(command) == 1
+    assert "begun with fingerprint 'words', not 'other words'" in capsys.readouterr().err
+    assert main(["search", str(folder), "cat"]) == 1
+    assert "other weights" in capsys.readouterr().err
+    settings = json.loads((folder / "index.json").read_text())
+    del settings["fingerprint"]
+    (folder / "index.json").write_text(json.dumps(settings))
+    (folder / "texts.json").unlink()
+    found = run(capsys, *command)
+    assert (found["added"], found["outdated"], found["not_in_corpus"]) == (0, 0, 0)
+    assert main(["search", str(folder), "cat"]) == 0
 
 
 def test_texts_of_like_length_go_together(tmp_path, encoder, monkeypatch):

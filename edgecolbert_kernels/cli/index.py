@@ -1,12 +1,14 @@
 """An index: a folder with the packed embeddings of a corpus and what is needed to encode a query the same way.
 
-DIR/index.json       model, tokens a document, dimensions
+DIR/index.json       model with a fingerprint of its weights, tokens a document, dimensions
+DIR/texts.json       a digest of the text that each document was encoded from
 DIR/projection.npy   for a sentence encoder: what brings its vectors to that many dimensions
 DIR/embeddings/      PackedEmbeddings with the corpus' ids
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
@@ -22,7 +24,7 @@ import numpy as np
 
 from edgecolbert_kernels.packed import PackedEmbeddings, PackedWriter
 
-SETTINGS, PROJECTION, EMBEDDINGS = "index.json", "projection.npy", "embeddings"
+SETTINGS, TEXTS, PROJECTION, EMBEDDINGS = "index.json", "texts.json", "projection.npy", "embeddings"
 # Texts that are sorted by length together, and documents of a commit: what an interruption costs at most.
 WINDOW = 4096
 COMMIT = 256
@@ -34,6 +36,7 @@ class Settings:
     max_tokens: int
     dimension: int
     dtype: str
+    fingerprint: str | None = None  # of the encoder; None in an index from before it was kept
 
 
 class Progress:
@@ -64,9 +67,23 @@ class Progress:
 
 
 def build(
-    folder: Path, corpus: Iterable[tuple[str, str]], encoder: Any, settings: Settings, *, quiet: bool = False
+    folder: Path,
+    corpus: Iterable[tuple[str, str]],
+    encoder: Any,
+    settings: Settings,
+    *,
+    update: bool = False,
+    prune: bool = False,
+    quiet: bool = False,
 ) -> dict[str, Any]:
-    """Encode what is not there yet. Every COMMIT documents are a commit, so whatever stops this leaves an index."""
+    """Encode what is not there yet. Every COMMIT documents are a commit, so whatever stops this leaves an index.
+
+    update: also what is there with another text than in the corpus. prune: remove what is not in the corpus. Returns `info`,
+    and how many documents were added, updated and pruned, and are left outdated and not in the corpus.
+
+    Raises:
+        ValueError: the folder is something else, or was begun with other settings or weights.
+    """
     documents = list(corpus)
     folder.mkdir(parents=True, exist_ok=True)
     there = load_settings(folder) if (folder / SETTINGS).exists() else None
@@ -84,11 +101,15 @@ def build(
             _write(folder / PROJECTION, array.getvalue())
         _write(folder / SETTINGS, json.dumps(asdict(settings), indent=1).encode())
     else:
-        if there != settings:
-            raise ValueError(f"{folder} was begun with {there}; this is {settings}")
+        pairs = zip(asdict(there).items(), asdict(settings).values(), strict=True)
+        # An older index has no fingerprint, and is taken at its word.
+        differing = [f"{name} {old!r}, not {new!r}" for (name, old), new in pairs if old not in (None, new)]
+        if differing:
+            raise ValueError(f"{folder} was begun with {'; '.join(differing)}")
         load_projection(folder, encoder)
     started = time.monotonic()
     with PackedWriter(folder / EMBEDDINGS, dim=settings.dimension, dtype=settings.dtype) as writer:
+        changed, absent = _compare(folder, documents, writer, update, prune)
         missing = [(name, text) for name, text in documents if name not in writer]
         progress = Progress(len(documents), len(documents) - len(missing), "documents", quiet)
         for window in _batches(missing, WINDOW):
@@ -98,21 +119,46 @@ def build(
                 writer.append(vectors, [name for name, _ in batch])
         progress.close()
     seconds = time.monotonic() - started
-    rate = round(progress.rate, 1)
-    return {**info(folder), "added": len(missing), "seconds": round(seconds, 2), "documents_per_second": rate}
+    return {
+        **info(folder),
+        "added": len(missing) - changed * update,
+        "updated": changed * update,
+        "pruned": absent * prune,
+        "outdated": changed * (not update),
+        "not_in_corpus": absent * (not prune),
+        "seconds": round(seconds, 2),
+        "documents_per_second": round(progress.rate, 1),
+    }
+
+
+def _compare(
+    folder: Path, documents: list[tuple[str, str]], writer: PackedWriter, update: bool, prune: bool
+) -> tuple[int, int]:
+    """How many documents of the index have another text in the corpus, and are not in it; those that are to be encoded
+    anew or pruned are removed.
+    """
+    # None for a document of unknown text: of an older index, or that something else has added.
+    encoded: dict[Any, str | None] = _read_json(folder / TEXTS) if (folder / TEXTS).exists() else {}
+    digests = {name: hashlib.blake2b(text.encode(), digest_size=16).hexdigest() for name, text in documents}
+    there = load_embeddings(folder).ids or []
+    absent = [name for name in there if name not in digests]
+    changed = [name for name in there if name in digests and encoded.get(name) not in (None, digests[name])]
+    writer.remove(ids=[*(changed if update else []), *(absent if prune else [])])
+    # After what is removed and before what is added, so that whatever stops this, no document has the digest of a text that
+    # it was not encoded from.
+    kept = {name: encoded.get(name) for name in there if name in writer}
+    _write(folder / TEXTS, json.dumps({**digests, **kept}).encode())
+    return len(changed), len(absent)
 
 
 def load_settings(folder: Path) -> Settings:
     path = folder / SETTINGS
-    try:
-        record = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{folder} is not an index: it has no {SETTINGS}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} is not an index: it has no {SETTINGS}")
+    record = _read_json(path)
     names = [field.name for field in fields(Settings)]
-    if not isinstance(record, dict) or sorted(record) != sorted(names):
-        raise ValueError(f"{path}: want an object with {', '.join(names)}")
+    if record.keys() | {"fingerprint"} != set(names):
+        raise ValueError(f"{path}: want {', '.join(names)}")
     return Settings(**record)
 
 
@@ -163,6 +209,16 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return record
 
 
 def _write(path: Path, data: bytes) -> None:

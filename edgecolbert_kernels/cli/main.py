@@ -21,7 +21,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    index = commands.add_parser("index", help="encode a corpus; run it again to go on after an interruption")
+    index = commands.add_parser(
+        "index", help="encode a corpus; again: what is new in it, or was left by an interruption"
+    )
     index.add_argument(
         "corpus",
         type=Path,
@@ -32,6 +34,8 @@ def parser() -> argparse.ArgumentParser:
     index.add_argument("--tokens", type=int, default=256, help="cut documents here (default: %(default)s)")
     index.add_argument("--dim", type=int, default=48, help="of a model that is projected (default: %(default)s)")
     index.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32", "int8"])
+    index.add_argument("--update", action="store_true", help="encode documents anew whose text has changed")
+    index.add_argument("--prune", action="store_true", help="remove documents that are no longer in the corpus")
 
     search = commands.add_parser("search", help="the best documents for a query")
     search.add_argument("folder", type=Path, metavar="DIR", help="an index, or a folder of packed embeddings")
@@ -84,8 +88,14 @@ def index(options: argparse.Namespace) -> None:
     documents = list(corpus.texts(options.corpus))
     model = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
     encoder = load_encoder(model, options.tokens, options.dim)
-    settings = index.Settings(model, options.tokens, encoder.dimension, options.dtype)
-    _show(options, index.build(options.out, documents, encoder, settings, quiet=options.json))
+    settings = index.Settings(model, options.tokens, encoder.dimension, options.dtype, encoder.fingerprint)
+    changes = {"update": options.update, "prune": options.prune}
+    found = index.build(options.out, documents, encoder, settings, **changes, quiet=options.json)
+    _show(options, found)
+    if count := found["outdated"]:
+        print(f"documents that have another text in the corpus: {count} (--update encodes them anew)", file=sys.stderr)
+    if count := found["not_in_corpus"]:
+        print(f"documents that are not in the corpus: {count} (--prune removes them)", file=sys.stderr)
 
 
 def search(options: argparse.Namespace) -> None:
@@ -169,6 +179,8 @@ def _encoder(folder: Path) -> Any:
 
     settings = index.load_settings(folder)
     encoder = load_encoder(settings.model, settings.max_tokens, settings.dimension)
+    if settings.fingerprint not in (None, encoder.fingerprint):
+        raise ValueError(f"{folder} was made with other weights than {settings.model} has now; index the corpus anew")
     index.load_projection(folder, encoder)
     return encoder
 
