@@ -1,10 +1,11 @@
 """The packed store: 10,000 documents of 300 tokens in 48 dimensions. Sizes, time to save, open, verify and load, and packing.
 
 `pack` projects nothing here: it drops masked tokens of fp32 [N, L, d], normalises and rounds, into memory that is there
-already, with one thread and with all. Beside it stands what memory gives: lines of the cache read and, for each (a copy), every
-two (float16) or four (int8), one written past the caches, with nothing computed. GB/s count the bytes that must be read and
-those written; "of memory" is the median of ratios of one round, in wall time, to memory without a mask, "of the same lines"
-to memory where only the lines of kept tokens are read: less is had there, as the processor fetches many of those between.
+already, with one thread and with all. Beside it stands what memory gives: lines of the cache read and, for each (a copy),
+every two (float16, bfloat16) or four (int8), one written past the caches, with nothing computed. GB/s count the bytes that
+must be read and those written; "of memory" is the median of ratios of one round, in wall time, to memory without a mask, "of
+the same lines" to memory where only the lines of kept tokens are read: less is had there, as the processor fetches many of
+those between.
 Saving flushes to the disk, as does the plain write beside it; what is loaded is in the page cache, and so is the plain read.
 """
 
@@ -26,10 +27,11 @@ from benchmarks.threads import thread_counts
 from edgecolbert_kernels import PackedEmbeddings, PackedWriter, pack
 from edgecolbert_kernels.backends import native
 from edgecolbert_kernels.backends.packed import empty_lines, pack_rows
+from edgecolbert_kernels.dtypes import STORAGE
 
 FULL, QUICK = (10_000, 300, 48), (2_000, 300, 48)
 LINE = 64
-RATIOS = {"float32": 1, "float16": 2, "int8": 4}  # lines read for one that is written
+RATIOS = {"float32": 1, "float16": 2, "bfloat16": 2, "int8": 4}  # lines read for one that is written
 SHARES = {"of_memory": "of memory", "of_same_lines": "of the same lines"}
 
 
@@ -87,9 +89,9 @@ def packing(hidden: np.ndarray, rounds: int, shared: dict, threads: int) -> list
         for dtype, ratio in RATIOS.items():
             move, moved = traffic(hidden, mask, target, ratio)
             calls[memory(dtype, mask_name)] = partial(move, threads), moved
-        for dtype in ("float16", "int8"):
+        for dtype in ("float16", "bfloat16", "int8"):
             for normalize in (True, False):
-                out = empty_lines((tokens, dim), dtype)
+                out = empty_lines((tokens, dim), STORAGE[dtype])
                 call = partial(pack_rows, hidden, mask, normalize=normalize, dtype=dtype, out=out, threads=threads)
                 name = f"{dtype}, {mask_name}" + (", normalised" if normalize else "")
                 calls[name] = call, tokens * dim * (4 + out.itemsize)
