@@ -39,12 +39,12 @@ def checked(ids: Iterable[Any] | None, count: int) -> list[Id] | None:
     """The ids of `count` documents as a list.
 
     Raises:
-        TypeError: one is neither a string nor an integer, or both kinds are there.
+        TypeError: one is neither a string nor an integer, both kinds are there, or `ids` is a string itself.
         ValueError: there are more or fewer, one stands twice, or cannot be stored.
     """
     if ids is None:
         return None
-    names = [each.item() if isinstance(each, np.generic) else each for each in ids]
+    names = [each.item() if isinstance(each, np.generic) else each for each in listed(ids)]
     if len(names) != count:
         raise checks.ids(f"{len(names)} for {count} documents", "one for each")
     if len({kind(each) for each in names}) > 1:
@@ -54,6 +54,17 @@ def checked(ids: Iterable[Any] | None, count: int) -> list[Id] | None:
         twice = next(each for each in names if each in seen or seen.add(each))  # type: ignore[func-returns-value]
         raise checks.ids(f"{twice!r} stands twice", "each once")
     return names
+
+
+def listed(ids: Iterable[Any]) -> list[Any]:
+    """Ids as a list. A string is one id: its letters would name other documents.
+
+    Raises:
+        TypeError: `ids` is a string or bytes.
+    """
+    if isinstance(ids, (str, bytes)):
+        raise checks.not_an_array("ids", ids, "a list of ids")
+    return list(ids)
 
 
 def new(names: Sequence[Id], there: Collection[Id]) -> None:

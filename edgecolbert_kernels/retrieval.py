@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from edgecolbert_kernels import checks, dtypes
+from edgecolbert_kernels import checks, dtypes, identifiers
 from edgecolbert_kernels.packed import PackedEmbeddings
 from edgecolbert_kernels.scoring import Stored, maxsim, maxsim_indexed
 
@@ -70,7 +70,7 @@ def search(
         documents to find, rows end in -inf and -1. Tensors, on the device of Q, where Q is one.
 
     Raises:
-        TypeError, ValueError: as in `maxsim`; or k is negative.
+        TypeError, ValueError: as in `maxsim`; or k is negative; or `ids` is a string.
         IndexError, KeyError: a candidate, a filter's index or an id does not exist.
     """
     checks.options("exclude", precision)
@@ -326,7 +326,7 @@ def _allowed(documents: Any, filter: Any, ids: Iterable[Any] | None) -> Array | 
     if filter is not None:
         allowed = np.unique(documents.indices_of(filter))
     if ids is not None:
-        named = np.unique(np.array([documents.position(name) for name in ids], np.int64))
+        named = np.unique(np.array([documents.position(name) for name in identifiers.listed(ids)], np.int64))
         allowed = named if allowed is None else np.intersect1d(allowed, named, assume_unique=True)
     return allowed
 

@@ -134,6 +134,47 @@ def test_remove():
         PackedEmbeddings.from_list(rows(1)).remove(ids=["a"])
 
 
+def test_a_string_is_no_list_of_ids(tmp_path):
+    """Its letters would name other documents."""
+    packed = PackedEmbeddings.from_list(rows(1, 2, 3, 4), ["1", "2", "12", "3"])
+    packed.save(tmp_path / "packed")
+    with PackedWriter(tmp_path / "packed") as writer:
+        for names in ("12", b"12", np.str_("12")):
+            for call in (
+                lambda names=names: packed.remove(ids=names),
+                lambda names=names: writer.remove(ids=names),
+                lambda names=names: writer.append(rows(5, 6), names),
+                lambda names=names: PackedEmbeddings.from_list(rows(1, 2), names),
+                lambda names=names: ek.search(np.ones((2, 8), np.float32), packed, 1, ids=names),
+            ):
+                with pytest.raises(TypeError, match="want a list of ids"):
+                    call()
+        assert len(writer) == 4
+
+
+def test_wrong_indices(tmp_path):
+    """A writer removes what a view would remove, and refuses what that refuses."""
+    packed = PackedEmbeddings.from_list(rows(1, 2, 3, 4, 5, 6), list("543210"))
+    packed.save(tmp_path / "packed")
+    with PackedWriter(tmp_path / "packed") as writer:
+        for bad, error in (
+            (np.array([False, False, False, False, True]), ValueError),
+            (np.zeros((6, 1), bool), ValueError),
+            ([1.7], TypeError),
+            (["5"], TypeError),
+            ([None], TypeError),
+            ([6], IndexError),
+            ([-1], IndexError),
+            (np.array([2**64 - 1], np.uint64), IndexError),
+        ):
+            for owner in (packed, writer):
+                with pytest.raises(error, match=r"mask|index"):
+                    owner.remove(bad)
+        assert len(writer) == 6
+        writer.remove(np.array([False, True, False, False, False, True]))
+    assert PackedEmbeddings.load(tmp_path / "packed").ids == list("5321")
+
+
 def test_ids_stay_unique():
     packed = PackedEmbeddings.from_list(rows(1, 2), ["a", "b"])
     with pytest.raises(ValueError, match="'b' is there"):

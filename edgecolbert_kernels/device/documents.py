@@ -18,24 +18,35 @@ class Documents(Stored):
     __slots__ = ()
 
     def indices_of(self, key: Any) -> np.ndarray:
-        """Integers from 0 to N - 1, or a bool mask, as int64 integers on the host."""
-        index = np.asarray(key.cpu() if hasattr(key, "cpu") else key)
-        if index.dtype == bool:
-            if index.shape != (len(self),):
-                raise checks.wrong_shape("the mask", index.shape, f"[{len(self)}]")
-            return np.flatnonzero(index)
-        index = index.astype(np.int64) if not index.size else index
-        if index.dtype.kind not in "iu":
-            raise checks.wrong_dtype("the index", index.dtype, f"bool or {checks.INTEGERS}")
-        index = index.reshape(-1).astype(np.int64)
-        checks.index("the index", index, len(self))
-        return index
+        """Those that `key` names, as `indices_of` below."""
+        return indices_of(key, len(self))
 
     def device_scores(self, *arguments: Any) -> Any:
         return _scores().score(self, *arguments)
 
     def device_pair_scores(self, *arguments: Any) -> Any:
         return _scores().score_pairs(self, *arguments)
+
+
+def indices_of(key: Any, count: int) -> np.ndarray:
+    """Integers from 0 to `count` - 1, or a bool mask `[count]`, as int64 integers on the host.
+
+    Raises:
+        TypeError: neither integers nor bools.
+        ValueError: the mask has another shape.
+        IndexError: there is no such document.
+    """
+    index = np.asarray(key.cpu() if hasattr(key, "cpu") else key)
+    if index.dtype == bool:
+        if index.shape != (count,):
+            raise checks.wrong_shape("the mask", index.shape, f"[{count}]")
+        return np.flatnonzero(index)
+    index = index.astype(np.int64) if not index.size else index
+    if index.dtype.kind not in "iu":
+        raise checks.wrong_dtype("the index", index.dtype, f"bool or {checks.INTEGERS}")
+    index = index.reshape(-1)
+    checks.index("the index", index, count)
+    return index.astype(np.int64)
 
 
 @cache

@@ -223,13 +223,14 @@ class PackedEmbeddings(PackedTokens):
         """The view without these documents, named by indices, a bool mask `[N]`, or ids. Nothing is copied.
 
         Raises:
+            TypeError, ValueError: indices are neither integers nor a mask of N, or `ids` is a string.
             IndexError, KeyError: there is no such document.
         """
         keep = np.ones(len(self), bool)
         if indices is not None:
             keep[self.indices_of(indices)] = False
         if ids is not None:
-            keep[[self.position(name) for name in ids]] = False
+            keep[[self.position(name) for name in identifiers.listed(ids)]] = False
         return self._picked(np.flatnonzero(keep))
 
     # Files

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from edgecolbert_kernels import checks, dtypes, identifiers
+from edgecolbert_kernels.device.documents import indices_of
 from edgecolbert_kernels.identifiers import Id
 from edgecolbert_kernels.packed import folder as folders
 from edgecolbert_kernels.packed.embeddings import PackedEmbeddings
@@ -98,23 +99,19 @@ class PackedWriter:
         """Commit that these documents are no longer there; their bytes stay until `compact`.
 
         Args:
-            indices: as `PackedEmbeddings.load` would count them now.
+            indices: integers, or a bool mask, as `PackedEmbeddings.load` would count documents now.
             ids: their names.
 
         Raises:
+            TypeError, ValueError: as in `PackedEmbeddings.remove`; nothing is committed.
             IndexError, KeyError: there is no such document; nothing is committed.
         """
         gone = np.empty(0, np.int64)
         if indices is not None:
-            index = np.asarray(indices)
-            if index.dtype == bool and index.shape == (len(self),):
-                index = np.flatnonzero(index)
-            index = index.astype(np.int64).reshape(-1)
-            checks.index("indices", index, len(self))
-            gone = self._live[index]
+            gone = self._live[indices_of(indices, len(self))]
         if ids is not None:
             numbers = self._ids()
-            for name in (names := list(ids)):
+            for name in (names := identifiers.listed(ids)):
                 if name not in numbers:
                     raise checks.no_such_id(name)
             gone = np.concatenate([gone, np.array([numbers[name] for name in names], np.int64)])
