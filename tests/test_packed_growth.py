@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,8 @@ import edgecolbert_kernels as ek
 from cases import ragged
 from edgecolbert_kernels import PackedEmbeddings, PackedFormatError, PackedLocked, PackedWriter
 from edgecolbert_kernels.storage import writer as storage_writer
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 
 DTYPES = ("float16", "bfloat16", "float32", "int8")
 
@@ -329,6 +334,128 @@ def test_a_second_writer(tmp_path):
     assert "PackedLocked" in found.stderr
     writer.close()
     PackedWriter(folder).close()
+
+
+def test_a_closed_writer(tmp_path):
+    """Another may have written since: nothing is written without the lock."""
+    folder = tmp_path / "packed"
+    PackedEmbeddings.from_list(rows(1, 2)).save(folder)
+    closed = PackedWriter(folder)
+    closed.close()
+    closed.close()
+    with PackedWriter(folder) as writer:
+        writer.append(rows(3))
+        for change in (
+            lambda: closed.append(rows(4)),
+            lambda: closed.remove([0]),
+            lambda: closed.remove([]),
+            lambda: closed.compact(),
+            lambda: "a" in closed,
+        ):
+            with pytest.raises(ValueError, match="is closed"):
+                change()
+        writer.append(rows(5))
+    assert PackedEmbeddings.load(folder, verify=True).lengths.tolist() == [1, 2, 3, 5]
+
+
+def test_a_writer_is_not_copied(tmp_path):
+    with PackedWriter(tmp_path / "packed", dim=8) as writer:
+        for call in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match="copied or pickled"):
+                call(writer)
+
+
+def test_threads_share_a_writer(tmp_path, monkeypatch):
+    """As if one had done it all, one commit after another."""
+    folder, problems = tmp_path / "packed", []
+    monkeypatch.setattr(storage_writer.os, "fsync", lambda file: time.sleep(0))
+
+    def change(n):
+        try:
+            for m in range(12):
+                names = [f"{n}.{m}.{each}" for each in range(n + 1)]
+                writer.append([np.full((1 + (n + m) % 5, 4), float(n))] * (n + 1), names)
+                if m % 3 == 0:
+                    writer.remove(ids=names[:1])
+                if m == n:
+                    writer.compact()
+                assert all(name in writer for name in names[m % 3 == 0 :])
+        except BaseException as error:
+            problems.append(f"{type(error).__name__}: {error}")
+
+    with PackedWriter(folder, dim=4) as writer:
+        threads = [threading.Thread(target=change, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not problems
+    packed = PackedEmbeddings.load(folder, verify=True)
+    wanted = {f"{n}.{m}.{each}" for n in range(8) for m in range(12) for each in range(m % 3 == 0, n + 1)}
+    assert set(packed.ids) == wanted
+    for name, document in zip(packed.ids, packed, strict=True):
+        n, m, _ = map(int, name.split("."))
+        assert document.shape == (1 + (n + m) % 5, 4)
+        assert (document == n).all()
+
+
+def _use_inherited(writer, folder, found):
+    for change in (lambda: writer.append(rows(4)), lambda: writer.remove([0]), lambda: writer.compact(), writer.close):
+        try:
+            found.put(change())
+        except PackedLocked as error:
+            found.put(str(error))
+    try:
+        PackedWriter(folder)
+    except PackedLocked as error:
+        found.put(str(error))
+
+
+@forks
+def test_a_forked_child_does_not_write(tmp_path, monkeypatch):
+    """Nor take the lock away from its parent, nor wait for a thread that it has not got."""
+    folder, context = tmp_path / "packed", multiprocessing.get_context("fork")
+    started, go_on = threading.Event(), threading.Event()
+    fsync = os.fsync
+
+    def slow(file):
+        started.set()
+        go_on.wait(60)
+        fsync(file)
+
+    with PackedWriter(folder, dim=8) as writer:
+        writer.append(rows(1))
+        monkeypatch.setattr(storage_writer.os, "fsync", slow)
+        thread = threading.Thread(target=writer.append, args=(rows(2),))
+        thread.start()
+        started.wait(60)
+        found = context.Queue()
+        child = context.Process(target=_use_inherited, args=(writer, folder, found), daemon=True)
+        child.start()
+        answers = [found.get(timeout=60) for _ in range(5)]
+        child.join(60)
+        assert child.exitcode == 0
+        go_on.set()
+        thread.join()
+        writer.append(rows(3))
+    assert all(f"process {os.getpid()}; this is a fork" in answer for answer in answers[:3])
+    assert answers[3] is None
+    assert f"process {os.getpid()}" in answers[4]
+    assert PackedEmbeddings.load(folder, verify=True).lengths.tolist() == [1, 2, 3]
+
+
+@forks
+def test_the_lock_does_not_stay_with_children(tmp_path):
+    """`close` gives it back though a forked child has the file open."""
+    context = multiprocessing.get_context("fork")
+    stop = context.Event()
+    writer = PackedWriter(tmp_path / "packed", dim=8)
+    child = context.Process(target=stop.wait, args=(60,), daemon=True)
+    child.start()
+    writer.close()
+    PackedWriter(tmp_path / "packed").close()
+    stop.set()
+    child.join()
 
 
 def _read_along(folder, stop, problems):

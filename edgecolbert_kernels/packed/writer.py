@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,7 +25,8 @@ class PackedWriter:
 
     A commit is on the disk when the call returns; a process that dies at any moment leaves the commits before it. Readers
     may load the folder meanwhile: each sees the last commit of the moment it loaded. There is one writer: another, in any
-    process, gets PackedLocked until this one is closed or its process has ended.
+    process, gets PackedLocked until this one is closed or its process has ended (and, where it was not closed, the children
+    that it forked). Threads may share it. A forked child may not: what it commits would be lost, so it gets PackedLocked.
 
         with PackedWriter("index", dim=48) as writer:
             writer.append(documents, ids)
@@ -36,10 +38,13 @@ class PackedWriter:
     Raises:
         PackedFormatError: the folder is not one, or is damaged.
         PackedLocked: another writer has it open.
+
+    After `close` every method but `close` raises ValueError. A writer cannot be copied or pickled.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, dim: int | None = None, dtype: Any = None) -> None:
         self.folder = Path(folder).absolute()
+        self._threads = threading.Lock()
         if dim is not None and not self.folder.exists():
             # Where another process has just made it, it is opened.
             with contextlib.suppress(FileExistsError):
@@ -64,7 +69,11 @@ class PackedWriter:
 
     def __contains__(self, name: object) -> bool:
         """Whether a document has this id."""
-        return name in self._ids()
+        with self._alone():
+            return name in self._ids()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a PackedWriter cannot be copied or pickled: there is one writer a folder")
 
     def append(self, documents: Sequence[Any], ids: Iterable[Id] | None = None) -> None:
         """Commit `documents`: as in `PackedEmbeddings.from_list`, or a PackedEmbeddings, whose ids are taken along.
@@ -84,16 +93,18 @@ class PackedWriter:
         if not len(added):
             return
         tokens, offsets, scales = added.contiguous()
-        data: dict[str, Any] = {"tokens": tokens, "offsets": offsets[1:] + header.tokens}
+        data: dict[str, Any] = {"tokens": tokens}
         if scales is not None:
             data["scales"] = scales
-        self._add_ids(names, data)
-        first = header.documents
-        self._folder.commit(data, documents=len(added), tokens=len(tokens))
-        numbers = np.arange(first, first + len(added))
-        self._live = np.concatenate([self._live, numbers])
-        if self._numbers is not None:
-            self._numbers.update(zip(names or [], numbers.tolist(), strict=True))
+        with self._alone():
+            self._add_ids(names, data)
+            header = self._folder.header
+            data["offsets"] = offsets[1:] + header.tokens
+            self._folder.commit(data, documents=len(added), tokens=len(tokens))
+            numbers = np.arange(header.documents, header.documents + len(added))
+            self._live = np.concatenate([self._live, numbers])
+            if self._numbers is not None:
+                self._numbers.update(zip(names or [], numbers.tolist(), strict=True))
 
     def remove(self, indices: Any = None, *, ids: Iterable[Id] | None = None) -> None:
         """Commit that these documents are no longer there; their bytes stay until `compact`.
@@ -106,33 +117,39 @@ class PackedWriter:
             TypeError, ValueError: as in `PackedEmbeddings.remove`; nothing is committed.
             IndexError, KeyError: there is no such document; nothing is committed.
         """
-        gone = np.empty(0, np.int64)
-        if indices is not None:
-            gone = self._live[indices_of(indices, len(self))]
-        if ids is not None:
-            numbers = self._ids()
-            for name in (names := identifiers.listed(ids)):
-                if name not in numbers:
-                    raise checks.no_such_id(name)
-            gone = np.concatenate([gone, np.array([numbers[name] for name in names], np.int64)])
-        gone = np.unique(gone)
-        if not len(gone):
-            return
-        self._folder.commit({"removed": gone}, removed=len(gone))
-        self._live = np.setdiff1d(self._live, gone, assume_unique=True)
-        if self._numbers is not None:
-            dead = set(gone.tolist())
-            self._numbers = {name: n for name, n in self._numbers.items() if n not in dead}
+        names = None if ids is None else identifiers.listed(ids)
+        with self._alone():
+            gone = np.empty(0, np.int64)
+            if indices is not None:
+                gone = self._live[indices_of(indices, len(self))]
+            if names is not None:
+                numbers = self._ids()
+                for name in names:
+                    if name not in numbers:
+                        raise checks.no_such_id(name)
+                gone = np.concatenate([gone, np.array([numbers[name] for name in names], np.int64)])
+            gone = np.unique(gone)
+            if not len(gone):
+                return
+            self._folder.commit({"removed": gone}, removed=len(gone))
+            self._live = np.setdiff1d(self._live, gone, assume_unique=True)
+            if self._numbers is not None:
+                dead = set(gone.tolist())
+                self._numbers = {name: n for name, n in self._numbers.items() if n not in dead}
 
     def compact(self) -> None:
         """Write the folder anew without the bytes of removed documents, in one step."""
-        packed = PackedEmbeddings.load(self.folder)
-        self._folder.replace_all(*folders.commit(packed, packed.ids))
-        self._live = np.arange(len(packed))
-        self._numbers = None
+        with self._alone():
+            packed = PackedEmbeddings.load(self.folder)
+            self._folder.replace_all(*folders.commit(packed, packed.ids))
+            self._live = np.arange(len(packed))
+            self._numbers = None
 
     def close(self) -> None:
-        self._folder.close()
+        """Let others write; waits for changes that other threads are making."""
+        # A forked child inherits the threads' lock as it was: where it was held, nobody there will let it go.
+        with self._threads if self._folder.lock.owned else contextlib.nullcontext():
+            self._folder.close()
 
     def __enter__(self) -> PackedWriter:
         return self
@@ -141,6 +158,14 @@ class PackedWriter:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no other thread changes the folder, nor closes it."""
+        self._folder.lock.check()  # before waiting, for the sake of forked children, as in `close`
+        with self._threads:
+            self._folder.lock.check()
+            yield
 
     def _ids(self) -> dict[Id, int]:
         if self._numbers is None:

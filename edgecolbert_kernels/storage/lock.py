@@ -1,4 +1,7 @@
-"""One writer a folder. The system drops the lock with the process that holds it, however that ends."""
+"""One writer a folder. The system drops the lock with the process that holds it, however that ends.
+
+The lock belongs to the open file, which forked children share: they drop it last where their parent dies without `release`.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,12 @@ class PackedLocked(RuntimeError):
 
 
 class Lock:
-    """Held from construction to `release`. The file stays: removing it would let two writers lock two files."""
+    """Held from construction to `release` by the process that took it; a forked child has only inherited it. The file
+    stays: removing it would let two writers lock two files.
+    """
 
     def __init__(self, folder: Path) -> None:
+        self._folder, self._process = folder, os.getpid()
         path = folder / NAME
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
@@ -27,10 +33,30 @@ class Lock:
             process = f" (process {owner})" if owner.isdecimal() else ""
             raise PackedLocked(f"{folder} is being written by another writer{process}; there can be one") from None
         os.ftruncate(self._file, 0)
-        os.write(self._file, b"%d\n" % os.getpid())
+        os.write(self._file, b"%d\n" % self._process)
+
+    @property
+    def owned(self) -> bool:
+        """Whether this process took it."""
+        return self._process == os.getpid()
+
+    def check(self) -> None:
+        """Raise unless this process may write.
+
+        Raises:
+            PackedLocked: it is a fork of the one that took it.
+            ValueError: it was released.
+        """
+        if not self.owned:
+            raise PackedLocked(f"{self._folder} is being written by process {self._process}; this is a fork of it")
+        if self._file < 0:
+            raise ValueError(f"the writer of {self._folder} is closed")
 
     def release(self) -> None:
+        """A forked child lets go of the file alone, and the lock stays with its parent."""
         if self._file >= 0:
+            if self.owned:
+                _drop(self._file)
             os.close(self._file)
             self._file = -1
 
@@ -44,8 +70,14 @@ if sys.platform == "win32":
         msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
         os.lseek(file, 0, os.SEEK_SET)
 
+    def _drop(file: int) -> None:
+        """Goes with the file: nothing forks here."""
+
 else:
     import fcntl
 
     def _take(file: int) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _drop(file: int) -> None:
+        fcntl.flock(file, fcntl.LOCK_UN)

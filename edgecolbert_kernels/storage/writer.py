@@ -25,17 +25,17 @@ Data = Mapping[str, Any]  # what a commit adds to each data file: contiguous lit
 
 
 class FolderWriter:
-    """The one writer of a folder, from construction to `close`."""
+    """The one writer of a folder, from construction to `close`, in the process that constructed it. One thread at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         reader.read_header(folder)  # before a lock file is left in a folder that is something else
-        self._lock = Lock(folder)
+        self.lock = Lock(folder)
         try:
             # An append behind a file that was cut off would fill the hole with zeros: sizes are checked here.
             self.contents = reader.read(folder)
         except BaseException:
-            self._lock.release()
+            self.lock.release()
             raise
         self.header = self.contents.header
         self._broken = False
@@ -45,9 +45,9 @@ class FolderWriter:
 
         Raises:
             OSError: the disk refused; nothing was committed, and this writer takes no more.
+            PackedLocked, ValueError: this process does not hold the folder, or no longer.
         """
-        if self._broken:
-            raise RuntimeError(f"{self.folder}: a commit failed before; open it again to write on")
+        self._check()
         old = self.header
         parts = dict(old.parts)
         self._broken = True
@@ -67,8 +67,7 @@ class FolderWriter:
 
     def replace_all(self, new: Header, data: Data) -> None:
         """Put `data` in the place of everything that is there, in one step. `new` is a header without its parts."""
-        if self._broken:
-            raise RuntimeError(f"{self.folder}: a commit failed before; open it again to write on")
+        self._check()
         old = self.header
         new = _write_parts(self.folder, replace(new, generation=old.generation + 1), data)
         _replace_header(self.folder, new)
@@ -76,7 +75,12 @@ class FolderWriter:
         remove_strays(self.folder, new)
 
     def close(self) -> None:
-        self._lock.release()
+        self.lock.release()
+
+    def _check(self) -> None:
+        self.lock.check()
+        if self._broken:
+            raise RuntimeError(f"{self.folder}: a commit failed before; open it again to write on")
 
 
 def create(folder: Path, new: Header, data: Data) -> Header:
