@@ -49,10 +49,7 @@ def checked(ids: Iterable[Any] | None, count: int) -> list[Id] | None:
         raise checks.ids(f"{len(names)} for {count} documents", "one for each")
     if len({kind(each) for each in names}) > 1:
         raise TypeError("ids are strings and integers; want all of one kind")
-    if len(set(names)) != len(names):
-        seen: set[Id] = set()
-        twice = next(each for each in names if each in seen or seen.add(each))  # type: ignore[func-returns-value]
-        raise checks.ids(f"{twice!r} stands twice", "each once")
+    each_once(names)
     return names
 
 
@@ -67,8 +64,17 @@ def listed(ids: Iterable[Any]) -> list[Any]:
     return list(ids)
 
 
+def each_once(names: Sequence[Id]) -> None:
+    """Raise ValueError where one stands twice, as in a view that has a document twice."""
+    if len(set(names)) != len(names):
+        seen: set[Id] = set()
+        twice = next(each for each in names if each in seen or seen.add(each))  # type: ignore[func-returns-value]
+        raise checks.ids(f"{twice!r} stands twice", "each once")
+
+
 def new(names: Sequence[Id], there: Collection[Id]) -> None:
-    """Raise where one of `names` is there already, or where they are of another kind."""
+    """Raise where one of `names` is there already or stands twice, or where they are of another kind."""
+    each_once(names)
     if len(there) and len(names) and kind(names[0]) != kind(next(iter(there))):
         raise TypeError("ids are strings and integers; want all of one kind")
     twice = next((name for name in names if name in there), None)

@@ -193,6 +193,28 @@ def test_ids_stay_unique():
         PackedEmbeddings.from_list(rows(1)).append(rows(2), ["a"])
 
 
+def test_views_with_repeats(tmp_path):
+    """They can be scored, but what ids are to name has each id once."""
+    packed = PackedEmbeddings.from_list(rows(1, 2, 3), list("abc"))
+    twice = packed[[0, 0, 1]]
+    assert ek.maxsim(np.ones((1, 8), np.float32), twice).shape == (3,)
+    other = PackedEmbeddings.from_list(rows(4), ["z"])
+    packed.save(tmp_path / "there")
+    for call in (
+        lambda: twice.save(tmp_path / "packed"),
+        lambda: twice.save(tmp_path / "there", overwrite=True),
+        lambda: PackedEmbeddings.concatenate([other, twice]),
+        lambda: PackedEmbeddings.concatenate([other[:0], twice]),
+    ):
+        with pytest.raises(ValueError, match="'a' stands twice"):
+            call()
+    assert not (tmp_path / "packed").exists()
+    assert PackedEmbeddings.load(tmp_path / "there", verify=True).ids == list("abc")
+    assert other.append(rows(5), ["a"]).ids == ["z", "a"]
+    PackedEmbeddings.from_list(rows(1, 2))[[0, 0, 1]].save(tmp_path / "packed")
+    assert PackedEmbeddings.load(tmp_path / "packed").lengths.tolist() == [1, 1, 2]
+
+
 # In a folder
 
 

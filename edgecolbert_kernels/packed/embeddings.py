@@ -33,7 +33,8 @@ class PackedEmbeddings(PackedTokens):
 
     A view is frozen. `packed[i]` is document i; `packed[a:b]`, `packed[[3, 1]]` and `packed[mask]` are views of the chosen
     documents; `append` and `remove` return the changed view. All share memory. Documents are counted from 0 in every view,
-    so `remove` renumbers those behind; ids stay.
+    so `remove` renumbers those behind; ids stay. `packed[[0, 0]]` has a document and its id twice: it can be scored; saved only
+    where there are no ids.
 
     Attributes:
         dtype: the storage, by name.
@@ -132,7 +133,11 @@ class PackedEmbeddings(PackedTokens):
 
     @classmethod
     def concatenate(cls, parts: Sequence[PackedEmbeddings]) -> PackedEmbeddings:
-        """The documents of all parts in order, in the storage of the first; at least one part."""
+        """The documents of all parts in order, in the storage of the first; at least one part.
+
+        Raises:
+            ValueError: there are no parts, some documents have ids and others none, or an id stands twice.
+        """
         if not parts:
             raise ValueError("parts is empty; want at least one")
         first = parts[0].to(parts[0].dtype)
@@ -244,6 +249,7 @@ class PackedEmbeddings(PackedTokens):
 
         Raises:
             FileExistsError: something is there.
+            ValueError: an id stands twice, as in a view that has a document twice; nothing is written.
             PackedLocked: with `overwrite`, a writer has the folder open.
         """
         folder = Path(folder).absolute()
@@ -306,6 +312,7 @@ class PackedEmbeddings(PackedTokens):
             return self
         names = other.ids
         if not len(self):
+            identifiers.new(names or [], ())
             return self._grown(Room([(other, names)]), len(other))
         if (self._ids is None) is not (names is None):
             raise checks.ids("some documents have ids and others none", "ids for all or for none")

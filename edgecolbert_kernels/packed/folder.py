@@ -18,13 +18,18 @@ Commit = tuple[Header, dict[str, Any]]
 
 
 def commit(documents: PackedTokens, names: list[Id] | None) -> Commit:
-    """As a folder has them: a header without its parts, and the bytes of each."""
+    """As a folder has them: a header without its parts, and the bytes of each.
+
+    Raises:
+        ValueError: an id stands twice.
+    """
     tokens, offsets, scales = documents.contiguous()
     data: dict[str, Any] = {"tokens": tokens, "offsets": offsets}
     kind = "none"
     if scales is not None:
         data["scales"] = scales
     if names:
+        identifiers.each_once(names)
         kind = identifiers.kind(names[0])
         if kind == "int64":
             data["ids"] = np.array(names, np.int64)
