@@ -6,6 +6,7 @@ import copy
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -589,6 +590,83 @@ def test_a_crash_at_every_byte(tmp_path, monkeypatch):
         assert outcomes[-1]
 
 
+def test_a_full_disk_gets_its_room_back(tmp_path, monkeypatch):
+    """Wherever it fills up, what the commit has taken of it is freed; who reads is not disturbed."""
+    folder, write = tmp_path / "packed", os.write
+    documents = PackedEmbeddings.from_list(rows(300, 200, 400), list("abc"), dtype="int8")
+    documents.save(folder)
+    with PackedWriter(folder) as writer:
+        writer.remove([0])
+
+    def sizes():
+        return {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "lock"}
+
+    left = sizes()
+    view = PackedEmbeddings.load(folder)
+    wanted = contents(view)
+    changes = {
+        "append": lambda writer: writer.append(rows(500, 1), ["x", "y"]),
+        "remove": lambda writer: writer.remove([0]),
+        "compact": lambda writer: writer.compact(),
+        "save": lambda _: documents.save(folder, overwrite=True),
+    }
+    for name, change in changes.items():
+        for stop in range(50):
+            room = [stop * 300]
+
+            def partial_write(file, data, room=room):
+                if not room[0]:
+                    raise OSError(28, "No space left on device")
+                count = write(file, data[: room[0]])
+                room[0] -= count
+                return count
+
+            writer = None if name == "save" else PackedWriter(folder)
+            try:
+                with monkeypatch.context() as patch:
+                    patch.setattr(storage_writer.os, "write", partial_write)
+                    change(writer)
+            except OSError as error:
+                assert error.errno == 28
+            else:
+                break
+            finally:
+                if writer is not None:
+                    writer.close()
+            assert sizes() == left
+            assert contents(view) == contents(PackedEmbeddings.load(folder, verify=True)) == wanted
+        assert 0 < stop < 49, name
+        shutil.rmtree(folder)
+        documents.save(folder)
+        with PackedWriter(folder) as writer:
+            writer.remove([0])
+
+
+def test_an_error_after_the_commit_takes_nothing_back(tmp_path, monkeypatch):
+    """Once the header is renamed, its bytes are those of readers."""
+    PackedEmbeddings.from_list(rows(1, 2)).save(tmp_path / "packed")
+
+    def fail(folder):
+        raise OSError(5, "Input/output error")
+
+    for change, lengths in (
+        (lambda writer: writer.append(rows(3)), [1, 2, 3]),
+        (lambda writer: writer.remove([0]), [2, 3]),
+        (lambda writer: writer.compact(), [2, 3]),
+    ):
+        with PackedWriter(tmp_path / "packed") as writer:
+            with monkeypatch.context() as patch:
+                patch.setattr(storage_writer, "_flush_folder", fail)
+                with pytest.raises(OSError, match="Input/output"):
+                    change(writer)
+            assert PackedEmbeddings.load(tmp_path / "packed", verify=True).lengths.tolist() == lengths
+            with pytest.raises(RuntimeError, match="open it again"):
+                writer.append(rows(4))
+    with PackedWriter(tmp_path / "packed") as writer:
+        writer.append(rows(4))
+    assert PackedEmbeddings.load(tmp_path / "packed", verify=True).lengths.tolist() == [2, 3, 4]
+
+
 def test_a_full_disk(tmp_path, monkeypatch):
     """An error of the disk is raised, what was committed stays, and the writer takes no more."""
     with PackedWriter(tmp_path / "packed", dim=8) as writer:
@@ -603,6 +681,8 @@ def test_a_full_disk(tmp_path, monkeypatch):
                 writer.append(rows(2))
         with pytest.raises(RuntimeError, match="open it again"):
             writer.append(rows(2))
+        with pytest.raises(RuntimeError, match="open it again"):
+            writer.compact()
     assert PackedEmbeddings.load(tmp_path / "packed", verify=True).lengths.tolist() == [1]
     with PackedWriter(tmp_path / "packed") as writer:
         writer.append(rows(2))

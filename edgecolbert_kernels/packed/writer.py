@@ -80,7 +80,7 @@ class PackedWriter:
 
         Raises:
             TypeError, ValueError: as `from_list`, or an id is there already; nothing is committed.
-            OSError: the disk refused; nothing is committed, and the writer must be opened again.
+            OSError: the disk refused; nothing is committed, what was written is freed, and the writer must be opened again.
         """
         header = self._folder.header
         if isinstance(documents, PackedEmbeddings):

@@ -5,6 +5,7 @@ The lock belongs to the open file, which forked children share: they drop it las
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -32,8 +33,10 @@ class Lock:
             os.close(self._file)
             process = f" (process {owner})" if owner.isdecimal() else ""
             raise PackedLocked(f"{folder} is being written by another writer{process}; there can be one") from None
-        os.ftruncate(self._file, 0)
-        os.write(self._file, b"%d\n" % self._process)
+        # For messages alone: a full disk has no room for it, and is still to be opened, to remove something.
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file, 0)
+            os.write(self._file, b"%d\n" % self._process)
 
     @property
     def owned(self) -> bool:

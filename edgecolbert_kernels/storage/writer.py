@@ -2,11 +2,12 @@
 
 A commit appends to the data files, flushes them to the disk, writes the new header beside the old one, flushes it, and
 renames it over the old one. A process that dies, or a disk that fills up, at any byte leaves the old header: what lies
-behind its counts is overwritten by the next append.
+behind its counts is overwritten by the next append. Where the disk refuses, it is cut off at once, as it may be what fills it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import uuid
@@ -51,27 +52,43 @@ class FolderWriter:
         old = self.header
         parts = dict(old.parts)
         self._broken = True
-        for name, added in data.items():
-            if memoryview(added).nbytes:
-                _append(self.folder / old.file(name), added, parts[name].size)
-                parts[name] = parts[name].extended(_bytes(added))
-        new = replace(
-            old,
-            documents=old.documents + documents,
-            tokens=old.tokens + tokens,
-            removed=old.removed + removed,
-            parts=parts,
-        )
-        _replace_header(self.folder, new)
+        try:
+            for name, added in data.items():
+                if memoryview(added).nbytes:
+                    _append(self.folder / old.file(name), added, parts[name].size)
+                    parts[name] = parts[name].extended(_bytes(added))
+            new = replace(
+                old,
+                documents=old.documents + documents,
+                tokens=old.tokens + tokens,
+                removed=old.removed + removed,
+                parts=parts,
+            )
+            unfinished = _write_header(self.folder, new)
+        except OSError:
+            _take_back(self.folder, old)
+            raise
+        _rename_header(self.folder, unfinished)
         self.header, self._broken = new, False
 
     def replace_all(self, new: Header, data: Data) -> None:
-        """Put `data` in the place of everything that is there, in one step. `new` is a header without its parts."""
+        """Put `data` in the place of everything that is there, in one step. `new` is a header without its parts.
+
+        Raises:
+            OSError: the disk refused; everything is as it was.
+            PackedLocked, ValueError: as in `commit`.
+        """
         self._check()
         old = self.header
-        new = _write_parts(self.folder, replace(new, generation=old.generation + 1), data)
-        _replace_header(self.folder, new)
-        self.header = new
+        try:
+            new = _write_parts(self.folder, replace(new, generation=old.generation + 1), data)
+            unfinished = _write_header(self.folder, new)
+        except OSError:
+            _take_back(self.folder, old)
+            raise
+        self._broken = True
+        _rename_header(self.folder, unfinished)
+        self.header, self._broken = new, False
         remove_strays(self.folder, new)
 
     def close(self) -> None:
@@ -95,7 +112,7 @@ def create(folder: Path, new: Header, data: Data) -> Header:
     unfinished.mkdir()
     try:
         new = _write_parts(unfinished, new, data)
-        _replace_header(unfinished, new)
+        _rename_header(unfinished, _write_header(unfinished, new))
         try:
             unfinished.rename(folder)
         except OSError:
@@ -144,12 +161,38 @@ def _append(path: Path, data: Any, at: int) -> None:
         os.close(file)
 
 
-def _replace_header(folder: Path, new: Header) -> None:
-    path = folder / header.NAME
+def _take_back(folder: Path, current: Header) -> None:
+    """Free what an unfinished commit has taken: whole files, and the ends of those in use. `current` is the header on the
+    disk; no reader has mapped more than it counts, as no header of its generation has counted more.
+    """
+    # What refuses takes room and is not in the way: the next commit overwrites it.
+    with contextlib.suppress(OSError):
+        remove_strays(folder, current)
+    for name, part in current.parts.items():
+        with contextlib.suppress(OSError):
+            _shorten(folder / current.file(name), part.size)
+
+
+def _shorten(path: Path, size: int) -> None:
+    file = os.open(path, os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if os.fstat(file).st_size > size:  # a shorter one was damaged: longer, it would pass for whole
+            os.ftruncate(file, size)
+    finally:
+        os.close(file)
+
+
+def _write_header(folder: Path, new: Header) -> Path:
+    """Beside the old one, and on the disk."""
     unfinished = folder / f"{header.NAME}.{os.getpid()}.tmp"
     unfinished.unlink(missing_ok=True)
     _append(unfinished, header.render(new), 0)
-    os.replace(unfinished, path)
+    return unfinished
+
+
+def _rename_header(folder: Path, unfinished: Path) -> None:
+    """The commit: from here on nothing of the data may be taken back, even if this raises."""
+    os.replace(unfinished, folder / header.NAME)
     _flush_folder(folder)
 
 
