@@ -136,6 +136,11 @@ def same_dim(queries: Sequence[Any], documents: Sequence[Any]) -> None:
         raise wrong_shape("Q", queries, "a last dimension of at least 1")
 
 
+def stored_dim(seen: int, wanted: int) -> None:
+    if seen != wanted:
+        raise ValueError(f"the added documents have dim {seen}; want {wanted}, as those before them have")
+
+
 def same_batch(queries: Sequence[Any], documents: Sequence[Any]) -> None:
     count = queries[0] if len(queries) == 3 else 1
     if documents[0] != count:

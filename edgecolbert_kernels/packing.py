@@ -47,8 +47,8 @@ def pack(
         device: where the result lies: None for the memory of the host, or a torch device.
 
     Returns:
-        PackedEmbeddings of N documents, or DeviceEmbeddings on a device, without ids. The arithmetic is float32. Hidden
-        states on a GPU are packed there, in one pass over the projection.
+        PackedEmbeddings of N documents (without ids: `with_ids` gives them some), or DeviceEmbeddings on a device. The
+        arithmetic is float32. Hidden states on a GPU are packed there, in one pass over the projection.
 
     Raises:
         TypeError: an argument is not an array or has a dtype other than those.

@@ -130,6 +130,15 @@ def test_arrays_and_tensors_are_stored_alike(dtype):
         np.testing.assert_array_equal(kept.tokens.view(np.int16), torch.cat(bits).view(torch.int16).numpy())
 
 
+def test_generators():
+    rows = documents()
+    packed = PackedEmbeddings.from_list((each for each in rows), (str(n) for n in range(len(rows))))
+    assert packed.lengths.tolist() == list(LENGTHS)
+    joined = PackedEmbeddings.concatenate(packed[n : n + 1] for n in range(len(packed)))
+    assert joined.ids == packed.ids
+    assert packed.append((each for each in rows[:2]), ["x", "y"]).lengths.tolist() == [*LENGTHS, *LENGTHS[:2]]
+
+
 def test_dtype_names():
     for dtype in ("float16", np.float16, np.dtype("float16"), torch.float16):
         assert PackedEmbeddings.empty(4, dtype).dtype == "float16"
@@ -207,6 +216,23 @@ def test_ids():
     for bad in (["a", "b", 1], [1, 2, True], [1.5, 2, 3], [None, "a", "b"]):
         with pytest.raises(TypeError):
             PackedEmbeddings.from_list(rows, bad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_with_ids(dtype):
+    packed = PackedEmbeddings.from_list(documents(), list("abcdefg"), dtype=dtype)
+    for view in (packed, packed[2:5], packed[[3, 3, 0]], packed[::-1], packed[:0]):
+        named = view.with_ids(range(len(view)))
+        assert named.ids == list(range(len(view)))
+        assert [named.position(n) for n in named.ids] == named.ids
+        assert view.with_ids(None).ids is None
+        for found, wanted in zip(named, view, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+        with pytest.raises(ValueError, match="ids"):
+            view.with_ids(range(len(view) + 1))
+    assert packed.ids == list("abcdefg")
+    assert np.shares_memory(packed[2:5].with_ids([1, 2, 3]).tokens, packed.tokens)
+    assert ek.pack(np.ones((2, 3, 4), np.float32)).with_ids(["a", "b"]).position("b") == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -288,7 +314,7 @@ def test_concatenate():
     np.testing.assert_array_equal(mixed[3:].tokens, parts[1].to("int8").tokens)
     with pytest.raises(ValueError):
         PackedEmbeddings.concatenate([])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="have dim 3; want 48"):
         PackedEmbeddings.concatenate([parts[0], PackedEmbeddings.empty(3)])
     with pytest.raises(ValueError, match="ids"):
         PackedEmbeddings.concatenate([parts[0], PackedEmbeddings.from_list(rows[:1], ["a"])])

@@ -23,6 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 import edgecolbert_kernels as ek
 from cases import ragged
 from edgecolbert_kernels import PackedEmbeddings, PackedFormatError, PackedLocked, PackedWriter
+from edgecolbert_kernels.storage import reader
 from edgecolbert_kernels.storage import writer as storage_writer
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
@@ -56,6 +57,35 @@ def test_append(dtype):
         with pytest.raises(KeyError):
             view.position(n)
     assert packed.append([]) is packed
+
+
+def test_append_packed(tmp_path):
+    """A view's ids come along, as with a writer; others may be given."""
+    named, nameless = PackedEmbeddings.from_list(rows(1, 2), ["a", "b"]), PackedEmbeddings.from_list(rows(3))
+    other = PackedEmbeddings.from_list(rows(4, 5, 6), ["x", "y", "z"], dtype="int8")[[2, 0]]
+    for start, added, ids, wanted in (
+        (named, other, None, ["a", "b", "z", "x"]),
+        (named, other, ["c", "d"], ["a", "b", "c", "d"]),
+        (named, nameless, ["c"], ["a", "b", "c"]),
+        (nameless, nameless, None, None),
+        (nameless, other, None, ValueError),
+        (named, nameless, None, ValueError),
+        (named, named, None, ValueError),
+        (named, PackedEmbeddings.empty(9), None, ValueError),
+    ):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        start.save(folder)
+        with PackedWriter(folder) as writer:
+            if wanted is ValueError:
+                for owner in (start, writer):
+                    with pytest.raises(ValueError, match=r"ids|dim 9; want 8"):
+                        owner.append(added, ids)
+                continue
+            writer.append(added, ids)
+        grown, stored = start.append(added, ids), PackedEmbeddings.load(folder, verify=True)
+        assert grown.ids == stored.ids == wanted
+        assert grown.dtype == "float16"
+        assert contents(grown) == contents(stored)
 
 
 def test_append_copies_little():
@@ -246,6 +276,18 @@ class Growing(RuleBasedStateMachine):
             ids, PackedEmbeddings.from_list(documents, dtype=self.dtype, dim=3).to("float32"), strict=True
         )
 
+    @rule(data=st.data(), new=st.integers(0, 2))
+    def upsert(self, data, new):
+        self.counter += 1
+        there = [name for name, _ in self.model]
+        old = data.draw(st.lists(st.sampled_from(there), max_size=3, unique=True)) if there else []
+        ids = [*old, *(f"{self.counter}.{n}" for n in range(new))]
+        documents = rows(*range(len(ids)), seed=self.counter, dim=3)
+        self.writer.upsert(documents, ids)
+        self.memory = self.memory.remove(ids=old).append(documents, ids)
+        stored = PackedEmbeddings.from_list(documents, dtype=self.dtype, dim=3).to("float32")
+        self.model = [each for each in self.model if each[0] not in old] + list(zip(ids, stored, strict=True))
+
     @rule(data=st.data())
     def remove(self, data):
         if not self.model:
@@ -319,6 +361,47 @@ def test_writer(tmp_path):
         PackedWriter(tmp_path / "packed", dim=8, dtype="float16")
     # The refusals gave the lock back.
     PackedWriter(tmp_path / "packed", dim=8, dtype=np.int8).close()
+
+
+def test_upsert(tmp_path):
+    folder = tmp_path / "packed"
+    with PackedWriter(folder, dim=8) as writer:
+        writer.upsert(rows(1, 2), ["a", "b"])
+        writer.upsert(PackedEmbeddings.from_list(rows(3, 4), ["c", "a"]))
+        assert (len(writer), "a" in writer) == (3, True)
+        writer.upsert([])
+        for bad, error in ((None, ValueError), (["b", "b"], ValueError), (["b", 1], TypeError), ([1, 2], ValueError)):
+            with pytest.raises(error, match="ids"):
+                writer.upsert(rows(5, 6), bad)
+        writer.remove(ids=["c"])
+        writer.append(rows(7), ["c"])
+    packed = PackedEmbeddings.load(folder, verify=True)
+    assert (packed.ids, packed.lengths.tolist()) == (["b", "a", "c"], [2, 4, 7])
+    PackedEmbeddings.from_list(rows(1)).save(tmp_path / "nameless")
+    with PackedWriter(tmp_path / "nameless") as writer, pytest.raises(ValueError, match="ids"):
+        writer.upsert(rows(2), ["a"])
+
+
+def test_a_refused_append_leaves_an_empty_folder_alone(tmp_path):
+    twice = PackedEmbeddings.from_list(rows(1, 2), ["a", "b"])[[0, 0]]
+    with PackedWriter(tmp_path / "packed", dim=8) as writer:
+        for change in (writer.append, writer.upsert):
+            with pytest.raises(ValueError, match="'a' stands twice"):
+                change(twice)
+        assert reader.read_header(tmp_path / "packed").ids == "none"
+
+
+def test_a_writer_in_an_empty_folder(tmp_path):
+    (tmp_path / "packed").mkdir()
+    with PackedWriter(tmp_path / "packed", dim=8) as writer:
+        writer.append(rows(1))
+    assert len(PackedEmbeddings.load(tmp_path / "packed", verify=True)) == 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.txt").write_text("years of work")
+    for path in (tmp_path / "other", tmp_path / "other/thesis.txt"):
+        with pytest.raises(PackedFormatError):
+            PackedWriter(path, dim=8)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.txt"]
 
 
 def test_appending_rewrites_nothing(tmp_path):
@@ -551,6 +634,7 @@ def test_a_crash_at_every_byte(tmp_path, monkeypatch):
     changes = {
         "append": (lambda writer: writer.append(rows(2, 0, 1, seed=5), ["x", "y", "z"]), ["b", "c"], ["b", "c", "x", "y", "z"]),
         "remove": (lambda writer: writer.remove(ids=["c"]), ["b", "c"], ["b"]),
+        "upsert": (lambda writer: writer.upsert(rows(2, 1, seed=5), ["b", "x"]), ["b", "c"], ["c", "b", "x"]),
         "compact": (lambda writer: writer.compact(), ["b", "c"], ["b", "c"]),
     }  # fmt: skip
     for name, (change, before, after) in changes.items():

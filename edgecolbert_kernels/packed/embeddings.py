@@ -65,7 +65,7 @@ class PackedEmbeddings(PackedTokens):
     @classmethod
     def from_list(
         cls,
-        documents: Sequence[Any],
+        documents: Iterable[Any],
         ids: Iterable[Id] | None = None,
         *,
         dtype: Any = "float16",
@@ -85,7 +85,7 @@ class PackedEmbeddings(PackedTokens):
             TypeError: a document is not an array of floats, or an id is neither a string nor an integer.
             ValueError: shapes differ, an id repeats, or a finite value is too large for `dtype`.
         """
-        dtype = dtypes.name(dtype)
+        dtype, documents = dtypes.name(dtype), list(documents)
         arrays = making.from_list(documents, dtype, dim)
         return cls(dtype, *arrays, identifiers.checked(ids, len(documents)))
 
@@ -132,17 +132,18 @@ class PackedEmbeddings(PackedTokens):
         return cls.from_list([], dtype=dtype, dim=dim)
 
     @classmethod
-    def concatenate(cls, parts: Sequence[PackedEmbeddings]) -> PackedEmbeddings:
+    def concatenate(cls, parts: Iterable[PackedEmbeddings]) -> PackedEmbeddings:
         """The documents of all parts in order, in the storage of the first; at least one part.
 
         Raises:
             ValueError: there are no parts, some documents have ids and others none, or an id stands twice.
         """
+        parts = list(parts)
         if not parts:
             raise ValueError("parts is empty; want at least one")
-        first = parts[0].to(parts[0].dtype)
+        first = parts[0]
         for part in parts[1:]:
-            first = first._extended(part)
+            first = first._extended(part._fitted(first.dtype, first.dim))
         return first
 
     # Looking
@@ -213,16 +214,31 @@ class PackedEmbeddings(PackedTokens):
         """`to("cuda")`."""
         return self.to("cuda")
 
-    def append(self, documents: Sequence[Any], ids: Iterable[Id] | None = None) -> PackedEmbeddings:
-        """The view with `documents` (as in `from_list`) at its end; this one stays as it is.
+    def with_ids(self, ids: Iterable[Id] | None) -> PackedEmbeddings:
+        """The same documents with these ids, as in `from_list`, in the place of those that they have; None for none.
+
+        Memory is shared, unless documents were chosen one by one: these are copied together.
+
+        Raises:
+            TypeError, ValueError: as in `from_list`.
+        """
+        names = identifiers.checked(ids, len(self))
+        scattered = self._rows is not None
+        arrays = self.contiguous() if scattered else (self._tokens, self._offsets, self._scales)
+        return PackedEmbeddings(self._dtype, *arrays, names)
+
+    def append(self, documents: Iterable[Any], ids: Iterable[Id] | None = None) -> PackedEmbeddings:
+        """The view with `documents` at its end: as in `from_list`, or a PackedEmbeddings, whose ids are taken along where
+        no others are given. This one stays as it is.
 
         In a chain of appends each document is copied a bounded number of times, as with a list. Memory only: a view of a
         folder is copied into memory first. `PackedWriter` appends to the folder.
 
         Raises:
-            ValueError: ids are given where there were none, or the other way round, or one is there already.
+            TypeError, ValueError: as in `from_list`; or ids come where there were none, or the other way round, or one is
+                there already.
         """
-        return self._extended(PackedEmbeddings.from_list(documents, ids, dtype=self._dtype, dim=self.dim))
+        return self._extended(as_packed(documents, ids, self._dtype, self.dim))
 
     def remove(self, indices: Any = None, *, ids: Iterable[Id] | None = None) -> PackedEmbeddings:
         """The view without these documents, named by indices, a bool mask `[N]`, or ids. Nothing is copied.
@@ -305,9 +321,14 @@ class PackedEmbeddings(PackedTokens):
         rows = index.astype(np.int64) if self._rows is None else self._rows[index]
         return PackedEmbeddings(self._dtype, self._tokens, self._offsets, self._scales, self._ids, rows, self._room)
 
+    def _fitted(self, dtype: str, dim: int) -> PackedEmbeddings:
+        """These documents for others of this storage and dim."""
+        checks.stored_dim(self.dim, dim)
+        fitted: PackedEmbeddings = self.to(dtype)
+        return fitted
+
     def _extended(self, other: PackedEmbeddings) -> PackedEmbeddings:
-        checks.same_dim((len(self), self.dim), (len(other), other.dim))
-        other = other.to(self._dtype)
+        """With documents of the same storage and dim at its end."""
         if not len(other):
             return self
         names = other.ids
@@ -355,6 +376,15 @@ class PackedEmbeddings(PackedTokens):
         with _LOOKUPS:
             positions, self._positions = self._lookup(), None
         return positions
+
+
+def as_packed(documents: Iterable[Any], ids: Iterable[Id] | None, dtype: str, dim: int) -> PackedEmbeddings:
+    """Documents to be added to others of this storage and dim: as in `from_list`, or packed already, with their own ids
+    where none are given.
+    """
+    if not isinstance(documents, PackedEmbeddings):
+        return PackedEmbeddings.from_list(documents, ids, dtype=dtype, dim=dim)
+    return (documents if ids is None else documents.with_ids(ids))._fitted(dtype, dim)
 
 
 def _device(seen: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,12 +16,12 @@ from edgecolbert_kernels import checks, dtypes, identifiers
 from edgecolbert_kernels.device.documents import indices_of
 from edgecolbert_kernels.identifiers import Id
 from edgecolbert_kernels.packed import folder as folders
-from edgecolbert_kernels.packed.embeddings import PackedEmbeddings
+from edgecolbert_kernels.packed.embeddings import PackedEmbeddings, as_packed
 from edgecolbert_kernels.storage import writer
 
 
 class PackedWriter:
-    """Changes a folder of packed embeddings: `append` and `remove` are commits that a crash cannot halve.
+    """Changes a folder of packed embeddings: `append`, `remove` and `upsert` are commits that a crash cannot halve.
 
     A commit is on the disk when the call returns; a process that dies at any moment leaves the commits before it. Readers
     may load the folder meanwhile: each sees the last commit of the moment it loaded. There is one writer: another, in any
@@ -32,7 +32,7 @@ class PackedWriter:
             writer.append(documents, ids)
 
     Args:
-        folder: of packed embeddings; a new one is created if `dim` is given.
+        folder: of packed embeddings; if `dim` is given, one that does not exist or is empty becomes one.
         dim, dtype: of a new folder. An existing one must have the same, where they are given.
 
     Raises:
@@ -45,7 +45,7 @@ class PackedWriter:
     def __init__(self, folder: str | os.PathLike[str], *, dim: int | None = None, dtype: Any = None) -> None:
         self.folder = Path(folder).absolute()
         self._threads = threading.Lock()
-        if dim is not None and not self.folder.exists():
+        if dim is not None and (not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir()))):
             # Where another process has just made it, it is opened.
             with contextlib.suppress(FileExistsError):
                 PackedEmbeddings.empty(dim, "float16" if dtype is None else dtype).save(self.folder)
@@ -75,36 +75,25 @@ class PackedWriter:
     def __reduce__(self) -> Any:
         raise TypeError("a PackedWriter cannot be copied or pickled: there is one writer a folder")
 
-    def append(self, documents: Sequence[Any], ids: Iterable[Id] | None = None) -> None:
-        """Commit `documents`: as in `PackedEmbeddings.from_list`, or a PackedEmbeddings, whose ids are taken along.
+    def append(self, documents: Iterable[Any], ids: Iterable[Id] | None = None) -> None:
+        """Commit `documents`: as in `PackedEmbeddings.from_list`, or a PackedEmbeddings, whose ids are taken along where no
+        others are given.
 
         Raises:
             TypeError, ValueError: as `from_list`, or an id is there already; nothing is committed.
             OSError: the disk refused; nothing is committed, what was written is freed, and the writer must be opened again.
         """
-        header = self._folder.header
-        if isinstance(documents, PackedEmbeddings):
-            added = documents.to(header.dtype)
-            checks.same_dim((0, header.dim), (0, added.dim))
-            names = identifiers.checked(added.ids if ids is None else ids, len(added))
-        else:
-            added = PackedEmbeddings.from_list(documents, ids, dtype=header.dtype, dim=header.dim)
-            names = added.ids
-        if not len(added):
-            return
-        tokens, offsets, scales = added.contiguous()
-        data: dict[str, Any] = {"tokens": tokens}
-        if scales is not None:
-            data["scales"] = scales
-        with self._alone():
-            self._add_ids(names, data)
-            header = self._folder.header
-            data["offsets"] = offsets[1:] + header.tokens
-            self._folder.commit(data, documents=len(added), tokens=len(tokens))
-            numbers = np.arange(header.documents, header.documents + len(added))
-            self._live = np.concatenate([self._live, numbers])
-            if self._numbers is not None:
-                self._numbers.update(zip(names or [], numbers.tolist(), strict=True))
+        self._add(documents, ids, replacing=False)
+
+    def upsert(self, documents: Iterable[Any], ids: Iterable[Id] | None = None) -> None:
+        """The same for documents with ids, in the place of those that have these ids already: both in one commit. The new
+        ones stand at the end.
+
+        Raises:
+            TypeError, ValueError: as `from_list`, or there are no ids; nothing is committed.
+            OSError: as in `append`.
+        """
+        self._add(documents, ids, replacing=True)
 
     def remove(self, indices: Any = None, *, ids: Iterable[Id] | None = None) -> None:
         """Commit that these documents are no longer there; their bytes stay until `compact`.
@@ -173,7 +162,33 @@ class PackedWriter:
             self._numbers = {} if names is None else dict(zip(names, self._live.tolist(), strict=True))
         return self._numbers
 
-    def _add_ids(self, names: list[Id] | None, data: dict[str, Any]) -> None:
+    def _add(self, documents: Iterable[Any], ids: Iterable[Id] | None, *, replacing: bool) -> None:
+        header = self._folder.header  # dtype and dim stay, whatever other threads change
+        added = as_packed(documents, ids, header.dtype, header.dim)
+        if not len(added):
+            return
+        names = added.ids
+        if replacing and not names:
+            raise checks.ids("none are given", "one for each document")
+        identifiers.each_once(names or [])
+        tokens, offsets, scales = added.contiguous()
+        data: dict[str, Any] = {"tokens": tokens}
+        if scales is not None:
+            data["scales"] = scales
+        with self._alone():
+            self._add_ids(names, data, replacing)
+            header = self._folder.header
+            data["offsets"] = offsets[1:] + header.tokens
+            gone = data.get("removed", ())
+            self._folder.commit(data, documents=len(added), tokens=len(tokens), removed=len(gone))
+            numbers = np.arange(header.documents, header.documents + len(added))
+            live = np.setdiff1d(self._live, gone, assume_unique=True) if len(gone) else self._live
+            self._live = np.concatenate([live, numbers])
+            if self._numbers is not None:
+                self._numbers.update(zip(names or [], numbers.tolist(), strict=True))
+
+    def _add_ids(self, names: list[Id] | None, data: dict[str, Any], replacing: bool) -> None:
+        """The ids of new documents, and the removal of those that they replace, to what is committed."""
         header = self._folder.header
         kind = identifiers.kind(names[0]) if names else "none"
         if kind != header.ids:
@@ -182,7 +197,11 @@ class PackedWriter:
             self._folder.replace_all(*folders.nothing(header, kind))
         if not names:
             return
-        identifiers.new(names, self._ids())
+        there = self._ids()
+        if replacing:
+            data["removed"] = np.array([there[name] for name in names if name in there], np.int64)
+        else:
+            identifiers.new(names, there)
         if kind == "int64":
             data["ids"] = np.array(names, np.int64)
         else:
