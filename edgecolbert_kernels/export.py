@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from edgecolbert_kernels import checks
 from edgecolbert_kernels.packed import PackedEmbeddings
 
 Array = np.ndarray
@@ -22,7 +23,11 @@ def batches(documents: PackedEmbeddings, size: int = BATCH) -> Iterator[tuple[li
     The hand-over to PyLate and fast-plaid: `index.add_documents(documents_ids=ids, documents_embeddings=matrices)`, or
     `[torch.from_numpy(matrix) for matrix in matrices]` for `fast_plaid.search.FastPlaid.create`. Documents without
     tokens are left out: neither of them takes any.
+
+    Raises:
+        TypeError, ValueError: `size` is not an integer of at least 1.
     """
+    checks.at_least("size", size, 1)
     for start in range(0, len(documents), size):
         part = documents[start : start + size]
         ids = part.ids or list(range(start, start + len(part)))

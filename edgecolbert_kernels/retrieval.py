@@ -61,7 +61,7 @@ def search(
         q_mask: as in `maxsim`.
         precision: "fast" or "exact": only the time differs.
         candidates: the documents of each query, as one array of integers a query: search becomes a reranker. An index
-            that stands twice counts once.
+            that stands twice counts once, and -1 not at all, so that results may be fed back.
         filter: the documents that may be found, for all queries: a bool mask `[Nd]` or indices.
         ids: the same by their ids, where documents are a PackedEmbeddings with ids.
 
@@ -76,10 +76,10 @@ def search(
     checks.options("exclude", precision)
     checks.at_least("k", k, 0)
     k = int(k)
-    packed = _packed(documents)
+    packed = _packed(documents, Q)
     single = not isinstance(Q, (list, tuple)) and len(getattr(Q, "shape", ())) == 2
     if single:
-        Q, q_mask = Q[None], None if q_mask is None else q_mask[None]
+        Q, q_mask = Q[None], q_mask[None] if hasattr(q_mask, "shape") else q_mask
     allowed = _allowed(packed, filter, ids)
     if packed.device is not None or checks.on_accelerator(Q):
         scores, indices = _search_there(Q, packed, k, q_mask, candidates, allowed)
@@ -258,7 +258,7 @@ def _candidate_lists(
         if index.dtype.kind not in "iu":
             raise checks.wrong_dtype(f"candidates[{first + n}]", index.dtype, checks.INTEGERS)
         checks.rank(f"candidates[{first + n}]", index.shape, (1,), "one dimension")
-        index = np.unique(index)
+        index = np.unique(index[index != -1])
         checks.index(f"candidates[{first + n}]", index, len(documents))
         lists.append(index if allowed is None else np.intersect1d(index, allowed, assume_unique=True))
     return lists
@@ -306,18 +306,26 @@ class _Best:
         self.indices[query[kept], place[kept]] = document[kept]
 
 
-def _packed(documents: Any) -> Any:
+def _packed(documents: Any, Q: Any) -> Any:
+    """As they are stored; without any, in the dimension of the queries."""
     if isinstance(documents, Stored):
         return documents
     if checks.on_accelerator(documents):
         return _packed_there(documents)
     if isinstance(documents, (list, tuple)):
         names = {dtypes.matrix(f"documents[{n}]", each)[1] for n, each in enumerate(documents)}
-        return PackedEmbeddings.from_list(documents, dtype=names.pop() if len(names) == 1 else "float32")
+        dim = None if documents else _dim(Q)
+        return PackedEmbeddings.from_list(documents, dtype=names.pop() if len(names) == 1 else "float32", dim=dim)
     rows, _ = dtypes.matrix("documents", documents)
     checks.rank("documents", rows.shape, (3,), "[Nd, Ld, d], a list of [Ld, d] or a PackedEmbeddings")
     count, length, dim = rows.shape
     return PackedEmbeddings.from_arrays(rows.reshape(count * length, dim), np.arange(count + 1) * length)
+
+
+def _dim(Q: Any) -> int | None:
+    """The last dimension of queries in any form, None where there is none."""
+    shape = getattr(Q[0] if isinstance(Q, (list, tuple)) and Q else Q, "shape", None)
+    return shape[-1] if shape else None
 
 
 def _allowed(documents: Any, filter: Any, ids: Iterable[Any] | None) -> Array | None:

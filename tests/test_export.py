@@ -31,6 +31,12 @@ def test_batches(documents, dtype):
         torch.from_numpy(rows)
 
 
+def test_batches_of_no_size(documents):
+    for bad, error in ((0, ValueError), (-1, ValueError), (2.5, TypeError)):
+        with pytest.raises(error, match="size is"):
+            list(export.batches(documents, bad))
+
+
 def test_qdrant(documents):
     client = pytest.importorskip("qdrant_client").QdrantClient(":memory:")
     export.to_qdrant(documents, client, "documents")

@@ -139,6 +139,21 @@ def test_generators():
     assert packed.append((each for each in rows[:2]), ["x", "y"]).lengths.tolist() == [*LENGTHS, *LENGTHS[:2]]
 
 
+def test_nothing_of_no_dim():
+    for nothing in ([], iter([])):
+        with pytest.raises(ValueError, match="at least one document, or dim"):
+            PackedEmbeddings.from_list(nothing)
+
+
+def test_contains():
+    packed = PackedEmbeddings.from_list(documents(), list("abcdefg"))
+    view = packed[2:5]
+    assert [name in view for name in "abcdefg"] == [False, False, True, True, True, False, False]
+    assert 3 not in view
+    assert "h" not in view.append(documents()[:1], ["z"])
+    assert "a" not in view.with_ids(None)
+
+
 def test_dtype_names():
     for dtype in ("float16", np.float16, np.dtype("float16"), torch.float16):
         assert PackedEmbeddings.empty(4, dtype).dtype == "float16"
@@ -179,6 +194,9 @@ def test_from_arrays_shares_memory():
     for bad in ([-1, 1], [np.nan, 1], [1]):
         with pytest.raises(ValueError, match="scales"):
             PackedEmbeddings.from_arrays(np.ones((6, 4), np.int8), offsets, bad)
+    with pytest.raises(ValueError, match="-128"):
+        PackedEmbeddings.from_arrays(np.full((6, 4), -128, np.int8), offsets, [1, 1])
+    assert len(PackedEmbeddings.from_arrays(np.zeros((0, 4), np.int8), [0, 0], [1])) == 1
     with pytest.raises(TypeError, match="scales"):
         PackedEmbeddings.from_arrays(tokens, offsets, [1, 1])
     with pytest.raises(TypeError, match="scales"):

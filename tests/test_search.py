@@ -261,6 +261,24 @@ def test_more_than_there_are(candidates):
     same((scores, indices), ranked(ek.maxsim(Q, packed), k, None if candidates is None else np.array(candidates[0])))
 
 
+def test_no_documents(blocks):
+    Q = embeddings(2, 3, 4, seed=1)
+    for queries, shape in ((Q, (2, 3)), (Q.numpy(), (2, 3)), (list(Q), (2, 3)), (Q[0], (3,))):
+        scores, indices = ek.search(queries, [], 3)
+        assert tuple(scores.shape) == tuple(indices.shape) == shape
+        assert (np.asarray(indices) == -1).all()
+
+
+def test_results_as_candidates(blocks, precision):
+    """Rows that were filled with -1 go in as they came out."""
+    packed, Q = collection(), embeddings(5, 12, 48, seed=3)
+    for queries in (Q.numpy(), Q):
+        found = ek.search(queries, packed, 9, filter=[4, 7, 30], precision=precision)
+        again = ek.search(queries, packed, 9, candidates=found[1], precision=precision)
+        assert (np.asarray(found[1])[:, 3:] == -1).all()
+        same(tuple(map(np.asarray, again)), tuple(map(np.asarray, found)))
+
+
 def test_wrong_calls():
     Q, packed = np.ones((2, 3, 48), np.float32), collection()
     with pytest.raises(ValueError, match="k is -1"):
@@ -277,9 +295,11 @@ def test_wrong_calls():
     with pytest.raises(IndexError, match=r"candidates\[1\]"):
         ek.search(Q, packed, 1, candidates=[[1], [60]])
     with pytest.raises(IndexError, match=r"candidates\[0\]"):
-        ek.search(Q, packed, 1, candidates=[[-1], [6]])
+        ek.search(Q, packed, 1, candidates=[[-2], [6]])
     with pytest.raises(TypeError, match=r"candidates\[0\]"):
         ek.search(Q, packed, 1, candidates=[[0.5], [6]])
+    with pytest.raises(TypeError, match="q_mask is a list"):
+        ek.search(Q[0], packed, 1, q_mask=[True, True, False])
     with pytest.raises(ValueError, match="mask"):
         ek.search(Q, packed, 1, filter=np.ones(3, bool))
     with pytest.raises(IndexError):

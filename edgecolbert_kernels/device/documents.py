@@ -17,6 +17,18 @@ class Documents(Stored):
 
     __slots__ = ()
 
+    def position(self, name: Any) -> int:
+        """Where the document with this id stands. KeyError where there is none."""
+        raise NotImplementedError
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a document has this id."""
+        try:
+            self.position(name)
+        except KeyError:
+            return False
+        return True
+
     def indices_of(self, key: Any) -> np.ndarray:
         """Those that `key` names, as `indices_of` below."""
         return indices_of(key, len(self))

@@ -119,9 +119,14 @@ class PackedEmbeddings(PackedTokens):
         """Take documents that are packed already: offsets are copied, tokens and scales only where they are not contiguous.
 
         Args:
-            tokens: `[T, d]` float16, float32, uint16 (bits of bfloat16) or, with `scales`, int8; numpy or torch.
+            tokens: `[T, d]` float16, float32, uint16 (bits of bfloat16) or, with `scales`, int8 from -127 to 127; numpy or
+                torch. int8 is read once to make sure, also where it is mapped.
             offsets: `[N + 1]` integers from 0 to T: document n is the rows from `offsets[n]` to `offsets[n + 1]`.
             scales: float32 `[N]`, finite and not negative, where tokens are int8.
+
+        Raises:
+            TypeError: a dtype is another, or scales are given or missing.
+            ValueError: a shape, an offset, a scale or an int8 token is not one of these.
         """
         dtype, arrays = making.from_arrays(tokens, offsets, scales)
         return cls(dtype, *arrays, identifiers.checked(ids, len(arrays[1]) - 1))

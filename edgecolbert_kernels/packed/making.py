@@ -25,14 +25,16 @@ def from_list(documents: Sequence[Any], dtype: str, dim: int | None) -> Arrays:
         dim = rows.shape[1] if dim is None else dim
         if rows.shape[1] != dim:
             raise checks.wrong_shape(f"documents[{n}]", rows.shape, f"[L, {dim}]")
-    checks.at_least("dim", 0 if dim is None else dim, 1)
+    if dim is None:
+        raise ValueError("there are no documents, and dim is None; want at least one document, or dim")
+    checks.at_least("dim", dim, 1)
     # The kernels read one dtype, and dimensions that lie side by side.
     if available() and len({given for _, given in matrices}) == 1:
         return _stored(
             pack_list, [_readable(rows) for rows, _ in matrices], dtype=dtype, threads=threads_of(next(iter(documents)))
         )
     offsets = offsets_of([len(rows) for rows, _ in matrices])
-    tokens = np.empty((int(offsets[-1]), int(dim or 0)), dtypes.STORAGE[dtype])
+    tokens = np.empty((int(offsets[-1]), dim), dtypes.STORAGE[dtype])
     scales = np.empty(len(matrices), np.float32) if dtype == "int8" else None
     for n, (rows, given) in enumerate(matrices):
         scale = dtypes.store(f"documents[{n}]", rows, given, dtype, tokens[offsets[n] : offsets[n + 1]])
@@ -85,6 +87,9 @@ def from_arrays(tokens: Any, offsets: Any, scales: Any) -> tuple[str, Arrays]:
     if (scales is None) is (dtype == "int8"):
         raise checks.not_an_array("scales", scales, "float32 [N] with int8 tokens, None with others")
     if scales is not None:
+        # The format has none, and the kernels' sums are bounded without.
+        if rows.size and rows.min() == -128:
+            raise ValueError("tokens has values of -128; int8 storage is -127 to 127")
         scales = np.require(np.asarray(scales), np.float32, ["C", "A"])
         checks.scales(scales, len(boundaries) - 1, bool((np.isfinite(scales) & (scales >= 0)).all()))
     return dtype, (np.require(np.asarray(rows), None, ["C", "A"]), boundaries, scales)

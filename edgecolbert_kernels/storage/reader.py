@@ -189,6 +189,10 @@ def _open(path: Path) -> int:
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
+        if path.is_symlink():
+            raise PackedFormatError(
+                f"{path} is a symbolic link, and links are not followed; copy the files themselves (cp -rL)"
+            ) from None
         raise PackedFormatError(f"{path} cannot be opened as a file ({error.strerror})") from None
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
