@@ -39,7 +39,7 @@ class PackedWriter:
         PackedFormatError: the folder is not one, or is damaged.
         PackedLocked: another writer has it open.
 
-    After `close` every method but `close` raises ValueError. A writer cannot be copied or pickled.
+    After `close`, changes and `in` raise ValueError. A writer cannot be copied or pickled.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, dim: int | None = None, dtype: Any = None) -> None:
@@ -86,8 +86,8 @@ class PackedWriter:
         self._add(documents, ids, replacing=False)
 
     def upsert(self, documents: Iterable[Any], ids: Iterable[Id] | None = None) -> None:
-        """The same for documents with ids, in the place of those that have these ids already: both in one commit. The new
-        ones stand at the end.
+        """As `append`, for documents with ids, and in the same commit remove those that have had these ids. The new ones
+        stand at the end.
 
         Raises:
             TypeError, ValueError: as `from_list`, or there are no ids; nothing is committed.
