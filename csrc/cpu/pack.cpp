@@ -126,18 +126,9 @@ int64_t pack(const Kernels& kernels, const PackCall& call) {
     return tokens;
   };
   auto store = [&](int64_t j, int thread, StoreJob& job) {
-    job.source_dtype = source.dtype;
-    job.dtype = call.dtype;
-    job.dim = source.dim;
-    job.normalize = call.normalize;
-    job.stream = rows * row_bytes >= kStreamedBytes;
-    job.roomy = is_roomy();
-    job.rows_ahead = 1 + ahead / std::max<int64_t>(source.dim * bytes_of(source.dtype), 1);
-    job.all_numbers = source.mask ? all_numbers.data() : nullptr;
     job.out = call.out + (call.offsets[j] - call.offsets[0]) * row_bytes;
     job.inverse_norms = norms.data() + row_numbers * (2 * thread + j % 2);
     job.next_inverse_norms = norms.data() + row_numbers * (2 * thread + (j + 1) % 2);
-    job.buffer = buffers.data() + scratch * thread;
     kernels.store_tokens(&job);
     if (call.dtype == DType::i8) call.scales[j] = job.scale;
     if (job.finite) return;
@@ -151,6 +142,15 @@ int64_t pack(const Kernels& kernels, const PackCall& call) {
   parallel_for(runs, threads, [&](int64_t run, int thread) {
     const int64_t begin = source.count * run / runs, end = source.count * (run + 1) / runs;
     StoreJob job{};
+    job.source_dtype = source.dtype;
+    job.dtype = call.dtype;
+    job.dim = source.dim;
+    job.normalize = call.normalize;
+    job.stream = rows * row_bytes >= kStreamedBytes;
+    job.roomy = is_roomy();
+    job.rows_ahead = 1 + ahead / std::max<int64_t>(source.dim * bytes_of(source.dtype), 1);
+    job.all_numbers = source.mask ? all_numbers.data() : nullptr;
+    job.buffer = buffers.data() + scratch * thread;
     Tokens next = tokens_of(begin, thread), after{};
     for (int64_t j = begin; j < end; ++j) {
       job.source = next;
