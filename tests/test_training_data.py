@@ -60,6 +60,8 @@ def test_a_batch_comes_from_one_source_and_weights_say_how_often(task, tmp_path)
     assert Counter(exact.choice.tolist()) == {0: 7, 1: 5}
     weighted = batches(config.Source(str(task), weight=1), config.Source(path, weight=3), steps=400)
     assert 250 < Counter(weighted.choice.tolist())[1] < 350
+    never = batches(config.Source(str(task), weight=1), config.Source(path, weight=0), steps=40)
+    assert Counter(never.choice.tolist()) == {0: 40}
 
 
 @pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz"])

@@ -47,7 +47,7 @@ class Batches:
         whole = len(counts) == len(self.sources)
         if train.steps is None and not whole:
             raise ConfigError("train.steps is missing: a streamed data set has no known length")
-        self.steps = train.steps or max(1, round(train.epochs * sum(counts)))
+        self.steps = max(1, round(train.epochs * sum(counts))) if train.steps is None else train.steps
         rng = np.random.default_rng([self.seed, 0x5EED])
         weights = [source.weight for source in self.sources]
         if whole and all(weight is None for weight in weights):
@@ -59,7 +59,7 @@ class Batches:
         else:
             if any(weight is None for weight in weights) and len(weights) > 1:
                 raise ConfigError("data.sources: give every data set a weight, as some have one or are streamed")
-            shares = np.array([weight or 1.0 for weight in weights])
+            shares = np.array([1.0 if weight is None else weight for weight in weights])
             self.choice = rng.choice(len(shares), self.steps, p=shares / shares.sum())
         # The how-manieth batch of its source a step is.
         self.turn = np.zeros(self.steps, np.int64)
