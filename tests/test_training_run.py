@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
@@ -9,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -296,6 +298,23 @@ def test_a_broken_checkpoint_is_named(place, tmp_path):
         ("train", "want key=value"),
         ("loss.kind=kl", None),
         ("model.head.widths=[4.5]", r"model.head.widths\[0\] is 4.5; want a whole number"),
+        ("model.head.widths=[0, 16]", r"a.toml: model.head.widths\[0\] is 0; want more than 0"),
+        ("data.sources=[{path='x', weight=-1}]", r"data.sources\[0\].weight is -1.0; want 0 or more"),
+        ("data.sources=[{path='x', weight=nan}]", r"data.sources\[0\].weight is nan; want a finite number"),
+        ("data.sources=[{path='x', weight=0}, {path='y', weight=0}]", "data.sources have no weight but 0"),
+        ("data.sources=[{path='x', streaming=true, buffer=0}]", r"data.sources\[0\].buffer is 0; want more than 0"),
+        ("data.negatives=-1", "data.negatives is -1; want 0 or more"),
+        ("data.limit=-5", "data.limit is -5; want more than 0"),
+        ("loss.temperature=0", "loss.temperature is 0.0; want more than 0"),
+        ("loss.teacher_temperature=0.0", "loss.teacher_temperature is 0.0; want more than 0"),
+        ("loss.margin=-1.0", "loss.margin is -1.0; want more than 0"),
+        ("optimizer.clip=-1.0", "optimizer.clip is -1.0; want 0 or more"),
+        ("optimizer.lr=-0.001", "optimizer.lr is -0.001; want 0 or more"),
+        ("optimizer.lr=nan", "optimizer.lr is nan; want a finite number"),
+        ("optimizer.betas=[2.0, 3.0]", r"optimizer.betas\[0\] is 2.0; want 0 or more and below 1"),
+        ("train.epochs=inf", "train.epochs is inf; want a finite number"),
+        ("train.seed=-1", "train.seed is -1; want 0 or more"),
+        ("train.dropout=2.0", "train.dropout is 2.0; want 0 or more and below 1"),
     ],
 )
 def test_settings_that_are_wrong(tmp_path, change, message):
@@ -306,6 +325,19 @@ def test_settings_that_are_wrong(tmp_path, change, message):
         return
     with pytest.raises(config.ConfigError, match=message):
         config.load(path, [change])
+
+
+def test_every_number_has_a_range():
+    def numbers(kind, key: str = "") -> set[str]:
+        """The settings of a type that are numbers or lists of them, under their full names."""
+        if dataclasses.is_dataclass(kind):
+            hints = typing.get_type_hints(kind)
+            return set().union(*(numbers(each, f"{key}.{name}".lstrip(".")) for name, each in hints.items()))
+        if kind in (int, float):
+            return {key}
+        return set().union(*(numbers(each, key) for each in typing.get_args(kind)))
+
+    assert numbers(config.Config) == config.RANGES.keys()
 
 
 def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path, place):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -178,6 +179,58 @@ class Config:
 MAY_CHANGE = {"train.save_every", "train.keep", "train.log_every", "train.workers", "train.trackers"}
 MAY_CHANGE |= {"eval.sets", "eval.every", "eval.batch", "model.states", "output"}
 
+# Which values a number may have, and each of a list. All are finite.
+Range = tuple[Callable[[float], bool], str]
+MORE_THAN_0: Range = (lambda x: x > 0, "more than 0")
+NOT_NEGATIVE: Range = (lambda x: x >= 0, "0 or more")
+BELOW_1: Range = (lambda x: 0 <= x < 1, "0 or more and below 1")
+RANGES: dict[str, Range] = {
+    "model.freeze": NOT_NEGATIVE,
+    "model.dimension": MORE_THAN_0,
+    "model.head.widths": MORE_THAN_0,
+    "model.query_length": MORE_THAN_0,
+    "model.document_length": MORE_THAN_0,
+    "data.sources.weight": NOT_NEGATIVE,
+    "data.sources.buffer": MORE_THAN_0,
+    "data.sources.positives": NOT_NEGATIVE,
+    "data.sources.hard": NOT_NEGATIVE,
+    "data.sources.depth": NOT_NEGATIVE,
+    "data.sources.about": NOT_NEGATIVE,
+    "data.negatives": NOT_NEGATIVE,
+    "data.limit": MORE_THAN_0,
+    "loss.temperature": MORE_THAN_0,
+    "loss.margin": MORE_THAN_0,
+    "loss.teacher_temperature": MORE_THAN_0,
+    "loss.bonus": NOT_NEGATIVE,
+    "loss.in_batch": NOT_NEGATIVE,
+    "loss.contrastive": NOT_NEGATIVE,
+    "loss.angle": NOT_NEGATIVE,
+    "loss.cosine": NOT_NEGATIVE,
+    "loss.inner": MORE_THAN_0,
+    "teacher.dimension": MORE_THAN_0,
+    "teacher.batch": MORE_THAN_0,
+    "optimizer.lr": NOT_NEGATIVE,
+    "optimizer.muon_lr": NOT_NEGATIVE,
+    "optimizer.head_lr": NOT_NEGATIVE,
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "optimizer.betas": BELOW_1,
+    "optimizer.warmup": NOT_NEGATIVE,
+    "optimizer.clip": NOT_NEGATIVE,
+    "train.batch": MORE_THAN_0,
+    "train.mini_batch": MORE_THAN_0,
+    "train.epochs": MORE_THAN_0,
+    "train.steps": MORE_THAN_0,
+    "train.seed": NOT_NEGATIVE,
+    "train.data_seed": NOT_NEGATIVE,
+    "train.dropout": BELOW_1,
+    "train.save_every": MORE_THAN_0,
+    "train.keep": MORE_THAN_0,
+    "train.log_every": MORE_THAN_0,
+    "train.workers": NOT_NEGATIVE,
+    "eval.every": NOT_NEGATIVE,
+    "eval.batch": MORE_THAN_0,
+}
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a file, with `key=value` overrides."""
@@ -301,23 +354,29 @@ def _expand(value: str, place: str, key: str) -> str:
     return re.sub(r"\$(?:\{(\w+)\}|([A-Z_][A-Z0-9_]*))", replace, value)
 
 
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a configuration under their full names; in lists with their places, as `data.sources[0].weight`."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield from _numbers(each, _join(key, name))
+    elif isinstance(value, list):
+        for n, each in enumerate(value):
+            yield from _numbers(each, f"{key}[{n}]")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield key, value
+
+
 def _check(config: Config, place: str) -> None:
-    positive = {
-        "train.batch": config.train.batch,
-        "train.mini_batch": config.train.mini_batch,
-        "train.epochs": config.train.epochs,
-        "train.save_every": config.train.save_every,
-        "train.keep": config.train.keep,
-        "train.log_every": config.train.log_every,
-        "model.dimension": config.model.dimension,
-    }
-    for key, value in positive.items():
-        if value <= 0:
-            raise ConfigError(f"{place}: {key} is {value}; want more than 0")
-    if config.train.steps is not None and config.train.steps < 1:
-        raise ConfigError(f"{place}: train.steps is {config.train.steps}; want at least 1")
+    for key, value in _numbers(dataclasses.asdict(config)):
+        within, wanted = RANGES[re.sub(r"\[\d+\]", "", key)]
+        if not math.isfinite(value):
+            raise ConfigError(f"{place}: {key} is {value}; want a finite number")
+        if not within(value):
+            raise ConfigError(f"{place}: {key} is {value}; want {wanted}")
     if not config.data.sources:
         raise ConfigError(f"{place}: data.sources is empty; want at least one data set")
+    if all(source.weight == 0 for source in config.data.sources):
+        raise ConfigError(f"{place}: data.sources have no weight but 0; want one above it")
     if len(config.optimizer.betas) != 2:
         raise ConfigError(f"{place}: optimizer.betas is {config.optimizer.betas}; want two numbers")
     if config.loss.kind != "auto" and config.stage != "colbert":

@@ -93,8 +93,9 @@ class Contrastive(Stage):
         target = offset + torch.arange(len(Q), device=Q.device)
         more: dict[str, Any] = {"exclude": exclude, "margin": own.margin, "symmetric": own.symmetric}
         if self.encoder.head is None:
-            return losses.info_nce(Q[:, 0], D[:, 0], target, own.temperature or self.temperature, **more) * weight
-        temperature = own.temperature or 1.0
+            temperature = temperature_of(own, self.temperature)
+            return losses.info_nce(Q[:, 0], D[:, 0], target, temperature, **more) * weight
+        temperature = temperature_of(own)
         options: dict[str, Any] = {"target": target, "temperature": temperature, "mask_mode": own.mask_mode, **more}
         return contrastive_loss(Q, D, q_mask, d_mask, **options) * weight
 
@@ -161,7 +162,7 @@ class Student(nn.Module):
     def __init__(self, encoder: Encoder, inner: int | None, outputs: int) -> None:
         super().__init__()
         self.encoder = encoder
-        inner = inner or 2 * encoder.dimension
+        inner = 2 * encoder.dimension if inner is None else inner
         self.projector = nn.Sequential(nn.Linear(encoder.dimension, inner), nn.SiLU(), nn.Linear(inner, outputs))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -223,11 +224,15 @@ class InBatch(Stage):
         return distillation_loss(Q, D, teacher_scores, q_mask, d_mask, **kl_options(self.config.loss))
 
 
+def temperature_of(loss: Loss, otherwise: float = 1.0) -> float:
+    return otherwise if loss.temperature is None else loss.temperature
+
+
 def kl_options(loss: Loss) -> dict[str, Any]:
     return {
         "student_normalization": loss.student_normalization,
         "teacher_normalization": loss.teacher_normalization,
-        "temperature": loss.temperature or 1.0,
+        "temperature": temperature_of(loss),
         "teacher_temperature": loss.teacher_temperature,
         "mask_mode": loss.mask_mode,
     }
