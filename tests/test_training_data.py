@@ -28,7 +28,7 @@ def task(tmp_path_factory) -> Path:
 def batches(*sources: config.Source, rank: int = 0, ranks: int = 1, **train) -> data.Batches:
     settings = config.Config("colbert", "out", config.Model("x"), config.Data(list(sources)))
     settings.train = config.Train(**{"batch": 8, **train})
-    return data.Batches(settings, lambda rows, source: (rows, source), rank, ranks)
+    return data.Batches(settings, None, rank, ranks)
 
 
 def test_an_epoch_has_every_row_once_and_the_next_another_order(task):
@@ -52,6 +52,7 @@ def test_ranks_share_the_batch_of_one(task, tmp_path):
     parts = [batches(*sources, rank=rank, ranks=2) for rank in (0, 1)]
     for step in range(len(whole)):
         assert whole.rows_of(step) == [row for part in parts for row in part.rows_of(step)]
+        assert parts[0].rows_of(step, 1) == parts[1].rows_of(step)
 
 
 def test_a_batch_comes_from_one_source_and_weights_say_how_often(task, tmp_path):

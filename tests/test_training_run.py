@@ -195,21 +195,42 @@ def test_a_run_killed_again_and_again_has_the_same_losses_and_weights(place, tmp
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_two_processes_have_the_losses_of_one(place, tmp_path):
+def repeated(place: Path, path: Path) -> str:
+    """A source whose rows share queries and right documents, and have unequal numbers of negatives."""
+    records = [json.loads(line) for line in (place / "tuples.jsonl").read_text().splitlines()[:8]]
+    rows = [
+        {"query": a["query"], "documents": [b["documents"][0], *a["documents"][1:ways]]}
+        for a in records
+        for ways, b in enumerate(records)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f'path = "{path}"'
+
+
+@pytest.mark.parametrize(
+    "stage, loss, repeats",
+    [
+        ("colbert", 'kind = "contrastive"', False),
+        ("colbert", 'kind = "contrastive"', True),
+        ("finetune", "angle = 0.0", True),  # of a device's own triplets
+    ],
+)
+def test_two_processes_have_the_losses_of_one(place, tmp_path, stage, loss, repeats):
     """The whole batch and the documents of all ranks, whoever encodes them; without dropout, which ranks draw apart."""
     one, two = tmp_path / "one", tmp_path / "two"
     path = tmp_path / "run.toml"
+    source = repeated(place, tmp_path / "repeats.jsonl") if repeats else f'path = "{place / "tuples.jsonl"}"'
     path.write_text(
-        f"""stage = "colbert"
+        f"""stage = "{stage}"
 output = "{two}"
 [model]
 base = "{place / "base"}"
 dimension = 16
 document_length = 32
 [data]
-sources = [{{path = "{place / "tuples.jsonl"}"}}]
+sources = [{{{source}}}]
 [loss]
-kind = "contrastive"
+{loss}
 [train]
 batch = 8
 mini_batch = 2

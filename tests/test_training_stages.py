@@ -106,13 +106,20 @@ def test_right_documents_of_other_rows_are_no_negatives():
         sources.Row("b", ["y"], None, ["y"], frozenset(["y"])),
         sources.Row("c", ["z"], None, ["z"], frozenset(["z"])),
     ]
-    excluded = stages.false_negatives(rows, ["x", "y", "z", "y"])
+    excluded = stages.false_negatives([rows], 0, [["x", "y", "z", "y"]])
     assert excluded.tolist() == [
         [False, True, False, True],
         [False, False, False, True],
         [False, False, False, False],
     ]
-    assert stages.false_negatives(rows[2:], ["z", "n"]) is None
+    assert stages.false_negatives([rows[2:]], 0, [["z", "n"]]) is None
+    # The same documents by ranks, of which the second has the rows b and c.
+    parts, keys = [rows[:1], rows[1:]], [["x", "y"], ["y", "z"]]
+    assert stages.false_negatives(parts, 0, keys).tolist() == [[False, True, True, False]]
+    assert stages.false_negatives(parts, 1, keys).tolist() == [
+        [False, True, False, False],
+        [False, False, False, False],
+    ]
 
 
 @pytest.mark.parametrize("stella", [False, True])
@@ -165,11 +172,11 @@ def test_rows_with_fewer_documents_leave_the_others_alone(folder, tmp_path):
     short = {**record, "documents": record["documents"][:2], "scores": record["scores"][:2]}
     rows = [sources.parse(each, "here", config.Source("x"), None) for each in (record, short)]
     built, _ = build(folder, "colbert", "tuples.jsonl")
-    inputs, options = built.batch(rows, 0)
+    inputs, options = built.batch([rows], 0, 0)
     both = built.loss(*(built.encode(**each) for each in inputs), **options)
     alone = []
     for row in rows:
-        inputs, options = built.batch([row], 0)
+        inputs, options = built.batch([[row]], 0, 0)
         alone.append(built.loss(*(built.encode(**each) for each in inputs), **options))
     assert both.item() == pytest.approx(sum(alone).item() / 2, rel=1e-5)
 

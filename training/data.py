@@ -23,6 +23,7 @@ class Batches:
     """
 
     def __init__(self, config: Config, collate: Any, rank: int = 0, ranks: int = 1) -> None:
+        """collate: (these batches, step) -> what the loop gets of a step."""
         train, self.sources = config.train, config.data.sources
         self.seed = train.seed if train.data_seed is None else train.data_seed
         self.batch, self.rank, self.ranks, self.collate = train.batch, rank, ranks, collate
@@ -76,12 +77,13 @@ class Batches:
         return self.steps
 
     def __getitem__(self, step: int) -> Any:
-        return self.collate(self.rows_of(step), int(self.choice[step]))
+        return self.collate(self, step)
 
-    def rows_of(self, step: int) -> list[Row]:
+    def rows_of(self, step: int, rank: int | None = None) -> list[Row]:
+        """The rows of a rank, which any rank can make; None: this one."""
         number, turn = int(self.choice[step]), int(self.turn[step])
         rows, share = self.rows[number], self.batch // self.ranks
-        first = self.rank * share
+        first = (self.rank if rank is None else rank) * share
         if isinstance(rows, Stream):
             chosen = rows.rows(turn * self.batch + first, share)
         else:

@@ -7,6 +7,7 @@ training.train.gradients: in parts where the loss is a mean over rows (`separabl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,20 @@ from torch.nn import functional as F
 from edgecolbert_kernels import contrastive_loss, distillation_loss, gather_with_gradient
 from training import losses
 from training.config import Config, ConfigError, Loss
+from training.data import Batches
 from training.model import Encoder, Features
 from training.sources import Row, TaughtRows
 
 Encoded = tuple[Tensor, Tensor]
 Batch = dict[str, Any]
+Options = dict[str, Tensor | None]
 
 
 class Stage:
     """The base: queries and documents through one encoder. `model` is what is called, wrapped for several devices or not."""
 
     separable = False
+    whole = False  # a rank's batch depends on the rows of the others too
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         self.config, self.encoder = config, encoder
@@ -45,12 +49,15 @@ class Stage:
         kept = score_mask[:, :longest] if vectors.shape[1] == longest and self.encoder.head is not None else None
         return vectors, torch.ones_like(vectors[..., 0], dtype=torch.bool) if kept is None else kept
 
-    def collate(self, rows: Sequence[Row], source: int) -> Batch:
-        inputs, options = self.batch(rows, source)
-        names = [row.index for row in rows]
+    def collate(self, batches: Batches, step: int) -> Batch:
+        ranks, own = (range(batches.ranks), batches.rank) if self.whole else ([batches.rank], 0)
+        parts, source = [batches.rows_of(step, rank) for rank in ranks], int(batches.choice[step])
+        inputs, options = self.batch(parts, own, source)
+        names = [row.index for row in parts[own]]
         return {"inputs": inputs, "options": options, "source": self.config.data.sources[source].path, "rows": names}
 
-    def batch(self, rows: Sequence[Row], source: int) -> tuple[list[Features], dict[str, Tensor | None]]:
+    def batch(self, parts: Sequence[Sequence[Row]], own: int, source: int) -> tuple[list[Features], Options]:
+        """parts: the rows of every rank if the stage is `whole`, of this one if not; own: the place of this one there."""
         raise NotImplementedError
 
     def loss(self, *inputs: Any, **options: Any) -> Tensor:
@@ -66,38 +73,41 @@ class Contrastive(Stage):
 
     temperature = 0.02
 
-    def batch(self, rows: Sequence[Row], source: int) -> tuple[list[Features], dict[str, Tensor | None]]:
+    def __init__(self, config: Config, encoder: Encoder) -> None:
+        super().__init__(config, encoder)
+        self.whole = config.train.gather
+
+    def batch(self, parts: Sequence[Sequence[Row]], own: int, source: int) -> tuple[list[Features], Options]:
         """Documents are all positives, then all negatives: rows may have unequal numbers of them."""
-        for row in rows:
+        rows = parts[own]
+        for row in chain.from_iterable(parts):
             if not row.query or not row.documents:
                 raise ConfigError(
                     f"{self.config.data.sources[source].path}: row {row.index + 1} has no query or no document"
                 )
         documents = [row.documents[0] for row in rows] + [text for row in rows for text in row.documents[1:]]
-        keys = [row.keys[0] for row in rows] + [key for row in rows for key in row.keys[1:]]
+        keys = [[row.keys[0] for row in part] + [key for row in part for key in row.keys[1:]] for part in parts]
         owners = [n for n, row in enumerate(rows) for _ in row.documents[1:]]
         inputs = [self.texts([row.query for row in rows], True, source), self.texts(documents, False, source)]
-        return inputs, {"exclude": false_negatives(rows, keys), "owners": torch.tensor(owners, dtype=torch.long)}
+        return inputs, {"exclude": false_negatives(parts, own, keys), "owners": torch.tensor(owners, dtype=torch.long)}
 
     def loss(self, queries: Encoded, documents: Encoded, exclude: Tensor | None, owners: Tensor) -> Tensor:
         (Q, q_mask), (D, d_mask) = queries, documents
         own = self.config.loss
-        offset, weight = 0, 1.0
-        count = len(D)
+        offset, count = 0, len(D)
         if self.config.train.gather:
-            D, d_mask, offset, weight = gather_with_gradient(D, d_mask)
+            # Its weight is for unequal numbers of queries; here all ranks have as many.
+            D, d_mask, offset, _ = gather_with_gradient(D, d_mask)
         if own.symmetric and len(D) != count:
             raise ConfigError("loss.symmetric needs the queries of all devices: run on one, or without train.gather")
-        if exclude is not None and len(D) != count:
-            exclude = F.pad(exclude, (offset, len(D) - offset - count))
         target = offset + torch.arange(len(Q), device=Q.device)
         more: dict[str, Any] = {"exclude": exclude, "margin": own.margin, "symmetric": own.symmetric}
         if self.encoder.head is None:
             temperature = temperature_of(own, self.temperature)
-            return losses.info_nce(Q[:, 0], D[:, 0], target, temperature, **more) * weight
+            return losses.info_nce(Q[:, 0], D[:, 0], target, temperature, **more)
         temperature = temperature_of(own)
         options: dict[str, Any] = {"target": target, "temperature": temperature, "mask_mode": own.mask_mode, **more}
-        return contrastive_loss(Q, D, q_mask, d_mask, **options) * weight
+        return contrastive_loss(Q, D, q_mask, d_mask, **options)
 
 
 class Finetune(Contrastive):
@@ -108,13 +118,24 @@ class Finetune(Contrastive):
 
     temperature = 0.05
 
-    def loss(self, queries: Encoded, documents: Encoded, exclude: Tensor | None, owners: Tensor) -> Tensor:
+    def batch(self, parts: Sequence[Sequence[Row]], own: int, source: int) -> tuple[list[Features], Options]:
+        inputs, options = super().batch(parts, own, source)
+        positives = [[row.keys[0] for row in part] for part in parts]
+        return inputs, options | {"exclude_positives": false_negatives(parts, own, positives)}
+
+    def loss(
+        self,
+        queries: Encoded,
+        documents: Encoded,
+        exclude: Tensor | None,
+        owners: Tensor,
+        exclude_positives: Tensor | None = None,
+    ) -> Tensor:
         own, (Q, _) = self.config.loss, queries
         D, count = documents[0][:, 0], len(Q)
         with_negatives = super().loss(queries, documents, exclude, owners)
         positives = (documents[0][:count], documents[1][:count])
-        among = None if exclude is None else exclude[:, :count]
-        in_batch = super().loss(queries, positives, among, owners)
+        in_batch = super().loss(queries, positives, exclude_positives, owners)
         loss = (own.in_batch * in_batch + own.contrastive * with_negatives) / 2
         if len(owners) and (own.angle or own.cosine):
             z, w = torch.cat([Q[:, 0], Q[owners, 0]]), D
@@ -136,13 +157,14 @@ class Distill(Stage):
     def module(self) -> nn.Module:
         return Student(self.encoder, self.config.loss.inner, self.vectors[0].shape[1])
 
-    def batch(self, rows: Sequence[Row], source: int) -> tuple[list[Features], dict[str, Tensor | None]]:
+    def batch(self, parts: Sequence[Sequence[Row]], own: int, source: int) -> tuple[list[Features], Options]:
+        rows = parts[own]
         wanted = np.stack([self.vectors[source][row.index] for row in rows]).astype(np.float32)
-        own, reading = self.config.data.sources[source], self.encoder.reading
+        data, reading = self.config.data.sources[source], self.encoder.reading
         texts = [
-            (own.query_prompt or reading.query_prefix) + row.query
+            (data.query_prompt or reading.query_prefix) + row.query
             if row.query
-            else (own.document_prompt or reading.document_prefix) + row.documents[0]
+            else (data.document_prompt or reading.document_prefix) + row.documents[0]
             for row in rows
         ]
         # Queries and documents in one batch, cut at the documents' length; their prompts are in the texts already.
@@ -174,7 +196,8 @@ class Colbert(Stage):
 
     separable = True
 
-    def batch(self, rows: Sequence[Row], source: int) -> tuple[list[Features], dict[str, Tensor | None]]:
+    def batch(self, parts: Sequence[Sequence[Row]], own: int, source: int) -> tuple[list[Features], Options]:
+        rows = parts[own]
         most = max(len(row.documents) for row in rows)
         for row in rows:
             if row.scores is None or not row.query or len(row.documents) < 2:
@@ -209,12 +232,12 @@ class InBatch(Stage):
             if not isinstance(own, TaughtRows):
                 raise ConfigError(f"{source.path} is not what training.teach writes, which the other data sets are")
 
-    def batch(self, rows: Sequence[Row], source: int) -> tuple[list[Features], dict[str, Tensor | None]]:
-        own = self.rows[source]
+    def batch(self, parts: Sequence[Sequence[Row]], own: int, source: int) -> tuple[list[Features], Options]:
+        rows, taught = parts[own], self.rows[source]
         numbers = list(dict.fromkeys([row.index for row in rows] + [n for row in rows for n in row.others]))
         documents = {key: text for row in rows for key, text in zip(row.keys, row.documents, strict=True)}
-        scores = own.targets(numbers, list(documents), self.config.loss.bonus)
-        queries = self.texts([own.queries[n] for n in numbers], True, source)
+        scores = taught.targets(numbers, list(documents), self.config.loss.bonus)
+        queries = self.texts([taught.queries[n] for n in numbers], True, source)
         return [queries, self.texts(list(documents.values()), False, source)], {
             "teacher_scores": torch.from_numpy(scores)
         }
@@ -251,21 +274,25 @@ def build(config: Config, encoder: Encoder, vectors: Sequence[np.ndarray] = (), 
     return Colbert(config, encoder)
 
 
-def false_negatives(rows: Sequence[Row], keys: Sequence[str]) -> Tensor | None:
-    """bool `[rows, documents]`: documents of other rows that are right for this one too; None if there are none."""
+def false_negatives(parts: Sequence[Sequence[Row]], own: int, keys: Sequence[Sequence[str]]) -> Tensor | None:
+    """bool `[rows, documents]`: documents of other rows that are right for this one too; None if there are none.
+
+    The rows are those of `parts[own]`, the documents those of all parts. keys: of each part, those of its rows' positives
+    first.
+    """
     columns: dict[str, list[int]] = {}
-    for column, key in enumerate(keys):
+    for column, key in enumerate(chain.from_iterable(keys)):
         columns.setdefault(key, []).append(column)
-    same: dict[str, list[int]] = {}
-    for n, row in enumerate(rows):
-        same.setdefault(row.query, []).append(n)
-    pairs = []
-    for n, row in enumerate(rows):
-        right = set(row.relevant).union(row.keys[:1], *(rows[m].relevant for m in same[row.query]))
-        pairs += [(n, column) for key in right for column in columns.get(key, ()) if column != n]
+    relevant: dict[str, set[str]] = {}
+    for row in chain.from_iterable(parts):
+        relevant.setdefault(row.query, set()).update(row.relevant)
+    first, pairs = sum(map(len, keys[:own])), []
+    for n, row in enumerate(parts[own]):
+        right = relevant[row.query].union(row.keys[:1])
+        pairs += [(n, column) for key in right for column in columns.get(key, ()) if column != first + n]
     if not pairs:
         return None
-    excluded = torch.zeros(len(rows), len(keys), dtype=torch.bool)
+    excluded = torch.zeros(len(parts[own]), sum(map(len, keys)), dtype=torch.bool)
     excluded[tuple(torch.tensor(pairs).T)] = True
     return excluded
 
