@@ -255,6 +255,18 @@ def test_another_configuration_does_not_go_on(place, tmp_path):
     train.run(quick(place, tmp_path, train={"save_every": 7}))  # nothing that changes a step
 
 
+def test_another_number_of_processes_does_not_go_on(place, tmp_path):
+    train.run(quick(place, tmp_path))
+    told = checkpoint.existing(tmp_path)[-1] / "config.json"
+    facts = json.loads(told.read_text())
+    told.write_text(json.dumps(facts | {"processes": 2}))
+    with pytest.raises(config.ConfigError, match="it had 2 processes, now there are 1"):
+        train.run(quick(place, tmp_path))
+    assert facts.pop("processes") == 1
+    told.write_text(json.dumps(facts))  # as it was written before
+    train.run(quick(place, tmp_path))
+
+
 def test_a_full_disk_leaves_the_checkpoints_there_are(place, tmp_path, monkeypatch):
     from accelerate import Accelerator
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from training import config as settings
 
+PROCESSES = "processes"  # in config.json, beside the tables of a configuration
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written; those before it are untouched."""
@@ -26,7 +28,7 @@ def step_of(folder: Path) -> int:
 
 
 def save(accelerator: Any, output: Path, config: settings.Config, step: int) -> None:
-    """What the steps after `step` need: parameters, optimisers, random states, and the configuration."""
+    """What the steps after `step` need: parameters, optimisers, random states of every process, and the configuration."""
     place = output / "checkpoints"
     unfinished, whole = place / f".unfinished-{step:09d}", place / f"step-{step:09d}"
     if whole.exists():
@@ -39,7 +41,8 @@ def save(accelerator: Any, output: Path, config: settings.Config, step: int) -> 
         accelerator.save_state(str(unfinished))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            (unfinished / "config.json").write_text(json.dumps(asdict(config)), encoding="utf-8")
+            facts = asdict(config) | {PROCESSES: accelerator.num_processes}
+            (unfinished / "config.json").write_text(json.dumps(facts), encoding="utf-8")
             publish(unfinished, whole)
     except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError, depending on the file
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -90,12 +93,15 @@ def resume(accelerator: Any, output: Path, config: settings.Config) -> int:
         return 0
     last = found[-1]
     try:
-        before = settings.build(
-            json.loads((last / "config.json").read_text(encoding="utf-8")), str(last / "config.json")
-        )
+        facts = json.loads((last / "config.json").read_text(encoding="utf-8"))
+        now = accelerator.num_processes
+        processes = facts.pop(PROCESSES, now)
+        before = settings.build(facts, str(last / "config.json"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{last} cannot be read ({error}); remove it to go on from the one before") from error
     changed = settings.differences(before, config)
+    if processes != now:  # a process without its random state would draw another dropout
+        changed.append(f"it had {processes} processes, now there are {now}")
     if changed:
         listed = "; ".join(changed)
         raise settings.ConfigError(
