@@ -141,6 +141,41 @@ def test_training_learns_and_is_evaluated(place, tmp_path):
     assert len(kept) == 10 and set(json.loads(kept[0])) == {"query_id", *evaluate.MEASURES}
 
 
+def test_a_set_that_cannot_be_read_stops_before_the_first_step(place, tmp_path):
+    task = place / "data" / "beir" / "scifact"
+    for name, message in ((f"{task}x", "corpus.jsonl does not exist"), (f"{task}:dve", "dve.tsv does not exist")):
+        with pytest.raises(config.ConfigError, match=message):
+            train.run(quick(place, tmp_path, eval={"sets": [str(task), name]}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_evaluation_is_made_again_and_a_finished_one_is_not(place, tmp_path, monkeypatch):
+    task = place / "data" / "beir" / "scifact"
+    settings = quick(place, tmp_path, train={"steps": 6, "save_every": 2}, eval={"sets": [str(task)], "every": 2})
+    real, begun = evaluate.evaluate_encoder, set()
+
+    def interrupted(*arguments, keep, **options):
+        if keep not in begun:
+            begun.add(keep)
+            raise KeyboardInterrupt
+        return real(*arguments, keep=keep, **options)
+
+    def evaluated() -> list[int]:
+        records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        return [record["step"] for record in records if "eval" in record]
+
+    monkeypatch.setattr(evaluate, "evaluate_encoder", interrupted)
+    for done in ([], [2], [2, 4]):
+        with pytest.raises(KeyboardInterrupt):
+            train.run(settings)
+        assert evaluated() == done and (tmp_path / "model").exists() == (done == [2, 4])
+    train.run(settings)
+    assert evaluated() == [2, 4, 6]
+    log = (tmp_path / "metrics.jsonl").read_bytes()
+    train.run(settings)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == log
+
+
 KILLED = """
 import os, random, signal, sys, time
 import torch

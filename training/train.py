@@ -56,6 +56,8 @@ def run(config: settings.Config) -> Path:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     main_process = accelerator.is_main_process
+    if main_process:
+        check_eval_sets(config)
     seed_everything(train.seed)
     encoder = model.create(config.model, config.stage)
     if train.dropout is not None:
@@ -81,6 +83,8 @@ def run(config: settings.Config) -> Path:
     log = Log(output / "metrics.jsonl", done) if main_process else None
     if done:
         tell_all(accelerator, [f"going on after step {done} of {batches.steps}"])
+    if due(config.eval, done, batches.steps):
+        evaluate(config, encoder, accelerator, log, done)  # a run that was killed meanwhile
 
     cache = grad_cache(stage, train.mini_batch)
     stage.model.train()
@@ -119,18 +123,16 @@ def run(config: settings.Config) -> Path:
             accelerator.log(facts, step=step + 1)
         if (step + 1) % train.save_every == 0 or step + 1 == batches.steps:
             checkpoint.save(accelerator, output, config, step + 1)
-        if config.eval.sets and config.eval.every and (step + 1) % config.eval.every == 0 and step + 1 < batches.steps:
+        if due(config.eval, step + 1, batches.steps):
             evaluate(config, encoder, accelerator, log, step + 1)
             stage.model.train()
     bar.close()
-    if config.eval.sets:
-        evaluate(config, encoder, accelerator, log, batches.steps)
     if main_process:
         if encoder.frozen is not None:
             encoder.frozen.save()
         export(encoder, config, output / "model")
         tell_all(accelerator, [f"the model is in {output / 'model'}"])
-    accelerator.wait_for_everyone()
+    evaluate(config, encoder, accelerator, log, batches.steps)
     if train.trackers:
         accelerator.end_training()
     return output / "model"
@@ -216,15 +218,32 @@ def principal_directions(encoder: model.Encoder, batches: data.Batches, device: 
     return (directions * sign).float()
 
 
+def check_eval_sets(config: settings.Config) -> None:
+    """Raise what evaluation would, before the training that it would come after."""
+    if config.eval.sets:
+        from training.beir import read_beir
+        from training.evaluate import split_of
+
+        for name in config.eval.sets:
+            read_beir(*split_of(name))
+
+
+def due(wanted: settings.Eval, step: int, steps: int) -> bool:
+    """Whether an evaluation stands between this step and the next; that after the last is due anyway."""
+    return wanted.every > 0 and 0 < step < steps and step % wanted.every == 0
+
+
 def evaluate(
     config: settings.Config, encoder: model.Encoder, accelerator: Accelerator, log: Log | None, step: int
 ) -> None:
-    """On the main process alone; the others wait."""
-    if accelerator.is_main_process and log:
+    """On the main process alone; the others wait. What the log has is not evaluated again."""
+    if log and config.eval.sets:
         from training.evaluate import evaluate_encoder, label, split_of
 
         # Evaluation draws no random number that training would miss.
         for name in config.eval.sets:
+            if (step, name) in log.evaluated:
+                continue
             folder, split = split_of(name)
             kept = Path(config.output) / "eval" / f"step-{step:09d}"
             means = evaluate_encoder(encoder, folder, split, batch=config.eval.batch, keep=kept)
@@ -258,12 +277,17 @@ class Log:
 
     def __init__(self, path: Path, done: int) -> None:
         kept = []
+        self.evaluated: set[tuple[int, str]] = set()  # steps and sets
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
-                    kept += [line] if json.loads(line)["step"] <= done else []
+                    facts = json.loads(line)
+                    step = facts["step"]
                 except (ValueError, KeyError):
                     continue  # half a line, written as the run was killed
+                if step <= done:
+                    kept.append(line)
+                    self.evaluated |= {(step, facts["eval"])} if "eval" in facts else set()
         unfinished = path.with_name(f".{path.name}")
         unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(unfinished, path)
