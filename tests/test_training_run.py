@@ -230,8 +230,8 @@ def test_a_run_killed_again_and_again_has_the_same_losses_and_weights(place, tmp
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def repeated(place: Path, path: Path) -> str:
-    """A source whose rows share queries and right documents, and have unequal numbers of negatives."""
+def repeated(place: Path, path: Path) -> Path:
+    """Rows that share queries and right documents, and have unequal numbers of negatives."""
     records = [json.loads(line) for line in (place / "tuples.jsonl").read_text().splitlines()[:8]]
     rows = [
         {"query": a["query"], "documents": [b["documents"][0], *a["documents"][1:ways]]}
@@ -239,22 +239,24 @@ def repeated(place: Path, path: Path) -> str:
         for ways, b in enumerate(records)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return f'path = "{path}"'
+    return path
 
 
 @pytest.mark.parametrize(
-    "stage, loss, repeats",
+    "stage, loss, data",
     [
-        ("colbert", 'kind = "contrastive"', False),
-        ("colbert", 'kind = "contrastive"', True),
-        ("finetune", "angle = 0.0", True),  # of a device's own triplets
+        ("colbert", 'kind = "contrastive"', "tuples"),
+        ("colbert", 'kind = "contrastive"', "repeated"),
+        ("finetune", "angle = 0.0", "repeated"),  # of a device's own triplets
+        ("colbert", "bonus = 1.0", "taught"),
     ],
 )
-def test_two_processes_have_the_losses_of_one(place, tmp_path, stage, loss, repeats):
+def test_two_processes_have_the_losses_of_one(place, tmp_path, stage, loss, data):
     """The whole batch and the documents of all ranks, whoever encodes them; without dropout, which ranks draw apart."""
     one, two = tmp_path / "one", tmp_path / "two"
     path = tmp_path / "run.toml"
-    source = repeated(place, tmp_path / "repeats.jsonl") if repeats else f'path = "{place / "tuples.jsonl"}"'
+    source = place / "runs" / "data" / "scifact" if data == "taught" else place / "tuples.jsonl"
+    source = repeated(place, tmp_path / "rows.jsonl") if data == "repeated" else source
     path.write_text(
         f"""stage = "{stage}"
 output = "{two}"
@@ -263,7 +265,7 @@ base = "{place / "base"}"
 dimension = 16
 document_length = 32
 [data]
-sources = [{{{source}}}]
+sources = [{{path = "{source}", corpus = "{place / "data" / "beir" / "scifact"}"}}]
 [loss]
 {loss}
 [train]

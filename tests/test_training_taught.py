@@ -76,13 +76,36 @@ def test_a_batch_has_a_score_for_every_pair(folder):
     assert batches[1]["rows"] == batch["rows"]
 
 
+def test_ranks_share_the_texts_of_one(folder):
+    ranks = []
+    for rank in range(3):
+        _, own = build(folder, train={"batch": 9})
+        own.rank, own.ranks = rank, 3
+        ranks.append(own[0])
+    _, batches = build(folder, train={"batch": 9})
+    whole = batches[0]
+    for side in (0, 1):
+        sides = [part["inputs"][side] for part in (*ranks, whole)]
+        texts = [
+            ids[mask.bool()].tolist()
+            for each in sides
+            for ids, mask in zip(each["input_ids"], each["attention_mask"], strict=True)
+        ]
+        assert texts[: len(texts) // 2] == texts[len(texts) // 2 :]
+    options = [part["options"] for part in ranks]
+    assert torch.equal(torch.cat([each["teacher_scores"] for each in options]), whole["options"]["teacher_scores"])
+    weights = [float(each["weight"]) for each in options]
+    counts = [len(each["teacher_scores"]) for each in options]
+    assert weights == pytest.approx([3 * count / sum(counts) for count in counts]) and whole["options"]["weight"] == 1
+
+
 def test_the_loss_is_the_divergence_over_the_whole_matrix(folder):
     stage, batches = build(folder)
     queries, documents = batches[0]["inputs"]
     teacher = batches[0]["options"]["teacher_scores"].double()
     stage.model.eval()
     (Q, q_mask), (D, d_mask) = stage.encode(**queries), stage.encode(**documents)
-    loss = stage.loss((Q, q_mask), (D, d_mask), batches[0]["options"]["teacher_scores"])
+    loss = stage.loss((Q, q_mask), (D, d_mask), **batches[0]["options"])
     pairs = torch.einsum("qld,nmd->qnlm", Q.double(), D.double()).masked_fill(~d_mask[None, :, None], -torch.inf)
     scores = (pairs.amax(-1) * q_mask[:, None]).sum(-1)
 

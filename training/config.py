@@ -147,7 +147,7 @@ class Train:
     data_seed: int | None = None  # None: seed. Apart, so that an ablation varies one and keeps the other
     precision: Literal["fp32", "bf16"] = "fp32"
     dropout: float | None = None  # None: the model's own
-    gather: bool = True  # in-batch negatives of all devices
+    gather: bool = True  # documents of all devices for every query; False: each device has a batch of its own
     save_every: int = 500
     keep: int = 2
     log_every: int = 10

@@ -223,28 +223,40 @@ class Colbert(Stage):
 
 
 class InBatch(Stage):
-    """KL divergence to a teacher's scores, every query of the batch over every document of the batch."""
+    """KL divergence to a teacher's scores, every query of the batch over every document of the batch.
+
+    Of the texts of all ranks, each once, every rank encodes its share.
+    """
 
     def __init__(self, config: Config, encoder: Encoder, rows: Sequence[Any]) -> None:
         super().__init__(config, encoder)
+        self.whole = config.train.gather
         self.rows: Sequence[TaughtRows] = rows
         for source, own in zip(config.data.sources, rows, strict=True):
             if not isinstance(own, TaughtRows):
                 raise ConfigError(f"{source.path} is not what training.teach writes, which the other data sets are")
 
     def batch(self, parts: Sequence[Sequence[Row]], own: int, source: int) -> tuple[list[Features], Options]:
-        rows, taught = parts[own], self.rows[source]
+        rows, taught = list(chain.from_iterable(parts)), self.rows[source]
         numbers = list(dict.fromkeys([row.index for row in rows] + [n for row in rows for n in row.others]))
         documents = {key: text for row in rows for key, text in zip(row.keys, row.documents, strict=True)}
-        scores = taught.targets(numbers, list(documents), self.config.loss.bonus)
-        queries = self.texts([taught.queries[n] for n in numbers], True, source)
-        return [queries, self.texts(list(documents.values()), False, source)], {
-            "teacher_scores": torch.from_numpy(scores)
-        }
+        mine, texts = share(numbers, own, len(parts)), share(list(documents.values()), own, len(parts))
+        scores = taught.targets(mine, list(documents), self.config.loss.bonus)
+        inputs = [self.texts([taught.queries[n] for n in mine], True, source), self.texts(texts, False, source)]
+        weight = torch.tensor(len(mine) * len(parts) / len(numbers))
+        return inputs, {"teacher_scores": torch.from_numpy(scores), "weight": weight}
 
-    def loss(self, queries: Encoded, documents: Encoded, teacher_scores: Tensor) -> Tensor:
+    def loss(self, queries: Encoded, documents: Encoded, teacher_scores: Tensor, weight: Tensor) -> Tensor:
+        """weight: the number of queries over the mean of all ranks', over which data parallelism averages gradients."""
         (Q, q_mask), (D, d_mask) = queries, documents
-        return distillation_loss(Q, D, teacher_scores, q_mask, d_mask, **kl_options(self.config.loss))
+        if self.whole:
+            D, d_mask, _, _ = gather_with_gradient(D, d_mask)
+        return distillation_loss(Q, D, teacher_scores, q_mask, d_mask, **kl_options(self.config.loss)) * weight
+
+
+def share(items: list[Any], rank: int, ranks: int) -> list[Any]:
+    """The items of a rank: together they are all, in their order, and their numbers differ by one at most."""
+    return items[len(items) * rank // ranks : len(items) * (rank + 1) // ranks]
 
 
 def temperature_of(loss: Loss, otherwise: float = 1.0) -> float:
