@@ -130,6 +130,11 @@ def test_forms_of_a_row(record, documents):
         ('{"query": "q", "positive": 3}', r"rows.jsonl:2: the query and the documents must be text"),
         ('{"query": "q", "documents": ["a", "b"], "scores": [1]}', r"rows.jsonl:2: 1 scores for 2 documents"),
         ('{"query": "q", "documents": ["a"], "scores": [NaN]}', r"rows.jsonl:2: a score is not a finite number"),
+        ('{"query": "q", "documents": ["a"], "scores": ["1.0"]}', r"rows.jsonl:2: a score is not a finite number"),
+        ('{"query": "q", "documents": ["a"], "scores": [null]}', r"rows.jsonl:2: a score is not a finite number"),
+        ('{"query": "q", "documents": ["a"], "scores": 1.0}', r"rows.jsonl:2: scores is 1.0; want a list"),
+        ('{"query": "q", "documents": "abc"}', r"rows.jsonl:2: documents is 'abc'; want a list"),
+        ('{"query": "q", "positive": "p", "negatives": 3}', r"rows.jsonl:2: negatives is 3; want a list"),
         (
             '{"query_id": "q", "document_ids": ["a"]}',
             r"rows.jsonl:2: it has document_ids, so data.sources needs corpus",
@@ -143,6 +148,20 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, line, message):
     rows.row(0, np.random.default_rng(0))
     with pytest.raises(files.BadRow, match=message):
         rows.row(1, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_blank_lines_are_no_rows_and_count_as_lines(tmp_path, name):
+    path = tmp_path / name
+    text = b'{"text": "a"}\n\n  \r\n {"text": "b"}\n{\n\n'
+    path.write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    rows = sources.open_rows(config.Source(str(path)))
+    assert len(rows) == 3
+    assert [rows.row(n, np.random.default_rng(0)).query for n in (0, 1)] == ["a", "b"]
+    with pytest.raises(files.BadRow, match=rf"{name}:5: not JSON"):
+        rows.row(2, np.random.default_rng(0))
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    assert len(files.Lines(tmp_path / "blank.jsonl")) == 0
 
 
 def test_broken_and_missing_files(task, tmp_path):

@@ -22,7 +22,7 @@ import tiny
 
 pytest.importorskip("accelerate")
 pytest.importorskip("ir_measures")
-from training import checkpoint, config, evaluate, files, mine, model, score, stages, teach, train
+from training import checkpoint, config, evaluate, files, mine, model, score, sources, stages, teach, train
 
 ROOT = Path(train.__file__).parent.parent
 CONFIGS = sorted([*(ROOT / "training" / "configs").glob("*.toml"), *(ROOT / "demo" / "recipe").glob("*.toml")])
@@ -373,6 +373,10 @@ def test_a_broken_checkpoint_is_named(place, tmp_path):
         ("data.sources=[{path='x', weight=nan}]", r"data.sources\[0\].weight is nan; want a finite number"),
         ("data.sources=[{path='x', weight=0}, {path='y', weight=0}]", "data.sources have no weight but 0"),
         ("data.sources=[{path='x', streaming=true, buffer=0}]", r"data.sources\[0\].buffer is 0; want more than 0"),
+        (
+            "data.sources=[{path='x', columns={qurey='text'}}]",
+            r"a key of data.sources\[0\].columns is 'qurey'; want 'query'",
+        ),
         ("data.negatives=-1", "data.negatives is -1; want 0 or more"),
         ("data.limit=-5", "data.limit is -5; want more than 0"),
         ("loss.temperature=0", "loss.temperature is 0.0; want more than 0"),
@@ -397,7 +401,7 @@ def test_settings_that_are_wrong(tmp_path, change, message):
         config.load(path, [change])
 
 
-def test_every_number_has_a_range():
+def test_every_number_has_a_range_and_every_column_a_name():
     def numbers(kind, key: str = "") -> set[str]:
         """The settings of a type that are numbers or lists of them, under their full names."""
         if dataclasses.is_dataclass(kind):
@@ -408,6 +412,7 @@ def test_every_number_has_a_range():
         return set().union(*(numbers(each, key) for each in typing.get_args(kind)))
 
     assert numbers(config.Config) == config.RANGES.keys()
+    assert sources.COLUMNS.keys() == set(typing.get_args(config.Column))
 
 
 def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path, place):

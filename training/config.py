@@ -63,6 +63,9 @@ class Model:
     skiplist: list[str] | None = None  # document tokens without a vector; None: as in the checkpoint, else punctuation
 
 
+Column = Literal["query", "positive", "negatives", "documents", "scores", "query_id", "document_ids", "text"]
+
+
 @dataclass
 class Source:
     """One data set; see training/sources.py for the formats."""
@@ -75,7 +78,7 @@ class Source:
     kind: Literal["auto", "titles", "texts"] = "auto"  # BEIR: title -> text pairs; or all texts (stage distill)
     streaming: bool = False
     buffer: int = 10_000  # streaming: rows that are shuffled together
-    columns: dict[str, str] = field(default_factory=dict)  # ours -> theirs, such as {query = "anchor"}
+    columns: dict[Column, str] = field(default_factory=dict)  # ours -> theirs, such as {query = "anchor"}
     query_prompt: str = ""
     document_prompt: str = ""
     # What training.teach wrote: documents a query, `hard` of them from the teacher's first `depth`; queries about each.
@@ -330,7 +333,11 @@ def _read(kind: Any, value: Any, place: str, key: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise wrong("a table")
-        return {name: _read(arguments[1], each, place, _join(key, name)) for name, each in value.items()}
+        own = f"a key of {key}"
+        return {
+            _read(arguments[0], name, place, own): _read(arguments[1], each, place, _join(key, name))
+            for name, each in value.items()
+        }
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

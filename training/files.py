@@ -18,7 +18,10 @@ class BadRow(ValueError):
 
 
 class Lines:
-    """The objects of a .jsonl file: line starts are held, lines are read when asked for. A .gz is held unpacked."""
+    """The objects of a .jsonl file: line starts are held, lines are read when asked for. A .gz is held unpacked.
+
+    Blank lines are no objects.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,13 +37,22 @@ class Lines:
         self.starts = np.concatenate([[0], *ends]).astype(np.int64)
         if self.starts[-1] != len(self.data):
             self.starts = np.append(self.starts, len(self.data))
+        # A line may be blank if its first byte is: few are looked at whole.
+        suspects = np.flatnonzero(np.isin(self.data[self.starts[:-1]], list(b" \t\r\n"))).tolist()
+        self.lines = np.delete(np.arange(len(self.starts) - 1), [n for n in suspects if not self._line(n).strip()])
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.lines)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        raw = bytes(self.data[self.starts[index] : self.starts[index + 1]])
-        return parse_object(raw, f"{self.path}:{index + 1}")
+        return parse_object(self._line(self.lines[index]), self.place(index))
+
+    def place(self, index: int) -> str:
+        """File and line of an object."""
+        return f"{self.path}:{self.lines[index] + 1}"
+
+    def _line(self, number: int) -> bytes:
+        return bytes(self.data[self.starts[number] : self.starts[number + 1]])
 
 
 def exists(path: Path) -> bool:

@@ -34,7 +34,7 @@ def score(rows: str | Path, teacher: str, out: str | Path, corpus: str | None = 
     lines = Lines(rows)
     source = Source(str(rows), corpus=corpus)
     task = read_beir(corpus, judged=False) if corpus else None
-    parsed = [parse(lines[n], f"{rows}:{n + 1}", source, task, n) for n in range(len(lines))]
+    parsed = [parse(lines[n], lines.place(n), source, task, n) for n in range(len(lines))]
     # Statistics such as BM25's are of the whole corpus where there is one.
     documents = list(task.documents.values() if task else dict.fromkeys(t for row in parsed for t in row.documents))
     numbers = {key: n for n, key in enumerate(task.documents if task else documents)}
@@ -48,7 +48,7 @@ def score(rows: str | Path, teacher: str, out: str | Path, corpus: str | None = 
         scores = ranker[0].pair_scores([row.query for row in parsed[start:stop]], chosen)
         for n, own in enumerate(scores, start=start):
             if not np.isfinite(own).all():
-                raise FloatingPointError(f"{rows}:{n + 1}: the teacher's scores are {own.tolist()}")
+                raise FloatingPointError(f"{lines.place(n)}: the teacher's scores are {own.tolist()}")
         return [{**lines[n], "scores": [round(float(s), 6) for s in own]} for n, own in enumerate(scores, start=start)]
 
     facts = {"teacher": teacher, "rows": hashlib.sha256(rows.read_bytes()).hexdigest(), "corpus": corpus}

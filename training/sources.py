@@ -14,6 +14,7 @@ Formats of a source:
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,10 +25,10 @@ from typing import Any
 import numpy as np
 
 from training.beir import Beir, plain, read_beir, read_qrels
-from training.config import ConfigError, Source
+from training.config import Column, ConfigError, Source
 from training.files import BadRow, Lines, exists, records
 
-COLUMNS = {
+COLUMNS: dict[Column, tuple[str, ...]] = {
     "query": ("query", "anchor", "question"),
     "positive": ("positive", "pos", "answer", "document"),
     "negatives": ("negatives", "neg", "negative"),
@@ -123,7 +124,9 @@ class RecordRows(Rows):
         return len(self.records)
 
     def row(self, index: int, rng: np.random.Generator) -> Row:
-        return parse(self.records[index], f"{self.source.path}:{index + 1}", self.source, self.task, index)
+        own = self.records
+        place = own.place(index) if isinstance(own, Lines) else f"{self.source.path}:{index + 1}"
+        return parse(own[index], place, self.source, self.task, index)
 
 
 class TaughtRows(Rows):
@@ -177,7 +180,7 @@ class TaughtRows(Rows):
 def parse(record: Mapping[str, Any], place: str, source: Source, task: Beir | None, index: int = 0) -> Row:
     """A record in any of the forms above."""
 
-    def get(name: str) -> Any:
+    def get(name: Column) -> Any:
         names = (source.columns[name],) if name in source.columns else COLUMNS[name]
         return next((record[each] for each in names if record.get(each) is not None), None)
 
@@ -186,7 +189,7 @@ def parse(record: Mapping[str, Any], place: str, source: Source, task: Beir | No
     if get("document_ids") is not None:
         if task is None:
             raise BadRow(f"{place}: it has document_ids, so data.sources needs corpus, the BEIR folder they stand in")
-        keys = [str(key) for key in get("document_ids")]
+        keys = [str(key) for key in listed(get("document_ids"), "document_ids", place)]
         missing = next((key for key in keys if key not in task.documents), None)
         if missing is not None:
             raise BadRow(f"{place}: {task.folder} has no document {missing!r}")
@@ -198,24 +201,31 @@ def parse(record: Mapping[str, Any], place: str, source: Source, task: Beir | No
     elif documents is None and get("positive") is not None:
         negatives = get("negatives") or []
         more = [record[name] for name in record if re.fullmatch(r"negative_\d+", name)]
-        documents = [get("positive"), *([negatives] if isinstance(negatives, str) else negatives), *more]
+        negatives = [negatives] if isinstance(negatives, str) else listed(negatives, "negatives", place)
+        documents = [get("positive"), *negatives, *more]
     if query is None and documents is None:
         query = get("text")
     if query is None and documents is None:
         wanted = "query and positive, query and documents, query_id and document_ids, or text"
         raise BadRow(f"{place}: it has {', '.join(record) or 'nothing'}; want {wanted}")
-    documents = [] if documents is None else documents
+    documents = [] if documents is None else listed(documents, "documents", place)
     if not isinstance(query or "", str) or not all(isinstance(each, str) for each in documents):
         raise BadRow(f"{place}: the query and the documents must be text")
     if scores is not None:
-        if len(scores) != len(documents):
+        if len(listed(scores, "scores", place)) != len(documents):
             raise BadRow(f"{place}: {len(scores)} scores for {len(documents)} documents")
-        if not np.isfinite(scores).all():
+        if not all(isinstance(score, (int, float)) and math.isfinite(score) for score in scores):
             raise BadRow(f"{place}: a score is not a finite number")
     keys = documents if keys is None else keys
     # Mined rows name the other right documents, which may stand in the batch as negatives.
-    relevant = frozenset(map(str, record.get("relevant_ids") or keys[:1]))
+    relevant = frozenset(map(str, listed(record.get("relevant_ids") or keys[:1], "relevant_ids", place)))
     return Row(query or "", list(documents), scores, list(keys), relevant, index)
+
+
+def listed(value: Any, name: str, place: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise BadRow(f"{place}: {name} is {value!r}; want a list")
+    return value
 
 
 def open_rows(source: Source, limit: int | None = None) -> Rows:
