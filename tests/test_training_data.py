@@ -234,6 +234,15 @@ def test_an_interrupted_file_goes_on_where_it_was(tmp_path):
     assert calls == [0, 8, 16, 16, 24, 32, 40, 48]
 
 
+@pytest.mark.parametrize("name", ["fusion:bm25", "fusion:bm25:7", "fusion:0.5", "fusion::0.5", "fusion:bm25:-1"])
+def test_a_fusion_has_a_model_and_a_weight(name):
+    with pytest.raises(config.ConfigError, match="want fusion:MODEL:WEIGHT with a weight of 0 to 1"):
+        rankers.open_ranker(name)
+    assert rankers.open_ranker("fusion:bm25:.5").weight == 0.5
+    with pytest.raises(config.ConfigError, match=r"^/nowhere: there is no such folder"):
+        rankers.open_ranker("fusion:/nowhere:0.5")
+
+
 def test_measures_are_those_of_trec_eval():
     found = evaluate.means(evaluate.measure({"q": {"a": 2, "b": 1}}, {"q": {"x": 3.0, "b": 2.0, "a": 1.0}}))
     ideal = 2 + 1 / np.log2(3)

@@ -425,6 +425,33 @@ def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path, place):
         evaluate.main(["bm25", str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    "tables, message",
+    [
+        ({"train": {"trackers": ["foo"]}}, "train.trackers has 'foo'; want one that is installed"),
+        ({"model": {"base": "package:json"}}, "package:json has no encoder: .* 'get_model_path'"),
+        ({"model": {"tokenizer": "/nowhere"}}, "model.tokenizer '/nowhere' has no tokenizer"),
+        (
+            {"model": {"head": {"widths": [32, 16], "residual": False, "init": "pca"}}},
+            "model.head: one that starts at a projection needs a residual",
+        ),
+    ],
+)
+def test_mistakes_that_only_a_run_finds(place, tmp_path, tables, message):
+    with pytest.raises(config.ConfigError, match=message):
+        train.run(quick(place, tmp_path, **tables))
+
+
+def test_folders_that_a_run_cannot_use(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(config.ConfigError, match=r"output is .*file/out', where no folder can be made"):
+        train.run(quick(place, tmp_path / "file" / "out"))
+    texts = {"sources": [{"path": str(place / "data" / "beir" / "scifact"), "kind": "texts"}]}
+    teacher = {"model": "/nowhere", "cache": str(tmp_path / "cache")}
+    with pytest.raises(config.ConfigError, match="/nowhere: there is no such folder"):
+        train.run(quick(place, tmp_path / "out", "distill", data=texts, teacher=teacher))
+
+
 def test_a_bad_row_stops_the_run_with_its_line(place, tmp_path):
     lines = (place / "tuples.jsonl").read_text().splitlines()
     lines[5] = lines[5][:20]

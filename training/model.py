@@ -155,7 +155,9 @@ class Encoder(nn.Module):
     def start_at(self, directions: Tensor) -> None:
         """Make the head the projection on `directions [hidden, dimension]`, whatever its depth, for training to go on from."""
         if self.head is None or any(not layer.has_residual for layer in self.head[:-1]):
-            raise ValueError("a head that starts at a projection needs a residual in every layer but the last")
+            raise settings.ConfigError(
+                "model.head: one that starts at a projection needs a residual in every layer but the last"
+            )
         for layer in self.head:
             nn.init.zeros_(layer.linear.weight)
             if layer.linear.bias is not None:
@@ -164,7 +166,9 @@ class Encoder(nn.Module):
                 nn.init.eye_(layer.residual.weight)
         last = self.head[-1]
         if last.has_residual and last.residual is None:
-            raise ValueError("the last layer of the head is square: its residual leaves no place for a projection")
+            raise settings.ConfigError(
+                "model.head: the last layer is square: its residual leaves no place for a projection"
+            )
         matrix = (last.residual or last.linear).weight
         matrix.zero_()
         matrix[:, : len(directions)] = directions.T.to(matrix.dtype)

@@ -8,8 +8,8 @@ dense model. `index(documents)` comes first; then `all_scores(queries)` gives `[
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from edgecolbert_kernels import maxsim_varlen
 from training import model as models
+from training.backbones import package_folder
 from training.config import ConfigError
 
 BATCH_TOKENS = 4096  # of the encoder: enough for its matrix products, little enough for its memory
@@ -211,21 +212,27 @@ def open_ranker(name: str, batch: int = 32) -> Ranker:
     if name == "bm25":
         return Bm25()
     if name.startswith("fusion:"):
-        dense, _, weight = name.removeprefix("fusion:").rpartition(":")
-        try:
-            return Fusion(open_ranker(dense, batch), float(weight))
-        except ValueError:
-            raise ConfigError(f"{name}: want fusion:MODEL:WEIGHT, such as fusion:all-MiniLM-L6-v2:0.7") from None
-    if name.startswith("package:"):
-        name = str(importlib.import_module(name.removeprefix("package:")).get_model_path())
-    if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") > 1):
-        raise ConfigError(f"{name}: there is no such folder")
+        match = re.fullmatch(r"fusion:(.+):([01]|[01]?\.\d+)", name)
+        if not match or float(match[2]) > 1:
+            raise ConfigError(
+                f"{name}: want fusion:MODEL:WEIGHT with a weight of 0 to 1, such as fusion:all-MiniLM-L6-v2:0.7"
+            )
+        return Fusion(open_ranker(match[1], batch), float(match[2]))
+    name = located(name)
     facts = _facts(name)
     if facts.get("model_type") in ("ColBERT", "MultiVectorEncoder"):
         return LateInteraction(models.load(name))
     if facts.get("model_type") == "CrossEncoder" or "ForSequenceClassification" in str(facts.get("architectures")):
         return CrossEncoder(name, batch)
     return Dense(name, batch)
+
+
+def located(name: str) -> str:
+    """The folder of a model, or its name on the hub."""
+    name = package_folder(name)
+    if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") > 1):
+        raise ConfigError(f"{name}: there is no such folder")
+    return name
 
 
 def _facts(name: str) -> dict[str, Any]:

@@ -109,12 +109,7 @@ def vectors(source: Source, rows: Rows | Stream, teacher: Teacher) -> np.ndarray
     if not path.exists():
         from sentence_transformers import SentenceTransformer
 
-        name = teacher.model
-        if name.startswith("package:"):
-            import importlib
-
-            name = str(importlib.import_module(name.removeprefix("package:")).get_model_path())
-        model = SentenceTransformer(name)
+        model = SentenceTransformer(rankers.located(teacher.model))
         path.parent.mkdir(parents=True, exist_ok=True)
         part, width = path.with_suffix(f".{os.getpid()}.part.npy"), model.get_embedding_dimension()
         array = np.lib.format.open_memmap(part, "w+", np.float16, (len(texts), int(width or 0)))

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(config: settings.Config) -> Path:
     """Train as configured; the folder of the finished model."""
     output, train = Path(config.output), config.train
+    check_trackers(train.trackers)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # without it several CPU processes would each believe to be alone
         mixed_precision="no" if train.precision == "fp32" else train.precision,
@@ -64,7 +66,10 @@ def run(config: settings.Config) -> Path:
         set_dropout(encoder, train.dropout)
     batches = data.Batches(config, None, accelerator.process_index, accelerator.num_processes)
     if main_process:
-        output.mkdir(parents=True, exist_ok=True)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise settings.ConfigError(f"output is {config.output!r}, where no folder can be made: {error}") from None
         checkpoint.clean(output)
         tell_all(accelerator, batches.notes)
     fresh = not checkpoint.existing(output)
@@ -216,6 +221,14 @@ def principal_directions(encoder: model.Encoder, batches: data.Batches, device: 
     # An eigenvector's sign is the library's choice.
     sign = directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
     return (directions * sign).float()
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Accelerate leaves out without a word what is not installed."""
+    there = ["all", *map(str, get_available_trackers())]
+    for name in names:
+        if name not in there:
+            raise settings.ConfigError(f"train.trackers has {name!r}; want one that is installed: {', '.join(there)}")
 
 
 def check_eval_sets(config: settings.Config) -> None:
