@@ -251,7 +251,8 @@ PYBIND11_MODULE(_C, m) {
       "The instruction set in use; RuntimeError when EDGECOLBERT_ISA cannot run.");
   m.def(
       "set_screening", [](bool on) { return screening.exchange(on); }, py::arg("on"),
-      "Whether int8 may find the tokens that can win, and what it was before. Scores have the same bits either way.");
+      "Whether int8 may find the tokens that can win, and what it was before. Exact scores have the same bits either "
+      "way.");
   m.def(
       "screened",
       [] {

@@ -561,6 +561,7 @@ def test_opcheck(regime, name):
         ("scores", torch.Tensor.half, TypeError),
         ("argmax", lambda x: x[1:], ValueError),
         ("argmax", torch.Tensor.long, TypeError),
+        ("argmax", lambda x: x + 100, IndexError),
     ],
 )
 def test_what_the_backward_op_refuses(name, wrong, error):

@@ -280,6 +280,42 @@ def test_registered_op_is_as_careful(backend, function, mistake):
         op(**head, Q=Q, D=D, **arguments, **tail)
 
 
+@pytest.mark.parametrize("layout", ["every", "packed queries", "pairs"])
+def test_the_argmax_of_a_short_document(layout):
+    """Documents of 10 tokens and of 1: what the first one has, the second has not."""
+    D, cu_d = torch.ones(11, 8), torch.tensor([0, 10, 11])
+    Q, cu_q = (torch.ones(3, 8), torch.tensor([0, 1, 3])) if layout == "packed queries" else (torch.ones(1, 2, 8), None)
+    pairs = (torch.tensor([0, 0]), torch.tensor([1, 0])) if layout == "pairs" else (None, None)
+    shape, good, bad = {
+        "every": ((1, 2), [9, -1, 0, 0], [9, -1, 0, 1]),
+        "packed queries": ((2, 2), [9, 0, 9, 9, 0, 0], [9, 0, 9, 9, 0, 9]),
+        "pairs": ((2,), [0, 0, 9, 9], [9, 0, 9, 9]),
+    }[layout]
+    for argmax in (good, bad):
+        argmax = torch.tensor(argmax, dtype=torch.int32)
+        arguments = (
+            torch.ones(shape),
+            Q,
+            D,
+            argmax,
+            None,
+            None,
+            cu_q,
+            cu_d,
+            *pairs,
+            False,
+            "exclude",
+            "exact",
+            True,
+            True,
+        )
+        if argmax.tolist() == good:
+            torch.ops.edgecolbert.maxsim_backward(*arguments)
+        else:
+            with pytest.raises(IndexError, match="argmax"):
+                torch.ops.edgecolbert.maxsim_backward(*arguments)
+
+
 def test_process_survives_every_mistake(python):
     """All of them in one fresh process, under glibc's strict heap checks: the exit is clean."""
     source = """

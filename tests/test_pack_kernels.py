@@ -330,6 +330,21 @@ class TestWrongInput:
             unpack_rows(np.ones((3, 4), np.float16), np.array([0, 4]))
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.int8])
+def test_a_mask_that_changes_meanwhile(isa, dtype):
+    """Tokens that were not counted are not written."""
+    X, mask = embeddings((3, 40, 48), np.float32), np.zeros((3, 40), bool)
+    mask[:, :7] = mask[:, 20] = True
+    source = native.padded(X.ctypes.data, native.FLOAT32, X.shape, [40 * 48, 48, 1], mask.ctypes.data)
+    offsets, scales = np.empty(4, np.int64), np.empty(3, np.float32)
+    _C.pack_offsets(source, offsets.ctypes.data, 1)
+    out = np.full((64, 48), 77, dtype)
+    mask[:] = True
+    code = native.INT8 if dtype == np.int8 else native.FLOAT16
+    _C.pack(source, True, code, offsets.ctypes.data, out.ctypes.data, scales.ctypes.data, 1)
+    assert offsets[-1] == 24 and (out[24:] == 77).all()
+
+
 @pytest.mark.parametrize("ratio", [1, 2, 4])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_traffic_without_arithmetic(isa, ratio, threads):

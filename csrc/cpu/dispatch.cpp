@@ -79,13 +79,13 @@ Cpu detect() {
 #ifdef EDGECOLBERT_X86
   unsigned a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return cpu;
-  const bool fma = c >> 12 & 1, osxsave = c >> 27 & 1, avx = c >> 28 & 1, f16c = c >> 29 & 1;
+  const bool fma = c >> 12 & 1, popcnt = c >> 23 & 1, osxsave = c >> 27 & 1, avx = c >> 28 & 1, f16c = c >> 29 & 1;
   if (!osxsave || !avx) return cpu;
   unsigned xcr0, xcr0_high;
   __asm__("xgetbv" : "=a"(xcr0), "=d"(xcr0_high) : "c"(0));
   const bool ymm_saved = (xcr0 & 0x06) == 0x06, zmm_saved = (xcr0 & 0xe6) == 0xe6;
   if (!ymm_saved || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return cpu;
-  cpu.avx2 = (b >> 5 & 1) && fma && f16c;
+  cpu.avx2 = (b >> 5 & 1) && fma && f16c && popcnt;
   const bool f = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1;
   cpu.avx512 = zmm_saved && cpu.avx2 && f && dq && bw && vl;
   cpu.avx512vnni = c >> 11 & 1;

@@ -74,7 +74,7 @@ struct ForwardCall {
   float* out = nullptr;
   Winners winners;
   bool fixed_point = false;
-  bool screen = true;  // where it pays off; the scores have the same bits
+  bool screen = true;  // where it pays off; exact scores have the same bits
   bool masked_is_zero = false;
   bool normalize = false;
   int threads = 1;

@@ -126,8 +126,9 @@ class PackedQueries {
 
   static bool screens(const Kernels& kernels, const ForwardCall& call, Integer integer) {
     const int64_t shortest = integer == Integer::i16 ? kernels.shortest_screened_fast : kernels.shortest_screened;
-    return call.screen && integer != Integer::i8 && call.queries.dim <= kernels.screened_dimensions &&
-           longest_document(call) >= shortest;
+    if (!call.screen || integer == Integer::i8 || call.queries.dim > kernels.screened_dimensions) return false;
+    const int64_t longest = longest_document(call);
+    return longest >= shortest && longest <= INT32_MAX;  // tokens that can win are noted as int32
   }
 
   static int64_t words_of(int64_t dim, int64_t dims_of_word) { return round_up(dim, dims_of_word) / dims_of_word; }
@@ -443,7 +444,7 @@ class Scorer {
     view.tokens.length = documents.tokens(document);
     view.tokens.kept = nullptr;
     // Documents of one array are read one after another: prefetching may run ahead into the next one.
-    const bool dense = !documents.pointers && documents.token_stride > 0;
+    const bool dense = !documents.pointers && documents.token_stride > 0 && documents.data;
     const int64_t last = documents.count - 1;
     view.tokens.memory_end = dense ? documents.start(last) + (documents.tokens(last) - 1) * documents.token_stride +
                                          (documents.dim - 1) * documents.dim_stride + bytes_of(documents.dtype)

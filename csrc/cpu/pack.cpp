@@ -122,6 +122,8 @@ int64_t pack(const Kernels& kernels, const PackCall& call) {
     int32_t* const numbers = kept.data() + row_numbers * (2 * thread + j % 2);
     if (const uint8_t* const mask = source.mask_of(j)) {
       tokens.kept = list_kept(mask, tokens.length, numbers, &tokens.length);
+      // No more than were counted, should someone write to the mask meanwhile.
+      tokens.length = std::min(tokens.length, call.offsets[j + 1] - call.offsets[j]);
     }
     return tokens;
   };

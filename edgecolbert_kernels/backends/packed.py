@@ -79,7 +79,7 @@ def pack_rows(
     normalize  divide every row by max(|row|, 1e-12) first
     dtype      of the tokens: float32, float16, uint16 (the bits of bfloat16) or int8; "bfloat16" is understood too
     out        where to write the tokens, [T, d] in that dtype and C-contiguous; it is also returned
-    strict     a finite value that becomes infinite, as too large ones do in floats, is an error
+    strict     a finite value of these dtypes that becomes infinite, as too large ones do in floats, is an error
 
     Values are rounded once, to nearest, ties to even. In int8 a document is `scale * tokens`, the scale being the largest
     |x| of its kept tokens / 127; below 2e-36 the document counts as zero. NaN and infinities stay what they are in floats;

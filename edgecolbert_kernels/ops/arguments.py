@@ -113,9 +113,29 @@ def readable_gradient(
     for name, tensor in (("grad", grad), ("argmax", argmax)):
         checks.same_device(name, tensor.device, Q.device)
     if argmax.numel() and not guarded(backend, Q):
-        longest = D.shape[-2] if cu_d is None else cu_d.diff().amax()
-        checks.argmax(int(argmax.amin()), int(argmax.amax()), int(longest))
+        if cu_d is None:
+            checks.argmax(int(argmax.amin()), int(argmax.amax()), D.shape[-2])
+        else:
+            _check_argmax_of_each(argmax, Q, cu_q, cu_d.diff(), document_index)
     return grad.to(getattr(torch, arithmetic(Q, D))), argmax.contiguous()
+
+
+def _check_argmax_of_each(
+    argmax: Tensor, Q: Tensor, cu_q: Tensor | None, lengths: Tensor, document_index: Tensor | None
+) -> None:
+    """Of documents that are not of one length: the order of an argmax is that of `layout.argmax_length`."""
+    if cu_q is None:
+        of_document = argmax.view(-1, len(lengths) if document_index is None else len(document_index), Q.shape[-2])
+        lowest, highest = of_document.amin((0, 2)), of_document.amax((0, 2))
+        lengths = lengths if document_index is None else lengths[document_index]
+    else:
+        queries = cu_q.shape[0] - 1
+        lowest = highest = argmax
+        lengths = lengths.repeat(queries).repeat_interleave(cu_q.diff().repeat_interleave(len(lengths)))
+    wrong = ((lowest < -1) | (highest >= lengths)).nonzero()
+    if len(wrong):
+        first = wrong[0, 0]
+        checks.argmax(int(lowest[first]), int(highest[first]), int(lengths[first]))
 
 
 def wide(integers: Tensor) -> Tensor:

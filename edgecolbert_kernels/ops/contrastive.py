@@ -198,6 +198,8 @@ def _check_state(grad: Tensor, problem: tiles.Problem, state: tiles.State) -> No
         wanted = torch.int16 if layout.argmax_is_int16(problem.D, None) else torch.int32
         if state.argmax.dtype != wanted:
             raise checks.wrong_dtype("argmax", state.argmax.dtype, str(wanted))
+        if tiles.looked_at(problem.Q):
+            checks.argmax(int(state.argmax.amin()), int(state.argmax.amax()), problem.D.shape[1])
     arithmetic = getattr(torch, arguments.arithmetic(problem.Q, problem.D))
     for name, each, dtype in (
         ("rows", state.rows, torch.float64),
