@@ -5,6 +5,7 @@ it.
 """
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from edgecolbert_kernels._version import __version__
@@ -73,10 +74,22 @@ _LATE = {
 }
 
 
+_OF_TORCH = {name for name, module in _LATE.items() if module not in ("packed", "packing", "retrieval")}
+_OF_TORCH -= {"PackedFormatError", "PackedLocked"}
+if importlib.util.find_spec("torch") is None:
+    __all__ = [name for name in __all__ if name not in _OF_TORCH]
+
+
 def __getattr__(name: str) -> Any:
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_LATE[name]}"), name)
+    try:
+        value = getattr(importlib.import_module(f"{__name__}.{_LATE[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        needs = f"{__name__}.{name} needs torch: pip install 'edgecolbert-kernels[torch]'"
+        raise ModuleNotFoundError(needs, name="torch") from None
     globals()[name] = value
     return value
 

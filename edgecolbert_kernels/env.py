@@ -69,8 +69,8 @@ def _backend(device: str | None = None) -> dict[str, str]:
 def _torch() -> dict[str, Any] | None:
     try:
         import torch
-    except ImportError as error:
-        return None if error.name == "torch" else {"broken": str(error)}
+    except (ImportError, OSError) as error:  # OSError: a library that it loads is missing
+        return None if getattr(error, "name", None) == "torch" else {"broken": str(error)}
     cuda = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )

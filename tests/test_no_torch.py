@@ -130,6 +130,29 @@ def test_env(python):
     assert "not installed" in python("from edgecolbert_kernels import env; env.main([])")
 
 
+LOOK = """
+import io, pydoc, rlcompleter
+import edgecolbert_kernels as ek
+from edgecolbert_kernels import *
+
+assert maxsim is ek.maxsim and "GradCache" not in dir(ek) and "search" in ek.__all__
+assert "contrastive_loss" not in pydoc.render_doc(ek)
+assert rlcompleter.Completer({"ek": ek}).complete("ek.max", 0).startswith("ek.maxsim")
+for name in ("GradCache", "contrastive_loss"):
+    try:
+        getattr(ek, name)
+    except ModuleNotFoundError as error:
+        assert "edgecolbert-kernels[torch]" in str(error), error
+    else:
+        raise AssertionError(name)
+"""
+
+
+def test_looking_around(python):
+    """help(), import * and completion name what there is; the rest says what it needs."""
+    python(LOOK)
+
+
 def test_import_takes_less_than_50_ms(python):
     assert min(float(python(IMPORT)) for _ in range(5)) < 0.050
 

@@ -6,6 +6,7 @@ They are built apart from the module, by CMake into build/native, which `make em
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sysconfig
@@ -42,6 +43,29 @@ def objects() -> dict[str, Path]:
     run("cmake", "--build", BUILD, "--target", "isa_objects")
     lines = (BUILD / "isa_objects.txt").read_text().splitlines()
     return {name: Path(path) for name, path in (line.split(" ", 1) for line in lines)}
+
+
+CLANGS = ("clang++", *(f"clang++-{version}" for version in range(22, 13, -1)))
+ISAS = {
+    "scalar": "x86-64",
+    "avx2": "haswell",
+    "avxvnni": "alderlake",
+    "avx512": "skylake-avx512",
+    "avx512vnni": "icelake-server",
+    "avx512vnni_fp16": "sapphirerapids",
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_clang_accepts_it(isa):
+    """The objects here are made by one compiler; users have the other one, on a Mac always."""
+    clang = next((found for name in CLANGS if (found := shutil.which(name, path=PATH))), None)
+    if clang is None or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("needs clang++ 14 or later on x86-64")
+    source = ROOT / "csrc" / "cpu" / "isa" / f"{isa}.cpp"
+    if not source.exists():
+        pytest.skip("not run from the source tree")
+    run(clang, "-std=c++17", f"-march={ISAS[isa]}", f"-I{ROOT / 'csrc'}", "-fsyntax-only", "-Werror", source)
 
 
 def test_no_weak_symbols(objects):

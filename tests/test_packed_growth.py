@@ -59,6 +59,13 @@ def test_append(dtype):
     assert packed.append([]) is packed
 
 
+def test_a_view_that_has_an_id_twice_is_not_joined():
+    packed = PackedEmbeddings.from_list([np.ones((2, 4))] * 3, ["a", "b", "c"])
+    for parts in ([packed[[0, 0]], packed[2:]], [packed[2:], packed[[0, 0]]], [packed[[0, 0]]]):
+        with pytest.raises(ValueError, match="'a' stands twice"):
+            PackedEmbeddings.concatenate(parts)
+
+
 def test_append_packed(tmp_path):
     """A view's ids come along, as with a writer; others may be given."""
     named, nameless = PackedEmbeddings.from_list(rows(1, 2), ["a", "b"]), PackedEmbeddings.from_list(rows(3))

@@ -62,8 +62,6 @@ def test_the_sdist_holds_every_source(members):
 def test_the_sdist_holds_nothing_else(members):
     made = {"PKG-INFO", "setup.cfg"}
     beside = {name for name in members if not name.startswith("edgecolbert_kernels.egg-info/")}
-    # Tests that setuptools adds by their name.
-    beside -= {name for name in beside if re.fullmatch(r"tests/test_\w+\.py", name)}
     assert beside - sources() == made
 
 

@@ -10,6 +10,7 @@ a checksum was forged. A crash of the process is a finding too: its choices are 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -232,8 +233,11 @@ def by_coverage(seconds: float, seed: int) -> None:
 
 
 def main() -> None:
-    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 600
-    seed = int(sys.argv[2]) if len(sys.argv) > 2 else int(time.time())
+    parser = argparse.ArgumentParser(prog="python -m tools.fuzz_packed", description=__doc__.splitlines()[0])
+    parser.add_argument("seconds", type=float, nargs="?", default=600)
+    parser.add_argument("seed", type=int, nargs="?", default=int(time.time()))
+    options = parser.parse_args()
+    seconds, seed = options.seconds, options.seed
     # Half of the time each: coverage finds the deep paths, chance is not led astray.
     at_random(seconds / 2 if atheris else seconds, seed)
     if atheris:

@@ -137,7 +137,8 @@ def slug(name: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
-        raise SystemExit(__doc__)
+        print(__doc__)
+        return
     try:
         print(run(read(Path(given[0]), given[1:])))
     except ConfigError as error:

@@ -38,7 +38,8 @@ PCA_TEXTS = 256
 def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
-        raise SystemExit(f"{__doc__}\nSettings and their defaults: training/config.py")
+        print(f"{__doc__}\nSettings and their defaults: training/config.py")
+        return
     try:
         run(settings.load(given[0], given[1:]))
     except (settings.ConfigError, BadRow, checkpoint.CheckpointError, FloatingPointError) as error:

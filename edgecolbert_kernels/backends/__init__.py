@@ -95,7 +95,7 @@ def _load(name: str) -> ModuleType:
 def _missing_torch() -> str | None:
     try:
         importlib.import_module("torch")
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a library that it loads is missing
         absent = isinstance(error, ModuleNotFoundError) and error.name == "torch"
         return "torch is not installed" if absent else f"torch does not load ({error})"
     return None

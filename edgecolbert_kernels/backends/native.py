@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+# More are never started; a number that is a slip of the pen should not ask the system for them.
+MOST_THREADS = 1024
+
 FLOAT32, FLOAT16, BFLOAT16, INT8 = 0, 1, 2, 3
 PRECISIONS = {"exact": 0, "fast": 1}
 EVERY, OWN, INDEXED = 0, 1, 2
@@ -111,13 +114,21 @@ def forward(
 
 
 @cache
-def _threads(variables: tuple[str | None, ...]) -> int:
-    for value in variables:
-        if value and value.isdecimal() and int(value) > 0:
-            return int(value)
+def _threads(own: str | None, openmp: str | None) -> int:
+    if own:
+        if not own.isdecimal() or int(own) < 1:
+            raise ValueError(f"EDGECOLBERT_NUM_THREADS is {own!r}; want a number of threads, at least 1")
+        return min(int(own), MOST_THREADS)
+    # A number, or one for each level of nesting.
+    first = (openmp or "").split(",")[0].strip()
+    if first.isdecimal() and int(first) > 0:
+        return min(int(first), MOST_THREADS)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads() -> int:
-    """Threads for calls without torch: EDGECOLBERT_NUM_THREADS, else OMP_NUM_THREADS, else the CPUs of this process."""
-    return _threads((os.environ.get("EDGECOLBERT_NUM_THREADS"), os.environ.get("OMP_NUM_THREADS")))
+    """Threads for calls without torch: EDGECOLBERT_NUM_THREADS, else OMP_NUM_THREADS, else the CPUs of this process.
+
+    ValueError: the first is not a number above 0.
+    """
+    return _threads(os.environ.get("EDGECOLBERT_NUM_THREADS"), os.environ.get("OMP_NUM_THREADS"))

@@ -77,7 +77,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\ninterrupted{more}", file=sys.stderr)
         return 130
     except (OSError, ValueError, TypeError, LookupError, ImportError, RuntimeError, MemoryError) as error:
-        print(f"edgecolbert: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        text = str(error.args[0] if isinstance(error, KeyError) else error)
+        if isinstance(error, ModuleNotFoundError):
+            text += "; pip install 'edgecolbert-kernels[cli]' brings what the commands need"
+        print(f"edgecolbert: {text}", file=sys.stderr)
         return 1
 
 

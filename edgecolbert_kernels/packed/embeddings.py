@@ -147,6 +147,7 @@ class PackedEmbeddings(PackedTokens):
         if not parts:
             raise ValueError("parts is empty; want at least one")
         first = parts[0]
+        identifiers.each_once(first.ids or [])
         for part in parts[1:]:
             first = first._extended(part._fitted(first.dtype, first.dim))
         return first

@@ -7,6 +7,7 @@ removed documents exist and are removed once. Checked by `verify` alone, as it r
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
 import stat
@@ -174,11 +175,12 @@ def _array(path: Path, size: int, dtype: np.dtype[Any], mapped: bool) -> Array:
 
 def _fill(file: int, buffer: memoryview, path: Path) -> None:
     done = 0
-    while done < len(buffer):
-        count = os.readv(file, [buffer[done : done + BLOCK_BYTES]])
-        if not count:
-            raise _truncated(path, done, len(buffer))
-        done += count
+    with io.FileIO(file, "rb", closefd=False) as stream:
+        while done < len(buffer):
+            count = stream.readinto(buffer[done : done + BLOCK_BYTES])
+            if not count:
+                raise _truncated(path, done, len(buffer))
+            done += count
 
 
 def _open(path: Path) -> int:

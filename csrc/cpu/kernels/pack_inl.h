@@ -249,7 +249,6 @@ inline void store_float(StoreJob& job, Dim dim) {
 
 template <class From, int rows>
 struct Measured {
-  static constexpr int count = rows;
   const From* row[rows];
   float inverse_norms[rows];
 };
@@ -260,19 +259,21 @@ inline void store_normalized(StoreJob& job, Dim dim) {
   Walk<From, Dim, lie> walk(job, job.source, dim);
   Asking<From, Dim, lie> asking(job, job.source, job.next, dim, true);
   To* out = reinterpret_cast<To*>(job.out);
-  const auto measure = [&](auto& some) __attribute__((always_inline)) {
-    Simd::F squares[some.count];
+  const auto measure = [&](auto& some, auto count) __attribute__((always_inline)) {
+    constexpr int rows = decltype(count){};
+    Simd::F squares[rows];
 #pragma GCC unroll 4
-    for (int r = 0; r < some.count; ++r) {
+    for (int r = 0; r < rows; ++r) {
       asking.row();
       some.row[r] = walk.next();
       squares[r] = square_lanes(some.row[r], dim);
     }
     inverse_norms_of(squares, some.inverse_norms);
   };
-  const auto store = [&](const auto& some) __attribute__((always_inline)) {
+  const auto store = [&](const auto& some, auto count) __attribute__((always_inline)) {
+    constexpr int rows = decltype(count){};
 #pragma GCC unroll 4
-    for (int r = 0; r < some.count; ++r, out += dim) {
+    for (int r = 0; r < rows; ++r, out += dim) {
       const Simd::F scale = Simd::broadcast(some.inverse_norms[r]);
       convert_row<past>(some.row[r], dim, out, [&](Simd::F x) { return Simd::multiply(x, scale); });
     }
@@ -283,15 +284,15 @@ inline void store_normalized(StoreJob& job, Dim dim) {
   if constexpr (together > 1) {
     Measured<From, together> some, next;
     for (int64_t block = 0; block <= blocks; ++block) {
-      if (block < blocks) measure(next);
-      if (block > 0) store(some);
+      if (block < blocks) measure(next, Constant<together>());
+      if (block > 0) store(some, Constant<together>());
       some = next;
     }
   }
   Measured<From, 1> one;
   for (int64_t i = blocks * together; i < job.source.length; ++i) {
-    measure(one);
-    store(one);
+    measure(one, Constant<1>());
+    store(one, Constant<1>());
   }
   job.finite = true;
 }
