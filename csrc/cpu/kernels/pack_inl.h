@@ -279,13 +279,15 @@ inline void store_normalized(StoreJob& job, Dim dim) {
     }
   };
   // Rows are measured while those before them are stored: what waits for a root would keep what comes next from
-  // starting.
+  // starting. Not where memory is what is waited for: it gives less to who runs further ahead.
+  constexpr int lead = past ? 0 : 1;
   const int64_t blocks = together > 1 ? job.source.length / together : 0;
   if constexpr (together > 1) {
     Measured<From, together> some, next;
-    for (int64_t block = 0; block <= blocks; ++block) {
+    for (int64_t block = 0; block < blocks + lead; ++block) {
       if (block < blocks) measure(next, Constant<together>());
-      if (block > 0) store(some, Constant<together>());
+      if (lead == 0) some = next;
+      if (block >= lead) store(some, Constant<together>());
       some = next;
     }
   }
