@@ -119,6 +119,11 @@ class Asking {
   bool into_first_;
 };
 
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
 // Rows whose norms share a root.
 template <bool normalize, Lie lie>
 constexpr int kTogether = normalize && lie != Lie::any ? 4 : 1;
@@ -279,8 +284,9 @@ inline void store_normalized(StoreJob& job, Dim dim) {
     }
   };
   // Rows are measured while those before them are stored: what waits for a root would keep what comes next from
-  // starting. Not where memory is what is waited for: it gives less to who runs further ahead.
-  constexpr int lead = past ? 0 : 1;
+  // starting. Not where memory is what is waited for: it gives less to who runs further ahead. bfloat16 has too much
+  // to do for that.
+  constexpr int lead = past && !kSame<To, BF16> ? 0 : 1;
   const int64_t blocks = together > 1 ? job.source.length / together : 0;
   if constexpr (together > 1) {
     Measured<From, together> some, next;
@@ -298,11 +304,6 @@ inline void store_normalized(StoreJob& job, Dim dim) {
   }
   job.finite = true;
 }
-
-template <class A, class B>
-constexpr bool kSame = false;
-template <class A>
-constexpr bool kSame<A, A> = true;
 
 // The same type without normalisation: bits are kept, those of a NaN too.
 template <bool past, Lie lie, class Element, class Dim>
