@@ -6,6 +6,7 @@ it.
 
 import importlib
 import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 from edgecolbert_kernels._version import __version__
@@ -76,7 +77,16 @@ _LATE = {
 
 _OF_TORCH = {name for name, module in _LATE.items() if module not in ("packed", "packing", "retrieval")}
 _OF_TORCH -= {"PackedFormatError", "PackedLocked"}
-if importlib.util.find_spec("torch") is None:
+
+
+def _has_torch() -> bool:
+    try:
+        return importlib.util.find_spec("torch") is not None
+    except (ImportError, ValueError):  # something that hides it, or stands in for it
+        return "torch" in sys.modules
+
+
+if not _has_torch():
     __all__ = [name for name in __all__ if name not in _OF_TORCH]
 
 

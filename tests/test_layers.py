@@ -35,8 +35,8 @@ MAY_IMPORT = {
     "device": {"backends", "checks", "ops", "scoring"},
     "packed": {"backends", "checks", "device", "dtypes", "identifiers", "scoring", "storage"},
     "packing": {"backends", "checks", "device", "dtypes", "packed"},
-    "retrieval": {"checks", "device", "dtypes", "packed", "scoring"},
-    "export": {"packed"},
+    "retrieval": {"checks", "device", "dtypes", "identifiers", "packed", "scoring"},
+    "export": {"checks", "packed"},
     "cli": {"_version", "packed", "retrieval"},
     "__init__": {
         "_version",
