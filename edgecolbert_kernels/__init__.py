@@ -74,9 +74,7 @@ _LATE = {
     "search": "retrieval",
 }
 
-
-_OF_TORCH = {name for name, module in _LATE.items() if module not in ("packed", "packing", "retrieval")}
-_OF_TORCH -= {"PackedFormatError", "PackedLocked"}
+_OF_TORCH = ("distributed", "gradcache", "integrations.functions", "losses", "modules")
 
 
 def _has_torch() -> bool:
@@ -87,7 +85,7 @@ def _has_torch() -> bool:
 
 
 if not _has_torch():
-    __all__ = [name for name in __all__ if name not in _OF_TORCH]
+    __all__ = [name for name in __all__ if _LATE.get(name) not in _OF_TORCH]
 
 
 def __getattr__(name: str) -> Any:

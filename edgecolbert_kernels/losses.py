@@ -203,7 +203,8 @@ def distillation_loss(
         the backward, 2 bytes a (query token, candidate) are kept.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device or option is wrong.
+        TypeError, ValueError: a dtype, shape, device or option is wrong. On a GPU and in a compiled graph nothing waits for
+            the value of a temperature that is a tensor: one that is not above 0 makes the loss NaN.
 
     Source: Hinton et al., arXiv 1503.02531; margin-MSE: Hofstätter et al., arXiv 2010.02666.
     """
