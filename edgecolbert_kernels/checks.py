@@ -8,13 +8,15 @@ option or a boundary. IndexError: a query or a document that does not exist.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
+
+from edgecolbert_kernels.signatures import MaskMode, Precision
 
 if TYPE_CHECKING:
     import numpy as np
 
-MASK_MODES = ("exclude", "zero")
-PRECISIONS = ("exact", "fast")
+MASK_MODES = get_args(MaskMode)
+PRECISIONS = get_args(Precision)
 
 FLOATS = "float32, float16, bfloat16 or float64"
 INTEGERS = "an integer dtype"

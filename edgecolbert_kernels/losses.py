@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from edgecolbert_kernels import checks, scoring
 from edgecolbert_kernels.ops import arguments, contrastive, distillation, tensors
+from edgecolbert_kernels.signatures import MaskMode, Normalization, Objective, Reduction
 
 MAX_SAVED_BYTES = 256 << 20
-REDUCTIONS = ("mean", "sum", "none")
-NORMALIZATIONS = ("minmax", "zscore", "none")
-OBJECTIVES = ("kl", "margin_mse")
+REDUCTIONS = get_args(Reduction)
+NORMALIZATIONS = get_args(Normalization)
+OBJECTIVES = get_args(Objective)
 # What PyLate adds to the range of a query's scores before it divides by it.
 SMALLEST_RANGE = 1e-8
 
@@ -35,9 +36,9 @@ def contrastive_loss(
     weight: Tensor | None = None,
     exclude: Tensor | None = None,
     margin: float | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalize: bool = False,
-    mask_mode: str = "exclude",
+    mask_mode: MaskMode = "exclude",
     save_scores: bool | None = None,
     max_saved_bytes: int = MAX_SAVED_BYTES,
 ) -> Tensor:
@@ -156,16 +157,16 @@ def distillation_loss(
     d_mask: Masks = None,
     *,
     candidate_mask: Tensor | None = None,
-    objective: str = "kl",
-    student_normalization: str | None = None,
-    teacher_normalization: str = "none",
+    objective: Objective = "kl",
+    student_normalization: Normalization | None = None,
+    teacher_normalization: Normalization = "none",
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
     scale_by_temperature: bool = False,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalize: bool = False,
-    mask_mode: str = "exclude",
+    mask_mode: MaskMode = "exclude",
 ) -> Tensor:
     """Teach the order and the distances of a teacher's scores over each query's own candidates.
 
@@ -305,7 +306,9 @@ def _tokens(
     return X, None if mask is None else tensors.mask(scoring.MASKS[name], mask, name, X)
 
 
-def _documents(D: Any, d_mask: Any, other: Any, mask_mode: str, wanted: str) -> tuple[Tensor, Tensor | None, str]:
+def _documents(
+    D: Any, d_mask: Any, other: Any, mask_mode: MaskMode, wanted: str
+) -> tuple[Tensor, Tensor | None, MaskMode]:
     """The same of documents, and the mode of the mask. Padding of a list never counts, so where masked tokens count as
     zeros these become zeros."""
     if mask_mode == "zero" and isinstance(D, (list, tuple)):

@@ -41,6 +41,7 @@ from edgecolbert_kernels.distributed import gather_with_gradient, world_size
 from edgecolbert_kernels.gradcache import GradCache
 from edgecolbert_kernels.losses import contrastive_loss, distillation_loss
 from edgecolbert_kernels.scoring import maxsim
+from edgecolbert_kernels.signatures import MaskMode, Precision, Reduction
 
 Features = Mapping[str, Tensor]
 # Embeddings [N, L, d], of any length where the kernels normalise and else unit ones, and the tokens to score [N, L].
@@ -50,7 +51,9 @@ Encoded = tuple[Tensor, Tensor]
 class MaxSimScorer(nn.Module):
     """`maxsim` with its options set: `scorer(Q, D, q_mask, d_mask)`, shapes and errors as there."""
 
-    def __init__(self, normalize: bool = False, mask_mode: str = "exclude", precision: str = "exact") -> None:
+    def __init__(
+        self, normalize: bool = False, mask_mode: MaskMode = "exclude", precision: Precision = "exact"
+    ) -> None:
         super().__init__()
         checks.options(mask_mode, precision)
         self.normalize, self.mask_mode, self.precision = normalize, mask_mode, precision
@@ -87,7 +90,7 @@ class Contrastive(nn.Module):
         gather_across_devices: bool = False,
         temperature: float = 1.0,
         *,
-        mask_mode: str = "zero",
+        mask_mode: MaskMode = "zero",
     ) -> None:
         super().__init__()
         checks.options(mask_mode, "exact")
@@ -125,7 +128,7 @@ class Contrastive(nn.Module):
             # Data parallelism averages over ranks: of sums it makes a mean, of means one that forgets their sizes.
             weight = share if self.size_average else world_size()
         target = (offset + torch.arange(len(Q), device=Q.device)) * D.shape[1]
-        reduction = "mean" if self.size_average else "sum"
+        reduction: Reduction = "mean" if self.size_average else "sum"
         if self.score_metric is None:
             options: dict[str, Any] = {"temperature": self.temperature, "mask_mode": self.mask_mode}
             options["normalize"] = self._kernels_normalize(Q)
@@ -162,7 +165,7 @@ class CachedContrastive(Contrastive):
         show_progress_bar: bool = False,
         temperature: float = 1.0,
         *,
-        mask_mode: str = "zero",
+        mask_mode: MaskMode = "zero",
     ) -> None:
         super().__init__(
             model,
@@ -216,7 +219,7 @@ class Distillation(nn.Module):
         size_average: bool = True,
         normalize_scores: bool = True,
         *,
-        mask_mode: str = "zero",
+        mask_mode: MaskMode = "zero",
     ) -> None:
         super().__init__()
         checks.options(mask_mode, "exact")

@@ -16,10 +16,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
+from typing import get_args
 
 from edgecolbert_kernels.backends import native
+from edgecolbert_kernels.signatures import BackendName
 
-BACKENDS = ("auto", "cpu", "torch", "triton", "cuda")
+BACKENDS = get_args(BackendName)
 # Of a GPU, the fastest first.
 ON_GPU = ("cuda", "triton")
 VARIABLE = "EDGECOLBERT_BACKEND"
@@ -36,7 +38,7 @@ class BackendUnsupported(RuntimeError):
 
 
 @contextmanager
-def backend(name: str) -> Iterator[None]:
+def backend(name: BackendName) -> Iterator[None]:
     """Run the calls inside the `with` block on one backend: "auto", "cpu", "torch", "triton" or "cuda".
 
     Wins over EDGECOLBERT_BACKEND. It holds for the current thread or task. A call that the backend cannot run raises

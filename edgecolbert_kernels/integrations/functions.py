@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,11 +16,12 @@ from torch import Tensor
 from edgecolbert_kernels import backends, checks
 from edgecolbert_kernels.integrations import inputs
 from edgecolbert_kernels.scoring import maxsim, maxsim_pairs
+from edgecolbert_kernels.signatures import BackendName, MaskMode
 
 # What sentence-transformers gives a document without a token: below any real score, and finite when squared.
 EMPTY_DOCUMENT = -1e9
-# PyLate's names of other libraries' kernels: here they leave the choice to us.
-OTHER_KERNELS = ("flash", "lik")
+# With PyLate's names of other libraries' kernels: here they leave the choice to us.
+HostBackend: TypeAlias = Literal[BackendName, "flash", "lik"]
 
 
 def colbert_scores(
@@ -28,9 +29,9 @@ def colbert_scores(
     documents_embeddings: Any,
     queries_mask: Any = None,
     documents_mask: Any = None,
-    backend: str | None = None,
+    backend: HostBackend | None = None,
     *,
-    mask_mode: str = "zero",
+    mask_mode: MaskMode = "zero",
 ) -> Tensor:
     """PyLate's `scores.colbert_scores`: every query with every document.
 
@@ -62,9 +63,9 @@ def colbert_kd_scores(
     documents_embeddings: Any,
     queries_mask: Any = None,
     documents_mask: Any = None,
-    backend: str | None = None,
+    backend: HostBackend | None = None,
     *,
-    mask_mode: str = "zero",
+    mask_mode: MaskMode = "zero",
 ) -> Tensor:
     """PyLate's `scores.colbert_kd_scores`: every query with its own candidates.
 
@@ -88,7 +89,9 @@ def colbert_kd_scores(
         return _score(Q, D, inputs.kept(queries_mask, Q), inputs.kept(documents_mask, D), **_options(Q, D, mask_mode))
 
 
-def colbert_scores_pairwise(queries_embeddings: Any, documents_embeddings: Any, backend: str | None = None) -> Tensor:
+def colbert_scores_pairwise(
+    queries_embeddings: Any, documents_embeddings: Any, backend: HostBackend | None = None
+) -> Tensor:
     """PyLate's `scores.colbert_scores_pairwise`: query b with document b.
 
     Args:
@@ -156,12 +159,12 @@ def maxsim_st(
 
 
 @contextmanager
-def _chosen(name: str) -> Iterator[None]:
-    with backends.backend("auto" if name in OTHER_KERNELS else name):
+def _chosen(name: HostBackend) -> Iterator[None]:
+    with backends.backend("auto" if name == "flash" or name == "lik" else name):
         yield
 
 
-def _on(backend: str | None) -> Any:
+def _on(backend: HostBackend | None) -> Any:
     return nullcontext() if backend is None else _chosen(backend)
 
 

@@ -25,11 +25,12 @@ from edgecolbert_kernels import checks
 from edgecolbert_kernels.integrations import functions, inputs
 from edgecolbert_kernels.integrations.patching import Patch, Report, Target, hit, original
 from edgecolbert_kernels.scoring import maxsim
+from edgecolbert_kernels.signatures import MaskMode
 
 VARIABLE = "PYLATE_SCORES_BACKEND"
 
 
-def patch_pylate(*, mask_mode: str = "zero", average_cached_gradients: bool = True) -> Report:
+def patch_pylate(*, mask_mode: MaskMode = "zero", average_cached_gradients: bool = True) -> Report:
     """Let PyLate score on these kernels, until `unpatch_pylate`; twice is harmless.
 
     Args:
@@ -51,12 +52,14 @@ def unpatch_pylate() -> None:
     _patch.undo()
 
 
-def using_pylate(*, mask_mode: str = "zero", average_cached_gradients: bool = True) -> AbstractContextManager[Report]:
+def using_pylate(
+    *, mask_mode: MaskMode = "zero", average_cached_gradients: bool = True
+) -> AbstractContextManager[Report]:
     """`patch_pylate` for a `with` block; for all threads."""
     return _patch.using(mask_mode=mask_mode, average_cached_gradients=average_cached_gradients)
 
 
-def _targets(mask_mode: str, average_cached_gradients: bool) -> Sequence[Target]:
+def _targets(mask_mode: MaskMode, average_cached_gradients: bool) -> Sequence[Target]:
     checks.options(mask_mode, "exact")
     module = importlib.import_module("pylate.scores").colbert_scores.__module__  # 1.4 has another file
     scores: dict[str, Callable[..., Tensor]] = {
