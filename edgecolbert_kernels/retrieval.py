@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from edgecolbert_kernels import checks, dtypes, identifiers
 from edgecolbert_kernels.packed import PackedEmbeddings
 from edgecolbert_kernels.scoring import Stored, maxsim, maxsim_indexed
+from edgecolbert_kernels.signatures import Precision
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from torch import Tensor
+    from typing_extensions import Unpack
+
+    from edgecolbert_kernels.signatures import Arrays, SearchOptions, Tensors, Tokens
 
 Array = np.ndarray
 
@@ -34,13 +42,21 @@ LARGEST_NORM = math.sqrt(3.5) + 2.0**-8
 FLOAT32_ROUNDING = 2.0**-24
 
 
+@overload
+def search(
+    Q: Arrays, documents: Tokens | Stored, k: int, **options: Unpack[SearchOptions]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]: ...
+@overload
+def search(
+    Q: Tensors, documents: Tokens | Stored, k: int, **options: Unpack[SearchOptions]
+) -> tuple[Tensor, Tensor]: ...
 def search(
     Q: Any,
     documents: Any,
     k: int,
     *,
     q_mask: Any = None,
-    precision: str = "fast",
+    precision: Precision = "fast",
     candidates: Sequence[Any] | None = None,
     filter: Any = None,
     ids: Iterable[Any] | None = None,
@@ -114,7 +130,7 @@ class _Queries:
     def __len__(self) -> int:
         return len(self.Q)
 
-    def scores(self, documents: PackedEmbeddings, precision: str) -> Array:
+    def scores(self, documents: PackedEmbeddings, precision: Precision) -> Array:
         """`[n, Nd]`."""
         return np.asarray(maxsim(_constant(self.Q), documents, self.q_mask, precision=precision))
 
@@ -196,7 +212,9 @@ def _float32_error(query: Array, dim: int) -> float:
     return 1.05 * FLOAT32_ROUNDING * (dim + 2 * len(query) + 8) * float(np.linalg.norm(query, axis=1).sum())
 
 
-def _scan(queries: _Queries, documents: PackedEmbeddings, allowed: Array | None, precision: str, found: _Best) -> None:
+def _scan(
+    queries: _Queries, documents: PackedEmbeddings, allowed: Array | None, precision: Precision, found: _Best
+) -> None:
     """Every document that is allowed."""
     packed = documents if allowed is None else documents[allowed]
     # With this few documents all of them would be scored twice. int8 wants the norm of every document's tokens, which

@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 from edgecolbert_kernels import checks
 from edgecolbert_kernels.backends import choose
+from edgecolbert_kernels.signatures import MaskMode, Precision
 
-# A torch tensor or a numpy array: Any, as the package must import where there is no torch.
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+    from typing_extensions import Unpack
+
+    from edgecolbert_kernels.signatures import Arrays, Integers, Masks, ScoreOptions, Tensors, Tokens
+
+# A torch tensor or a numpy array: Any, as the same lines serve both. The overloads say which comes out.
 Array = Any
 Options = tuple[bool, str, str]
 
@@ -81,6 +89,15 @@ class Stored:
         raise NotImplementedError
 
 
+# An array Q beside a tensor D works too, but a third overload would turn the scores of two `np.ndarray` into Any.
+@overload
+def maxsim(
+    Q: Arrays, D: Arrays | Stored, q_mask: Masks = None, d_mask: Masks = None, **options: Unpack[ScoreOptions]
+) -> np.ndarray: ...
+@overload
+def maxsim(
+    Q: Tensors, D: Tokens | Stored, q_mask: Masks = None, d_mask: Masks = None, **options: Unpack[ScoreOptions]
+) -> Tensor: ...
 def maxsim(
     Q: Array,
     D: Array,
@@ -88,8 +105,8 @@ def maxsim(
     d_mask: Array = None,
     *,
     normalize: bool = False,
-    mask_mode: str = "exclude",
-    precision: str = "exact",
+    mask_mode: MaskMode = "exclude",
+    precision: Precision = "exact",
     out_dtype: Any = None,
 ) -> Array:
     """Score queries against documents: the sum over query tokens of the largest similarity to a document token.
@@ -143,6 +160,14 @@ def maxsim(
     return xp.score(Q, D, q_mask, d_mask, None, None, None, None, normalize, mask_mode, precision, out_dtype)
 
 
+@overload
+def maxsim_pairs(
+    Q: Arrays, D: Arrays, q_mask: Masks = None, d_mask: Masks = None, **options: Unpack[ScoreOptions]
+) -> np.ndarray: ...
+@overload
+def maxsim_pairs(
+    Q: Tensors, D: Tokens, q_mask: Masks = None, d_mask: Masks = None, **options: Unpack[ScoreOptions]
+) -> Tensor: ...
 def maxsim_pairs(
     Q: Array,
     D: Array,
@@ -150,8 +175,8 @@ def maxsim_pairs(
     d_mask: Array = None,
     *,
     normalize: bool = False,
-    mask_mode: str = "exclude",
-    precision: str = "exact",
+    mask_mode: MaskMode = "exclude",
+    precision: Precision = "exact",
     out_dtype: Any = None,
 ) -> Array:
     """Score row by row: query b against document b.
@@ -180,6 +205,26 @@ def maxsim_pairs(
     return xp.score(Q, D[:, None], q_mask, d_mask, None, None, None, None, *options, out_dtype)[:, 0]
 
 
+@overload
+def maxsim_varlen(
+    Q: np.ndarray,
+    D: np.ndarray,
+    cu_seqlens_q: Integers,
+    cu_seqlens_d: Integers,
+    q_mask: Masks = None,
+    d_mask: Masks = None,
+    **options: Unpack[ScoreOptions],
+) -> np.ndarray: ...
+@overload
+def maxsim_varlen(
+    Q: Tensor,
+    D: np.ndarray | Tensor,
+    cu_seqlens_q: Integers,
+    cu_seqlens_d: Integers,
+    q_mask: Masks = None,
+    d_mask: Masks = None,
+    **options: Unpack[ScoreOptions],
+) -> Tensor: ...
 def maxsim_varlen(
     Q: Array,
     D: Array,
@@ -189,8 +234,8 @@ def maxsim_varlen(
     d_mask: Array = None,
     *,
     normalize: bool = False,
-    mask_mode: str = "exclude",
-    precision: str = "exact",
+    mask_mode: MaskMode = "exclude",
+    precision: Precision = "exact",
     out_dtype: Any = None,
 ) -> Array:
     """Score every query against every document, both stored back to back without padding.
@@ -239,6 +284,26 @@ def maxsim_varlen(
     return xp.score(Q, D, q_mask, d_mask, cu_q, cu_d, None, None, normalize, mask_mode, precision, out_dtype)
 
 
+@overload
+def maxsim_indexed(
+    Q: Arrays,
+    D: Arrays | Stored,
+    query_index: Integers,
+    document_index: Integers,
+    q_mask: Masks = None,
+    d_mask: Masks = None,
+    **options: Unpack[ScoreOptions],
+) -> np.ndarray: ...
+@overload
+def maxsim_indexed(
+    Q: Tensors,
+    D: Tokens | Stored,
+    query_index: Integers,
+    document_index: Integers,
+    q_mask: Masks = None,
+    d_mask: Masks = None,
+    **options: Unpack[ScoreOptions],
+) -> Tensor: ...
 def maxsim_indexed(
     Q: Array,
     D: Array,
@@ -248,8 +313,8 @@ def maxsim_indexed(
     d_mask: Array = None,
     *,
     normalize: bool = False,
-    mask_mode: str = "exclude",
-    precision: str = "exact",
+    mask_mode: MaskMode = "exclude",
+    precision: Precision = "exact",
     out_dtype: Any = None,
 ) -> Array:
     """Score chosen pairs: query `query_index[p]` against document `document_index[p]`.

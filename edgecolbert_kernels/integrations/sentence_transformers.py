@@ -50,7 +50,7 @@ def using_sentence_transformers() -> AbstractContextManager[Report]:
 
 
 def _targets() -> Sequence[Target]:
-    names = {"_maxsim_score_documents": maxsim, "_maxsim_score_pairs": maxsim_pairs}
+    names: dict[str, Callable[..., Tensor]] = {"_maxsim_score_documents": maxsim, "_maxsim_score_pairs": maxsim_pairs}
     chunks = [Target(f"{MODULE}:{name}", _scorer(f"{MODULE}:{name}", function)) for name, function in names.items()]
     return [*chunks, Target(WHOLE, _score_whole)]
 
