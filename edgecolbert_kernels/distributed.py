@@ -40,7 +40,9 @@ class Gathered(NamedTuple):
     weight: float
 
 
-def gather_with_gradient(embeddings: Tensor, mask: Tensor | None = None, group: Any = None) -> Gathered:
+def gather_with_gradient(
+    embeddings: Tensor, mask: Tensor | None = None, group: dist.ProcessGroup | None = None
+) -> Gathered:
     """Put the embeddings of all ranks together; gradients flow back to the ranks that own them, summed over all.
 
     The ranks may differ in their number of rows, none included, and in their number of tokens: each pads to the largest

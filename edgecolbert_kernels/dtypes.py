@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from edgecolbert_kernels import checks
+from edgecolbert_kernels.signatures import Storage
 
 Array = np.ndarray
 
@@ -26,15 +27,15 @@ LARGEST_INT8 = 127
 SMALLEST_INT8 = np.float32(2e-36)
 
 
-def name(dtype: Any) -> str:
+def name(dtype: Any) -> Storage:
     """The storage that a name, a numpy dtype or a torch dtype stands for."""
     known = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype).removeprefix("torch."))
     if known not in STORAGE:
         raise checks.storage_dtype(dtype, tuple(STORAGE))
-    return known
+    return known  # type: ignore[return-value]
 
 
-def matrix(label: str, seen: Any) -> tuple[Array, str]:
+def matrix(label: str, seen: Any) -> tuple[Array, Storage]:
     """Token vectors as numpy has them, with the name of their storage; a tensor comes without its gradient.
 
     Nothing is copied where the values can be read as they lie. float64 becomes float32.

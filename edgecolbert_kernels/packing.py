@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from edgecolbert_kernels import checks, dtypes
 from edgecolbert_kernels.backends.packed import OutOfRange, available, pack_rows, threads_of
 from edgecolbert_kernels.packed import PackedEmbeddings
+
+if TYPE_CHECKING:
+    from edgecolbert_kernels.device.embeddings import DeviceEmbeddings
+    from edgecolbert_kernels.signatures import AnyArray, Device, DeviceStorageLike, Masks, StorageLike, Tokens
 
 Array = np.ndarray
 Block = tuple[tuple[int, int], list[Any]]
@@ -22,6 +26,28 @@ DENSE = 0.5
 SMALLEST_NORM = 1e-12
 
 
+@overload
+def pack(
+    hidden: Tokens,
+    mask: Masks = None,
+    weight: AnyArray | None = None,
+    bias: AnyArray | None = None,
+    *,
+    normalize: bool = True,
+    dtype: StorageLike = "float16",
+    device: None = None,
+) -> PackedEmbeddings: ...
+@overload
+def pack(
+    hidden: Tokens,
+    mask: Masks = None,
+    weight: AnyArray | None = None,
+    bias: AnyArray | None = None,
+    *,
+    normalize: bool = True,
+    dtype: DeviceStorageLike = "float16",
+    device: Device,
+) -> PackedEmbeddings | DeviceEmbeddings: ...
 def pack(
     hidden: Any,
     mask: Any = None,

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from edgecolbert_kernels.packed import PackedEmbeddings, PackedWriter
+from edgecolbert_kernels.signatures import Storage
 
 SETTINGS, TEXTS, PROJECTION, EMBEDDINGS = "index.json", "texts.json", "projection.npy", "embeddings"
 # Texts that are sorted by length together, and documents of a commit: what an interruption costs at most.
@@ -35,7 +36,7 @@ class Settings:
     model: str
     max_tokens: int
     dimension: int
-    dtype: str
+    dtype: Storage
     fingerprint: str | None = None  # of the encoder; None in an index from before it was kept
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from edgecolbert_kernels import checks
+from edgecolbert_kernels.signatures import DeviceStorage
 
-STORAGE = {
+STORAGE: dict[DeviceStorage, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
@@ -26,7 +27,7 @@ SCALED = ("int8", "float8_e4m3fn")
 NAMES = {dtype: name for name, dtype in STORAGE.items()}
 
 
-def name(dtype: Any) -> str:
+def name(dtype: Any) -> DeviceStorage:
     """The storage that a name, a numpy dtype or a torch dtype stands for."""
     known = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype).removeprefix("torch."))
     if known not in STORAGE:

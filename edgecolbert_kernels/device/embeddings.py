@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from edgecolbert_kernels import checks
 from edgecolbert_kernels.device import dtypes, packing
 from edgecolbert_kernels.device.documents import Documents
+from edgecolbert_kernels.signatures import Chosen, Device, DeviceStorage, DeviceStorageLike
 
 Id = str | int
 
@@ -59,7 +60,7 @@ class DeviceEmbeddings(Documents):
         self._positions: dict[Id, int] | None = None
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> DeviceStorage:
         return dtypes.NAMES[self.tokens.dtype]
 
     @property
@@ -109,6 +110,10 @@ class DeviceEmbeddings(Documents):
             raise checks.no_such_id(name)
         return self._positions[name]
 
+    @overload
+    def __getitem__(self, key: int | np.integer[Any]) -> Tensor: ...
+    @overload
+    def __getitem__(self, key: Chosen) -> DeviceEmbeddings: ...
     def __getitem__(self, key: Any) -> Any:
         """An integer: the document `[L, d]`, in its storage, or in float32 where that has scales. A slice: a view.
         Integers or a bool mask `[N]`: a copy of the chosen documents.
@@ -147,6 +152,10 @@ class DeviceEmbeddings(Documents):
         scales = None if self.scales is None else self.scales.cpu().numpy()
         return self._host(self.dtype, dtypes.to_host(self.tokens), self._starts, scales, self.ids)
 
+    @overload
+    def to(self, where: DeviceStorageLike | Literal["cuda"]) -> DeviceEmbeddings: ...
+    @overload
+    def to(self, where: Device) -> Any: ...
     def to(self, where: Any) -> Any:
         """On another device, or in another storage, which is rounded to on this device.
 

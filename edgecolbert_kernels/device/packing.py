@@ -13,6 +13,7 @@ from edgecolbert_kernels import checks
 from edgecolbert_kernels.backends import ON_GPU, choose, pack_torch
 from edgecolbert_kernels.device.dtypes import SCALED, STORAGE
 from edgecolbert_kernels.ops import arguments
+from edgecolbert_kernels.signatures import DeviceStorage
 
 # Of a projection that waits to be packed, at a time.
 PROJECTION_BYTES = 1 << 27
@@ -29,7 +30,7 @@ class _Rows(NamedTuple):
 
 @torch.no_grad()
 def pack(
-    hidden: Any, mask: Any, weight: Any, bias: Any, normalize: bool, dtype: str
+    hidden: Any, mask: Any, weight: Any, bias: Any, normalize: bool, dtype: DeviceStorage
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `edgecolbert_kernels.pack`, all of it on the device of `hidden`: tokens, offsets and scales.
 
@@ -68,7 +69,7 @@ def pack(
 
 
 def empty(
-    tokens: int, documents: int, dim: int, dtype: str, device: torch.device
+    tokens: int, documents: int, dim: int, dtype: DeviceStorage, device: torch.device
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Room for tokens and scales, and the flag that a value did not fit."""
     scales = torch.empty(documents, dtype=torch.float32, device=device) if dtype in SCALED else None
@@ -89,7 +90,7 @@ def cuts(starts: np.ndarray, tokens: int, documents: int | None = None) -> Itera
         begin = end
 
 
-def backend(device: torch.device, dim: int, dtype: str) -> Any:
+def backend(device: torch.device, dim: int, dtype: DeviceStorage) -> Any:
     """The module that packs and unpacks rows of a storage there."""
     if dtype != "float8_e4m3fn" and choose("maxsim", device.type, "float32") in ON_GPU:
         from edgecolbert_kernels.backends.triton import pack as kernels

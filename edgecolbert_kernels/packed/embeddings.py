@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
@@ -16,7 +16,11 @@ from edgecolbert_kernels.packed import folder as folders
 from edgecolbert_kernels.packed import making
 from edgecolbert_kernels.packed.room import Room
 from edgecolbert_kernels.packed.tokens import PackedTokens, frozen
+from edgecolbert_kernels.signatures import AnyArray, Chosen, Device, Integers, Storage, StorageLike
 from edgecolbert_kernels.storage import reader, writer
+
+if TYPE_CHECKING:
+    from edgecolbert_kernels.device.embeddings import DeviceEmbeddings
 
 Array = np.ndarray
 
@@ -47,7 +51,7 @@ class PackedEmbeddings(PackedTokens):
 
     def __init__(
         self,
-        dtype: str,
+        dtype: Storage,
         tokens: Array,
         offsets: Array,
         scales: Array | None,
@@ -65,10 +69,10 @@ class PackedEmbeddings(PackedTokens):
     @classmethod
     def from_list(
         cls,
-        documents: Iterable[Any],
+        documents: Iterable[AnyArray],
         ids: Iterable[Id] | None = None,
         *,
-        dtype: Any = "float16",
+        dtype: StorageLike = "float16",
         dim: int | None = None,
     ) -> PackedEmbeddings:
         """Pack documents of any lengths.
@@ -91,7 +95,12 @@ class PackedEmbeddings(PackedTokens):
 
     @classmethod
     def from_padded(
-        cls, X: Any, mask: Any = None, ids: Iterable[Id] | None = None, *, dtype: Any = "float16"
+        cls,
+        X: AnyArray,
+        mask: AnyArray | None = None,
+        ids: Iterable[Id] | None = None,
+        *,
+        dtype: StorageLike = "float16",
     ) -> PackedEmbeddings:
         """Pack documents of one length.
 
@@ -111,9 +120,9 @@ class PackedEmbeddings(PackedTokens):
     @classmethod
     def from_arrays(
         cls,
-        tokens: Any,
-        offsets: Any,
-        scales: Any = None,
+        tokens: AnyArray,
+        offsets: Integers,
+        scales: AnyArray | None = None,
         ids: Iterable[Id] | None = None,
     ) -> PackedEmbeddings:
         """Take documents that are packed already: offsets are copied, tokens and scales only where they are not contiguous.
@@ -132,7 +141,7 @@ class PackedEmbeddings(PackedTokens):
         return cls(dtype, *arrays, identifiers.checked(ids, len(arrays[1]) - 1))
 
     @classmethod
-    def empty(cls, dim: int, dtype: Any = "float16") -> PackedEmbeddings:
+    def empty(cls, dim: int, dtype: StorageLike = "float16") -> PackedEmbeddings:
         """No documents, to append to."""
         return cls.from_list([], dtype=dtype, dim=dim)
 
@@ -172,6 +181,10 @@ class PackedEmbeddings(PackedTokens):
             raise checks.no_such_id(name)
         return found
 
+    @overload
+    def __getitem__(self, key: int | np.integer[Any]) -> Array: ...
+    @overload
+    def __getitem__(self, key: Chosen) -> PackedEmbeddings: ...
     def __getitem__(self, key: Any) -> Any:
         """An integer: the document `[L, d]`, read-only, in its storage (uint16 bits for bfloat16), or in float32 for int8.
         A slice, integers or a bool mask `[N]`: a view.
@@ -203,6 +216,12 @@ class PackedEmbeddings(PackedTokens):
 
     # Changing
 
+    @overload
+    def to(self, dtype: StorageLike | Literal["cpu"]) -> PackedEmbeddings: ...
+    @overload
+    def to(self, dtype: Literal["cuda"]) -> DeviceEmbeddings: ...
+    @overload
+    def to(self, dtype: Device) -> PackedEmbeddings | DeviceEmbeddings: ...
     def to(self, dtype: Any) -> Any:
         """The documents in another storage; the same view where it is that storage already. Or, for a torch device or the
         name of one such as "cuda", a `DeviceEmbeddings` there: a copy, in the same storage.
@@ -216,7 +235,7 @@ class PackedEmbeddings(PackedTokens):
             return self
         return PackedEmbeddings(dtype, *making.converted(self, dtype), self.ids)
 
-    def cuda(self) -> Any:
+    def cuda(self) -> DeviceEmbeddings:
         """`to("cuda")`."""
         return self.to("cuda")
 
@@ -233,7 +252,7 @@ class PackedEmbeddings(PackedTokens):
         arrays = self.contiguous() if scattered else (self._tokens, self._offsets, self._scales)
         return PackedEmbeddings(self._dtype, *arrays, names)
 
-    def append(self, documents: Iterable[Any], ids: Iterable[Id] | None = None) -> PackedEmbeddings:
+    def append(self, documents: Iterable[AnyArray], ids: Iterable[Id] | None = None) -> PackedEmbeddings:
         """The view with `documents` at its end: as in `from_list`, or a PackedEmbeddings, whose ids are taken along where
         no others are given. This one stays as it is.
 
@@ -246,7 +265,7 @@ class PackedEmbeddings(PackedTokens):
         """
         return self._extended(as_packed(documents, ids, self._dtype, self.dim))
 
-    def remove(self, indices: Any = None, *, ids: Iterable[Id] | None = None) -> PackedEmbeddings:
+    def remove(self, indices: Integers | None = None, *, ids: Iterable[Id] | None = None) -> PackedEmbeddings:
         """The view without these documents, named by indices, a bool mask `[N]`, or ids. Nothing is copied.
 
         Raises:
@@ -327,11 +346,10 @@ class PackedEmbeddings(PackedTokens):
         rows = index.astype(np.int64) if self._rows is None else self._rows[index]
         return PackedEmbeddings(self._dtype, self._tokens, self._offsets, self._scales, self._ids, rows, self._room)
 
-    def _fitted(self, dtype: str, dim: int) -> PackedEmbeddings:
+    def _fitted(self, dtype: Storage, dim: int) -> PackedEmbeddings:
         """These documents for others of this storage and dim."""
         checks.stored_dim(self.dim, dim)
-        fitted: PackedEmbeddings = self.to(dtype)
-        return fitted
+        return self.to(dtype)
 
     def _extended(self, other: PackedEmbeddings) -> PackedEmbeddings:
         """With documents of the same storage and dim at its end."""
@@ -384,7 +402,7 @@ class PackedEmbeddings(PackedTokens):
         return positions
 
 
-def as_packed(documents: Iterable[Any], ids: Iterable[Id] | None, dtype: str, dim: int) -> PackedEmbeddings:
+def as_packed(documents: Iterable[AnyArray], ids: Iterable[Id] | None, dtype: Storage, dim: int) -> PackedEmbeddings:
     """Documents to be added to others of this storage and dim: as in `from_list`, or packed already, with their own ids
     where none are given.
     """

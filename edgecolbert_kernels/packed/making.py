@@ -11,6 +11,7 @@ import numpy as np
 from edgecolbert_kernels import checks, dtypes
 from edgecolbert_kernels.backends.packed import OutOfRange, available, pack_list, pack_rows, threads_of
 from edgecolbert_kernels.packed.tokens import offsets_of
+from edgecolbert_kernels.signatures import Storage
 
 Array = np.ndarray
 # tokens [T, d], int64 offsets [N + 1] from 0 to T, float32 scales [N] for int8
@@ -70,8 +71,9 @@ def _stored(kernel: Callable[..., Arrays], *given: Any, dtype: str, first: int =
         raise checks.storage_range(f"documents[{first + error.document}]", dtype) from None
 
 
-def from_arrays(tokens: Any, offsets: Any, scales: Any) -> tuple[str, Arrays]:
+def from_arrays(tokens: Any, offsets: Any, scales: Any) -> tuple[Storage, Arrays]:
     """Arrays that are packed already, and the name of their storage."""
+    dtype: Storage
     if getattr(tokens, "dtype", None) == np.int8 or str(getattr(tokens, "dtype", "")) == "torch.int8":
         rows, dtype = np.asarray(tokens), "int8"
     else:

@@ -10,6 +10,7 @@ import numpy as np
 from edgecolbert_kernels import dtypes
 from edgecolbert_kernels.backends.packed import available, unpack_rows
 from edgecolbert_kernels.device.documents import Documents
+from edgecolbert_kernels.signatures import Storage
 
 Array = np.ndarray
 
@@ -25,7 +26,7 @@ class PackedTokens(Documents):
     __slots__ = ("_dtype", "_norms", "_offsets", "_rows", "_scales", "_tokens", "searched")
 
     def __init__(
-        self, dtype: str, tokens: Array, offsets: Array, scales: Array | None, rows: Array | None = None
+        self, dtype: Storage, tokens: Array, offsets: Array, scales: Array | None, rows: Array | None = None
     ) -> None:
         """For this package: arrays that are checked. `offsets` may start anywhere in `tokens`; `rows` are the chosen
         documents, None for all.
@@ -40,7 +41,7 @@ class PackedTokens(Documents):
         return PackedTokens, (self._dtype, self._tokens, self._offsets, self._scales, self._rows)
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Storage:
         return self._dtype
 
     @property

@@ -17,6 +17,7 @@ from edgecolbert_kernels.device.documents import indices_of
 from edgecolbert_kernels.identifiers import Id
 from edgecolbert_kernels.packed import folder as folders
 from edgecolbert_kernels.packed.embeddings import PackedEmbeddings, as_packed
+from edgecolbert_kernels.signatures import AnyArray, Integers, StorageLike
 from edgecolbert_kernels.storage import writer
 
 
@@ -42,7 +43,9 @@ class PackedWriter:
     After `close`, changes and `in` raise ValueError. A writer cannot be copied or pickled.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, dim: int | None = None, dtype: Any = None) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], *, dim: int | None = None, dtype: StorageLike | None = None
+    ) -> None:
         self.folder = Path(folder).absolute()
         self._threads = threading.Lock()
         if dim is not None and (not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir()))):
@@ -75,7 +78,7 @@ class PackedWriter:
     def __reduce__(self) -> Any:
         raise TypeError("a PackedWriter cannot be copied or pickled: there is one writer a folder")
 
-    def append(self, documents: Iterable[Any], ids: Iterable[Id] | None = None) -> None:
+    def append(self, documents: Iterable[AnyArray], ids: Iterable[Id] | None = None) -> None:
         """Commit `documents`: as in `PackedEmbeddings.from_list`, or a PackedEmbeddings, whose ids are taken along where no
         others are given.
 
@@ -85,7 +88,7 @@ class PackedWriter:
         """
         self._add(documents, ids, replacing=False)
 
-    def upsert(self, documents: Iterable[Any], ids: Iterable[Id] | None = None) -> None:
+    def upsert(self, documents: Iterable[AnyArray], ids: Iterable[Id] | None = None) -> None:
         """As `append`, for documents with ids, and in the same commit remove those that have had these ids. The new ones
         stand at the end.
 
@@ -95,7 +98,7 @@ class PackedWriter:
         """
         self._add(documents, ids, replacing=True)
 
-    def remove(self, indices: Any = None, *, ids: Iterable[Id] | None = None) -> None:
+    def remove(self, indices: Integers | None = None, *, ids: Iterable[Id] | None = None) -> None:
         """Commit that these documents are no longer there; their bytes stay until `compact`.
 
         Args:
@@ -162,7 +165,7 @@ class PackedWriter:
             self._numbers = {} if names is None else dict(zip(names, self._live.tolist(), strict=True))
         return self._numbers
 
-    def _add(self, documents: Iterable[Any], ids: Iterable[Id] | None, *, replacing: bool) -> None:
+    def _add(self, documents: Iterable[AnyArray], ids: Iterable[Id] | None, *, replacing: bool) -> None:
         header = self._folder.header  # dtype and dim stay, whatever other threads change
         added = as_packed(documents, ids, header.dtype, header.dim)
         if not len(added):

@@ -14,7 +14,7 @@ from edgecolbert_kernels import checks
 from edgecolbert_kernels.replay.state import State
 
 # What encode returns: a tensor, or a tuple of tensors. Inside, always a tuple.
-Encode: TypeAlias = Callable[..., Any]
+Encode: TypeAlias = Callable[..., Tensor | Sequence[Tensor]]
 Tensors: TypeAlias = tuple[Tensor, ...]
 
 

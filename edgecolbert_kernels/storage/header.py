@@ -11,7 +11,11 @@ import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+from edgecolbert_kernels.signatures import Storage
+
+T = TypeVar("T", bound=str)
 
 FORMAT = "edgecolbert-packed"
 VERSION = 1
@@ -22,7 +26,7 @@ MOST_BYTES = 1 << 16
 MOST_DIMENSIONS = 1 << 16
 MOST_ROWS = 1 << 44
 
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
+ITEM_BYTES: dict[Storage, int] = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
 IDS = ("none", "int64", "utf8")
 _CHECKSUM = re.compile(rb'"header_crc32": "([0-9a-f]{8})"')
 
@@ -46,7 +50,7 @@ class Part:
 class Header:
     """A commit. `documents` counts removed ones too; `removed` says how many of them are."""
 
-    dtype: str
+    dtype: Storage
     dim: int
     ids: str = "none"
     generation: int = 0
@@ -198,7 +202,7 @@ def _integer(record: Mapping[str, Any], name: str, most: int, where: str) -> int
     return value
 
 
-def _one_of(record: Mapping[str, Any], name: str, known: tuple[str, ...], where: str) -> str:
+def _one_of(record: Mapping[str, Any], name: str, known: tuple[T, ...], where: str) -> T:
     value = record[name]
     if value not in known:
         raise PackedFormatError(f"{where}: {name} is {_short(value)}; want one of {known}")
