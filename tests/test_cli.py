@@ -385,21 +385,58 @@ def test_a_corpus_that_changed(tmp_path, encoder, capsys):
     np.testing.assert_array_equal(packed[packed.position("d1")], wanted)
 
 
-@pytest.mark.parametrize("step", ["remove", "append"])
-def test_an_update_that_was_interrupted(folder, tmp_path, encoder, capsys, monkeypatch, step):
-    """No document passes for one of the new text that it was not encoded from."""
-    write_jsonl(tmp_path / "corpus.jsonl", {**TEXTS, "d1": "another text"})
-    command = ["index", str(tmp_path / "corpus.jsonl"), "--out", str(folder), "--json"]
+def vectors_of(folder, name):
+    packed = PackedEmbeddings.load(folder / "embeddings")
+    return packed[packed.position(name)]
 
-    def interrupt(*arguments, **options):
+
+@pytest.mark.parametrize("step", ["before", "after"])
+def test_an_update_that_was_interrupted(folder, tmp_path, encoder, capsys, monkeypatch, step):
+    """All documents are there, and none passes for one of a text that it was not encoded from."""
+    write_jsonl(tmp_path / "corpus.jsonl", {**TEXTS, "d1": "another text", "d5": "a new one"})
+    command = ["index", str(tmp_path / "corpus.jsonl"), "--out", str(folder), "--json"]
+    upsert = PackedWriter.upsert
+
+    def killed(*arguments):
+        if step == "after":
+            upsert(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(PackedWriter, step, interrupt)
+        patch.setattr(PackedWriter, "upsert", killed)
         assert main([*command, "--update"]) == 130
     capsys.readouterr()
+    assert set(TEXTS) <= set(PackedEmbeddings.load(folder / "embeddings").ids)
+    is_new = np.array_equal(vectors_of(folder, "d1"), encoder.encode_documents(["another text"])[0].half().numpy())
+    assert is_new == (step == "after")
     found = run(capsys, *command)
-    assert (found["added"], found["outdated"]) == ((0, 1) if step == "remove" else (1, 0))
+    assert (found["documents"], found["outdated"]) == (5, 1)
+    write_jsonl(tmp_path / "corpus.jsonl", {**TEXTS, "d5": "a new one"})
+    assert run(capsys, *command)["outdated"] == 1, "it may have either text"
+    assert run(capsys, *command, "--update")["updated"] == 1
+    wanted = encoder.encode_documents([TEXTS["d1"]])[0].half().numpy()
+    np.testing.assert_array_equal(vectors_of(folder, "d1"), wanted)
+    assert run(capsys, *command)["outdated"] == 0
+
+
+def test_an_interrupted_update_goes_on(folder, tmp_path, encoder, capsys, monkeypatch):
+    """What was committed is not encoded again, and until then every document is found by its old text."""
+    monkeypatch.setattr(index, "COMMIT", 2)
+    changed = {name: f"{text} again" for name, text in TEXTS.items()}
+    write_jsonl(tmp_path / "corpus.jsonl", changed)
+    command = ["index", str(tmp_path / "corpus.jsonl"), "--out", str(folder), "--update", "--json"]
+    encoder.encoded, encoder.fail_after = [], 2
+    assert main(command) == 130
+    capsys.readouterr()
+    done = set(encoder.encoded[:2])
+    encoder.encoded, encoder.fail_after = [], None
+    for name, text in TEXTS.items():
+        wanted = encoder.encode_documents([changed[name] if changed[name] in done else text])[0].half().numpy()
+        np.testing.assert_array_equal(vectors_of(folder, name), wanted)
+    encoder.encoded = []
+    found = run(capsys, *command)
+    assert (found["documents"], found["added"], found["updated"], found["outdated"]) == (4, 0, 2, 0)
+    assert set(encoder.encoded) == set(changed.values()) - done
 
 
 def test_weights_that_changed(folder, tmp_path, encoder, capsys):

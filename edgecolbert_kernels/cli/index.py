@@ -1,7 +1,7 @@
 """An index: a folder with the packed embeddings of a corpus and what is needed to encode a query the same way.
 
 DIR/index.json       model with a fingerprint of its weights, tokens a document, dimensions
-DIR/texts.json       a digest of the text that each document was encoded from
+DIR/texts.json       a digest of the text that each document was encoded from; "" while it may be one or the other
 DIR/projection.npy   for a sentence encoder: what brings its vectors to that many dimensions
 DIR/embeddings/      PackedEmbeddings with the corpus' ids
 """
@@ -79,8 +79,9 @@ def build(
 ) -> dict[str, Any]:
     """Encode what is not there yet. Every COMMIT documents are a commit, so whatever stops this leaves an index.
 
-    update: also what is there with another text than in the corpus. prune: remove what is not in the corpus. Returns `info`,
-    and how many documents were added, updated and pruned, and are left outdated and not in the corpus.
+    update: also what is there with another text than in the corpus; its old vectors stay until the commit of the new ones.
+    prune: remove what is not in the corpus. Returns `info`, and how many documents were added, updated and pruned, and are
+    left outdated and not in the corpus.
 
     Raises:
         ValueError: the folder is something else, or was begun with other settings or weights.
@@ -110,46 +111,61 @@ def build(
         load_projection(folder, encoder)
     started = time.monotonic()
     with PackedWriter(folder / EMBEDDINGS, dim=settings.dimension, dtype=settings.dtype) as writer:
-        changed, absent = _compare(folder, documents, writer, update, prune)
-        missing = [(name, text) for name, text in documents if name not in writer]
+        digests = {name: _digest(text) for name, text in documents}
+        encoded, changed, absent = _compare(folder, digests)
+        if prune:
+            writer.remove(ids=absent)
+        outdated = set(changed if update else ())
+        missing = [(name, text) for name, text in documents if name in outdated or name not in writer]
+        # Whatever stops this, no document has the digest of a text that it was not encoded from: one that is replaced loses
+        # its own before the commit and gets the new one after it.
+        kept = {name: "" if name in outdated else old for name, old in encoded.items() if name in writer}
+        known = {**digests, **kept}
+        _write_digests(folder, known)
         progress = Progress(len(documents), len(documents) - len(missing), "documents", quiet)
         for window in _batches(missing, WINDOW):
             window.sort(key=lambda each: len(each[1]))
-            for batch in _batches(window, COMMIT):
-                vectors = encoder.encode_documents([text for _, text in batch], progress)
-                writer.append(vectors, [name for name, _ in batch])
+            replaced: dict[str, str] = {}
+            try:
+                for batch in _batches(window, COMMIT):
+                    names = [name for name, _ in batch]
+                    writer.upsert(encoder.encode_documents([text for _, text in batch], progress), names)
+                    replaced |= {name: digests[name] for name in names if name in outdated}
+            finally:
+                if replaced:
+                    known |= replaced
+                    _write_digests(folder, known)
         progress.close()
     seconds = time.monotonic() - started
     return {
         **info(folder),
-        "added": len(missing) - changed * update,
-        "updated": changed * update,
-        "pruned": absent * prune,
-        "outdated": changed * (not update),
-        "not_in_corpus": absent * (not prune),
+        "added": len(missing) - len(outdated),
+        "updated": len(outdated),
+        "pruned": len(absent) if prune else 0,
+        "outdated": 0 if update else len(changed),
+        "not_in_corpus": 0 if prune else len(absent),
         "seconds": round(seconds, 2),
         "documents_per_second": round(progress.rate, 1),
     }
 
 
-def _compare(
-    folder: Path, documents: list[tuple[str, str]], writer: PackedWriter, update: bool, prune: bool
-) -> tuple[int, int]:
-    """How many documents of the index have another text in the corpus, and are not in it; those that are to be encoded
-    anew or pruned are removed.
+def _compare(folder: Path, digests: dict[str, str]) -> tuple[dict[Any, str | None], list[Any], list[Any]]:
+    """The digest of the text that each document of the index was encoded from, the ids of those that have another in the
+    corpus, and of those that are not in it.
     """
     # None for a document of unknown text: of an older index, or that something else has added.
-    encoded: dict[Any, str | None] = _read_json(folder / TEXTS) if (folder / TEXTS).exists() else {}
-    digests = {name: hashlib.blake2b(text.encode(), digest_size=16).hexdigest() for name, text in documents}
-    there = load_embeddings(folder).ids or []
-    absent = [name for name in there if name not in digests]
-    changed = [name for name in there if name in digests and encoded.get(name) not in (None, digests[name])]
-    writer.remove(ids=[*(changed if update else []), *(absent if prune else [])])
-    # After what is removed and before what is added, so that whatever stops this, no document has the digest of a text that
-    # it was not encoded from.
-    kept = {name: encoded.get(name) for name in there if name in writer}
-    _write(folder / TEXTS, json.dumps({**digests, **kept}).encode())
-    return len(changed), len(absent)
+    kept: dict[Any, str | None] = _read_json(folder / TEXTS) if (folder / TEXTS).exists() else {}
+    encoded = {name: kept.get(name) for name in load_embeddings(folder).ids or []}
+    changed = [name for name, old in encoded.items() if name in digests and old not in (None, digests[name])]
+    return encoded, changed, [name for name in encoded if name not in digests]
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _write_digests(folder: Path, digests: dict[Any, str | None]) -> None:
+    _write(folder / TEXTS, json.dumps(digests).encode())
 
 
 def load_settings(folder: Path) -> Settings:
