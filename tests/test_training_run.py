@@ -276,13 +276,53 @@ log_every = 1
 dropout = 0.0
 """
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "training.train", str(path)]
-    paths = {"PYTHONPATH": str(Path(train.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env={**os.environ, **paths}, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(2, path)
     train.run(config.load(path, [f"output={one}"]))
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [3, 6], ids=["whole", "chunks"])
+def test_a_process_without_a_document(place, tmp_path, batch):
+    """Three processes share the two documents of a batch; without a document a process still joins every exchange."""
+    task = tiny.beir(tmp_path / "task")
+    (task / "qrels" / "train.tsv").write_text(
+        "query-id\tcorpus-id\tscore\n" + "".join(f"q{n}\td{d}\t{1 + d}\n" for n in range(12) for d in (0, 1))
+    )
+    teach.teach(str(task), "bm25", tmp_path / "taught")
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f"""stage = "colbert"
+output = "{tmp_path / "three"}"
+[model]
+base = "{place / "base"}"
+dimension = 16
+[data]
+sources = [{{path = "{tmp_path / "taught"}", corpus = "{task}", hard = 0, about = 0}}]
+[loss]
+bonus = 1.0
+student_normalization = "none"
+[optimizer]
+lr = 0.01
+[train]
+batch = {batch}
+mini_batch = 1
+steps = 4
+log_every = 1
+dropout = 0.0
+"""
+    )
+    launch(3, path)
+    train.run(config.load(path, [f"output={tmp_path / 'one'}"]))
+    assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert len(set(losses(tmp_path / "one"))) == 4, "the model learns"
+
+
+def launch(processes: int, path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "training.train", str(path)]
+    paths = {"PYTHONPATH": str(Path(train.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env={**os.environ, **paths}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_another_configuration_does_not_go_on(place, tmp_path):

@@ -24,7 +24,7 @@ from training.sources import Row, TaughtRows
 
 Encoded = tuple[Tensor, Tensor]
 Batch = dict[str, Any]
-Options = dict[str, Tensor | None]
+Options = dict[str, Tensor | int | None]
 
 
 class Stage:
@@ -242,13 +242,18 @@ class InBatch(Stage):
         documents = {key: text for row in rows for key, text in zip(row.keys, row.documents, strict=True)}
         mine, texts = share(numbers, own, len(parts)), share(list(documents.values()), own, len(parts))
         scores = taught.targets(mine, list(documents), self.config.loss.bonus)
-        inputs = [self.texts([taught.queries[n] for n in mine], True, source), self.texts(texts, False, source)]
+        # Where there are fewer documents than ranks, one without any encodes a text that is left out of the loss: its encoder
+        # takes part in the sums of gradients then, as the others' wait for it.
+        inputs = [self.texts([taught.queries[n] for n in mine], True, source), self.texts(texts or [""], False, source)]
         weight = torch.tensor(len(mine) * len(parts) / len(numbers))
-        return inputs, {"teacher_scores": torch.from_numpy(scores), "weight": weight}
+        return inputs, {"teacher_scores": torch.from_numpy(scores), "weight": weight, "count": len(texts)}
 
-    def loss(self, queries: Encoded, documents: Encoded, teacher_scores: Tensor, weight: Tensor) -> Tensor:
-        """weight: the number of queries over the mean of all ranks', over which data parallelism averages gradients."""
-        (Q, q_mask), (D, d_mask) = queries, documents
+    def loss(self, queries: Encoded, documents: Encoded, teacher_scores: Tensor, weight: Tensor, count: int) -> Tensor:
+        """weight: the number of queries over the mean of all ranks', over which data parallelism averages gradients.
+
+        count: of the documents, the first so many.
+        """
+        (Q, q_mask), (D, d_mask) = queries, (X[:count] for X in documents)
         if self.whole:
             D, d_mask, _, _ = gather_with_gradient(D, d_mask)
         return distillation_loss(Q, D, teacher_scores, q_mask, d_mask, **kl_options(self.config.loss)) * weight
