@@ -482,6 +482,20 @@ def test_mistakes_that_only_a_run_finds(place, tmp_path, tables, message):
         train.run(quick(place, tmp_path, **tables))
 
 
+@pytest.mark.parametrize("batch, devices, refused", [(192, 1, False), (193, 1, True), (384, 2, False), (386, 2, True)])
+def test_stella_has_a_largest_batch(place, tmp_path, batch, devices, refused):
+    wanted = quick(place, tmp_path, "distill", loss={"stella": True}, train={"batch": batch})
+    if not refused:
+        train.check_stella(wanted, devices)
+        return
+    with pytest.raises(config.ConfigError, match=rf"train.batch is {batch}, 193 texts a device; .* at most 192"):
+        train.check_stella(wanted, devices)
+    train.check_stella(dataclasses.replace(wanted, loss=config.Loss(stella=False)), devices)
+    if devices == 1:
+        with pytest.raises(config.ConfigError, match="193 texts a device"):
+            train.run(wanted)
+
+
 def test_folders_that_a_run_cannot_use(place, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(config.ConfigError, match=r"output is .*file/out', where no folder can be made"):

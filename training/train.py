@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from edgecolbert_kernels import GradCache
-from training import checkpoint, data, formats, model, optim, stages
+from training import checkpoint, data, formats, losses, model, optim, stages
 from training import config as settings
 from training.files import BadRow
 from training.sources import Stream
@@ -58,6 +58,7 @@ def run(config: settings.Config) -> Path:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    check_stella(config, accelerator.num_processes)
     main_process = accelerator.is_main_process
     if main_process:
         check_eval_sets(config)
@@ -230,6 +231,16 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in there:
             raise settings.ConfigError(f"train.trackers has {name!r}; want one that is installed: {', '.join(there)}")
+
+
+def check_stella(config: settings.Config, devices: int) -> None:
+    """Raise what the first step would, before the teacher's vectors are made."""
+    texts = config.train.batch // devices
+    if config.stage == "distill" and config.loss.stella and texts > losses.MOST_STELLA:
+        raise settings.ConfigError(
+            f"train.batch is {config.train.batch}, {texts} texts a device; loss.stella compares every pair of their "
+            f"similarities: want at most {losses.MOST_STELLA}"
+        )
 
 
 def check_eval_sets(config: settings.Config) -> None:
