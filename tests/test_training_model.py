@@ -15,7 +15,7 @@ import tiny_colbert
 
 pytest.importorskip("accelerate")
 pytest.importorskip("sentence_transformers")
-from training import backbones, config, model, tokens
+from training import backbones, config, model, rankers, tokens
 
 TEXTS = ["word1 word2, word3.", "Word4 word5! word6 word7 (word8) word9 word10", "word11"]
 HEADS = {
@@ -212,9 +212,44 @@ def test_errors(base, options, message):
         build(base, **options)
 
 
-def test_a_missing_folder_is_named():
-    with pytest.raises(config.ConfigError, match=r"model.base './nowhere'"):
+def refuse(error):
+    def load(*_, **__):
+        raise error
+
+    return load
+
+
+def test_a_missing_folder_is_named(monkeypatch):
+    with pytest.raises(config.ConfigError, match=r"model.base './nowhere' is no such folder"):
         model.create(config.Model(base="./nowhere"), "colbert")
+    monkeypatch.setattr(backbones.AutoModel, "from_pretrained", refuse(OSError("no answer\nand how to get one")))
+    for name in ("models/foo", "foo"):
+        wanted = rf"model.base '{name}' is no such folder, and was looked for on the hub: no answer$"
+        with pytest.raises(config.ConfigError, match=wanted):
+            model.create(config.Model(base=name), "colbert")
+
+
+@pytest.mark.parametrize("kind", ["LocalEntryNotFoundError", "RepositoryNotFoundError"])
+def test_a_missing_teacher_is_named(monkeypatch, kind):
+    """One that the hub does not have, and where it does not answer."""
+    import httpx
+    import huggingface_hub
+    import sentence_transformers
+    from huggingface_hub import errors
+
+    if kind == "RepositoryNotFoundError":
+        error = errors.RepositoryNotFoundError(
+            "no answer", response=httpx.Response(404, request=httpx.Request("GET", "https://hub"))
+        )
+    else:
+        error = errors.LocalEntryNotFoundError("no answer")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse(error))
+    monkeypatch.setattr(sentence_transformers, "SentenceTransformer", refuse(OSError("no answer")))
+    for load in (rankers.open_ranker, rankers.sentence_transformer):
+        with pytest.raises(
+            config.ConfigError, match=r"^models/foo is no such folder, and was looked for on the hub: no"
+        ):
+            load("models/foo")
 
 
 def test_positions_that_are_computed_have_no_end(base):

@@ -29,8 +29,7 @@ def load_backbone(wanted: settings.Model) -> tuple[Path, Any, Any]:
         else:
             backbone = AutoModel.from_pretrained(base, dtype=torch.float32)
     except OSError as error:
-        place = "is no such folder, and" if "/" in base or base.startswith(".") else "cannot be read:"
-        raise settings.ConfigError(f"model.base {wanted.base!r} {place} {str(error).splitlines()[0]}") from None
+        raise unreadable(f"model.base {wanted.base!r}", base, error) from None
     source = HUB.get(base, base) if wanted.tokenizer is None else wanted.tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -42,6 +41,12 @@ def load_backbone(wanted: settings.Model) -> tuple[Path, Any, Any]:
     if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
         backbone.resize_token_embeddings(len(tokenizer))
     return (Path() if wanted.random else local_folder(base)), backbone, tokenizer
+
+
+def unreadable(setting: str, name: str, error: Exception) -> settings.ConfigError:
+    """Of a model that is not to be had: what is no folder was looked for on the hub, and may be a mistyped one."""
+    place = "cannot be read" if Path(name).is_dir() else "is no such folder, and was looked for on the hub"
+    return settings.ConfigError(f"{setting} {place}: {str(error).splitlines()[0]}")
 
 
 def package_folder(name: str) -> str:

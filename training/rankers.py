@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from edgecolbert_kernels import maxsim_varlen
 from training import model as models
-from training.backbones import package_folder
+from training.backbones import package_folder, unreadable
 from training.config import ConfigError
 
 BATCH_TOKENS = 4096  # of the encoder: enough for its matrix products, little enough for its memory
@@ -78,9 +78,7 @@ class Dense(Dots):
     kept: ClassVar[dict[str, tuple[bytes, np.ndarray]]] = {}
 
     def __init__(self, name: str, batch: int = 32) -> None:
-        from sentence_transformers import SentenceTransformer
-
-        self.name, self.model, self.batch = name, SentenceTransformer(name), batch
+        self.name, self.model, self.batch = name, sentence_transformer(name), batch
 
     def index(self, documents: Sequence[str]) -> None:
         digest = hashlib.sha256(repr(list(documents)).encode()).digest()
@@ -235,6 +233,21 @@ def located(name: str) -> str:
     return name
 
 
+def sentence_transformer(name: str) -> Any:
+    """The model of that library.
+
+    Raises:
+        ConfigError: there is none of this name, here or on the hub.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    name = located(name)
+    try:
+        return SentenceTransformer(name)
+    except OSError as error:
+        raise unreadable(name, name, error) from error
+
+
 def _facts(name: str) -> dict[str, Any]:
     """A model's own description: sentence-transformers' file over transformers'."""
     facts: dict[str, Any] = {}
@@ -242,15 +255,18 @@ def _facts(name: str) -> dict[str, Any]:
         path = Path(name) / file
         if not Path(name).is_dir():
             from huggingface_hub import hf_hub_download
-            from huggingface_hub.errors import EntryNotFoundError
+            from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
             repository = name if "/" in name else f"sentence-transformers/{name}"
             try:
                 path = Path(hf_hub_download(repository, file))
-            except EntryNotFoundError:
+            except EntryNotFoundError as error:
+                if isinstance(error, LocalEntryNotFoundError) and file == "config.json":
+                    # The hub was not reached, and every kind of model has this file.
+                    raise unreadable(name, name, error) from None
                 continue
             except Exception as error:
-                raise ConfigError(f"{name} is no folder, and the hub does not have it: {error}") from None
+                raise unreadable(name, name, error) from None
         own = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         facts |= {key: own[key] for key in ("model_type", "architectures") if own.get(key)}
     return facts

@@ -107,9 +107,7 @@ def vectors(source: Source, rows: Rows | Stream, teacher: Teacher) -> np.ndarray
         digest.update(repr((row.query, row.documents)).encode())
     path = Path(teacher.cache) / f"{digest.hexdigest()[:24]}.npy"
     if not path.exists():
-        from sentence_transformers import SentenceTransformer
-
-        model = SentenceTransformer(rankers.located(teacher.model))
+        model = rankers.sentence_transformer(teacher.model)
         path.parent.mkdir(parents=True, exist_ok=True)
         part, width = path.with_suffix(f".{os.getpid()}.part.npy"), model.get_embedding_dimension()
         array = np.lib.format.open_memmap(part, "w+", np.float16, (len(texts), int(width or 0)))

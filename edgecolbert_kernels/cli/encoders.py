@@ -202,7 +202,7 @@ def load_encoder(choice: str, max_tokens: int, dimension: int = DIMENSION) -> En
 
         return SentenceEncoder(get_model_path(), "all-MiniLM-L6-v2", max_tokens, dimension)
     if choice != "auto":
-        folder = choice if Path(choice).is_dir() else _download(choice)
+        folder = choice if Path(choice).is_dir() else _on_hub(choice)
         modules = Path(folder) / "modules.json"
         if modules.exists() and "Pooling" in modules.read_text():
             return SentenceEncoder(folder, Path(choice).name, max_tokens, dimension)
@@ -231,6 +231,22 @@ def principal_directions(rows: Tensor, dimension: int) -> Tensor:
     """
     rows = rows.double()
     return torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -dimension:].float()
+
+
+def _on_hub(choice: str) -> str:
+    """The folder of a checkpoint of the hub.
+
+    Raises:
+        FileNotFoundError: says that there is no such folder either, which may have been meant.
+    """
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return _download(choice)
+    except HFValidationError:
+        raise FileNotFoundError(f"{choice}: there is no such folder, and no name on the hub is like that") from None
+    except OSError as error:
+        raise FileNotFoundError(f"{choice}: there is no such folder; it was looked for on the hub: {error}") from error
 
 
 def _download(repository: str) -> str:
