@@ -15,6 +15,10 @@ from edgecolbert_kernels.packed import PackedEmbeddings
 
 Array = np.ndarray
 BATCH = 256
+# A server of Qdrant takes requests of up to 32 MiB, as it comes; the longest float32 in JSON has 23 characters and a comma.
+REQUEST_BYTES = 30 << 20
+VALUE_BYTES = 24
+POINT_BYTES = 200  # braces and names around the vectors of a point
 
 
 def batches(documents: PackedEmbeddings, size: int = BATCH) -> Iterator[tuple[list[Any], list[Array]]]:
@@ -37,7 +41,9 @@ def batches(documents: PackedEmbeddings, size: int = BATCH) -> Iterator[tuple[li
 
 
 def to_qdrant(documents: PackedEmbeddings, client: Any, collection: str) -> None:
-    """Create a collection with a multivector that Qdrant compares by MaxSim, and fill it.
+    """Create a collection with a multivector that Qdrant compares by MaxSim, and fill it, in requests below 32 MiB.
+
+    A document that alone is longer, some 27,000 tokens at d = 48, is sent alone, and the server says whether it takes it.
 
     Args:
         client: a `qdrant_client.QdrantClient`, local or of a server.
@@ -56,8 +62,8 @@ def to_qdrant(documents: PackedEmbeddings, client: Any, collection: str) -> None
             hnsw_config=models.HnswConfigDiff(m=0),
         ),
     )
-    for start in range(0, len(documents), BATCH):
-        part = documents[start : start + BATCH]
+    for start, stop in _requests(documents):
+        part = documents[start:stop]
         ids = part.ids
         points = [
             models.PointStruct(id=start + n, vector=rows.tolist(), payload={} if ids is None else {"id": ids[n]})
@@ -66,3 +72,19 @@ def to_qdrant(documents: PackedEmbeddings, client: Any, collection: str) -> None
         ]
         if points:
             client.upsert(collection, points)
+
+
+def _requests(documents: PackedEmbeddings) -> Iterator[tuple[int, int]]:
+    """Spans of documents whose points fit into a request, at most BATCH of them, whatever digits their values have."""
+    sizes = documents.lengths * (documents.dim * VALUE_BYTES + 2) + POINT_BYTES
+    if documents.ids is not None:
+        # A character is four bytes of UTF-8 at most, or six where it is escaped.
+        sizes = sizes + [6 * len(str(name)) for name in documents.ids]
+    start, total = 0, 0
+    for stop, size in enumerate(sizes.tolist()):
+        if stop > start and (total + size > REQUEST_BYTES or stop - start == BATCH):
+            yield start, stop
+            start, total = stop, 0
+        total += size
+    if start < len(documents):
+        yield start, len(documents)

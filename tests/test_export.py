@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,45 @@ def test_qdrant(documents):
         assert [point.id for point in points] == wanted.tolist()
         assert [point.payload["id"] for point in points] == [documents.ids[n] for n in wanted]
         np.testing.assert_allclose([point.score for point in points], wanted_scores, atol=1e-4)
+
+
+class Server:
+    """Takes what a client sends as JSON."""
+
+    def __init__(self):
+        self.sizes, self.points = [], []
+
+    def create_collection(self, name, **options):
+        pass
+
+    def upsert(self, name, points):
+        models = pytest.importorskip("qdrant_client").models
+        self.sizes.append(len(models.PointsList(points=points).model_dump_json(exclude_unset=True).encode()))
+        self.points += points
+
+
+@pytest.mark.parametrize("limit", [1 << 18, 1 << 16])
+def test_requests_to_qdrant_have_a_size(monkeypatch, limit):
+    """Values with the most digits, ids that JSON escapes; a document that alone is longer, as with 1 << 16, goes alone."""
+    pytest.importorskip("qdrant_client")
+    monkeypatch.setattr(export, "REQUEST_BYTES", limit)
+    rows = [np.full((200 if n % 3 else 2, 16), -1.1754943508222875e-38, np.float32) for n in range(600)]
+    packed = PackedEmbeddings.from_list(rows, ["\x01" * 50 + str(n) for n in range(600)], dtype="float32")
+    server = Server()
+    export.to_qdrant(packed, server, "documents")
+    assert [point.id for point in server.points] == list(range(600))
+    assert [point.payload["id"] for point in server.points] == packed.ids
+    too_large = [size for size in server.sizes if size > limit]
+    assert len(too_large) == (400 if limit < max(map(len, rows)) * 16 * 23 else 0)
+
+
+def test_requests_to_qdrant_are_filled():
+    """Documents of 300 tokens, of which 256 were 80 MB."""
+    packed = PackedEmbeddings.from_list([np.ones((300, 48), np.float16)] * 600)
+    spans = list(export._requests(packed))
+    assert spans[0][0] == 0 and spans[-1][1] == 600
+    assert all(b == c for (_, b), (c, _) in itertools.pairwise(spans))
+    assert [stop - start for start, stop in spans[:-1]] == [spans[0][1]] * (len(spans) - 1) and 85 < spans[0][1] < 97
 
 
 def noisy(rows, seed):
