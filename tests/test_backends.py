@@ -182,6 +182,36 @@ assert torch.equal(scores, wanted)
     )
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "ek.maxsim(Q, D)",
+        "ek.maxsim(Q.numpy(), D.numpy())",
+        "ek.contrastive_loss(Q, D)",
+        "ek.search(Q, ek.PackedEmbeddings.from_list(list(D)), 2)",
+        "modules.MaxSimScorer()(Q, D)",
+        "torch.compile(ek.maxsim, backend='eager')(Q, D)",
+    ],
+)
+def test_missing_module_is_said_of_the_callers_line(python, call):
+    """However many lines of the package, and of PyTorch, stand between."""
+    python(
+        MISSING
+        + f"""
+import torch
+from cases import grid
+from edgecolbert_kernels import modules
+Q, D = grid(2, 5, 16, seed=1), grid(3, 7, 16, seed=2)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    line = sys._getframe().f_lineno + 1
+    {call}
+ours = [(w.filename, w.lineno) for w in caught if "slower" in str(w.message)]
+assert ours == [(sys._getframe().f_code.co_filename, line)], ours
+"""
+    )
+
+
 def test_missing_module_and_arrays(python):
     """Arrays are scored by PyTorch where there is one; where there is neither, the error names both."""
     python(

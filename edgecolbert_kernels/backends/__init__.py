@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ BACKENDS = get_args(BackendName)
 # Of a GPU, the fastest first.
 ON_GPU = ("cuda", "triton")
 VARIABLE = "EDGECOLBERT_BACKEND"
+# Packages whose lines say nothing about who called.
+BETWEEN = ("edgecolbert_kernels", "torch")
 
 # What `os.environ` wraps: its own `get` raises and catches where a variable is not set, a microsecond in every call.
 _environment = getattr(os.environ, "_data", os.environ)
@@ -118,4 +121,14 @@ def _known(name: str, source: str) -> str:
 def _warn_without_module() -> None:
     reason = native.missing()
     if reason:
-        warnings.warn(f"scoring runs in plain PyTorch, which is slower: {reason}", RuntimeWarning, stacklevel=2)
+        text = f"scoring runs in plain PyTorch, which is slower: {reason}"
+        warnings.warn(text, RuntimeWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """The `stacklevel` for whoever calls this of the code that called the package, PyTorch between them or not."""
+    frame, level = sys._getframe(1), 1
+    # A graph that torch.compile made has no name.
+    while frame.f_back and frame.f_globals.get("__name__", "torch").partition(".")[0] in BETWEEN:
+        frame, level = frame.f_back, level + 1
+    return level
