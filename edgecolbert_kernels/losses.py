@@ -46,7 +46,7 @@ def contrastive_loss(
 
     With s the scores of `maxsim`, T the temperature, A the documents that are not excluded and P the positives, a query's
     loss is `log sum_{j in A} exp(s_j / T) - mean_{j in P} s_j / T`, as `torch.nn.functional.cross_entropy(s / T, target)`
-    for one positive.
+    for one positive. numpy arrays are taken for tensors, without a gradient.
 
     Args:
         Q: `[Nq, Lq, d]`, or a list of `[Lq, d]`; float32, float16, bfloat16 or float64.
@@ -109,9 +109,9 @@ def contrastive_loss(
         if D.shape[0] < Q.shape[0] * group or not group:
             raise checks.wrong_shape("D", D.shape, f"at least {Q.shape[0]} documents, the first query's positive first")
         target = torch.arange(0, Q.shape[0] * group, group, device=Q.device)
-    _tensor("target", target, Q)
+    target = _tensor("target", target, Q)
     if exclude is not None:
-        _tensor("exclude", exclude, Q)
+        exclude = _tensor("exclude", exclude, Q)
     if margin is not None:
         checks.between("margin", margin, 0, torch.inf)
     temperature = _temperature("temperature", temperature, Q)
@@ -136,7 +136,8 @@ def contrastive_loss(
         max_saved_bytes,
     )
     if weight is not None:
-        checks.shape("weight", _tensor("weight", weight, Q).shape, losses.shape, "one factor for each query")
+        weight = _tensor("weight", weight, Q)
+        checks.shape("weight", weight.shape, losses.shape, "one factor for each query")
         losses = losses * weight.to(losses.dtype)
     if reduction == "none":
         return losses
@@ -175,7 +176,7 @@ def distillation_loss(
     `((s_0 - s_k) - (t_0 - t_k))^2` of the normalised scores; candidate 0 is the positive.
 
     The defaults are PyLate's `Distillation`: KL divergence, student scores min-max normalised, teacher scores as they are,
-    divided by the number of queries.
+    divided by the number of queries. numpy arrays are taken for tensors, without a gradient.
 
     Args:
         Q: `[Nq, Lq, d]`, or a list of `[Lq, d]`; float32, float16, bfloat16 or float64.
@@ -216,11 +217,9 @@ def distillation_loss(
     checks.one_of("student_normalization", student_normalization, NORMALIZATIONS)
     checks.one_of("teacher_normalization", teacher_normalization, NORMALIZATIONS)
     if isinstance(D, (list, tuple)):
-        if not isinstance(teacher_scores, Tensor):
-            raise checks.not_an_array("teacher_scores", teacher_scores, "a torch tensor")
-        checks.rank("teacher_scores", teacher_scores.shape, (2,), "[Nq, K]")
-        count = teacher_scores.shape[0] * teacher_scores.shape[1]
-        checks.same_count("D", len(D), "teacher_scores", count)
+        listed = tensors.values("teacher_scores", teacher_scores).shape
+        checks.rank("teacher_scores", listed, (2,), "[Nq, K]")
+        checks.same_count("D", len(D), "teacher_scores", listed[0] * listed[1])
     Q, q_mask = _tokens("Q", Q, q_mask, D, (3,), "[Nq, Lq, d] or a list of [Lq, d]")
     of_list = isinstance(D, (list, tuple))
     wanted = "[Nq, K, Ld, d], [K, Ld, d] or a list of Nq * K [Ld, d]"
@@ -232,15 +231,11 @@ def distillation_loss(
     if not shared:
         checks.same_batch(Q.shape, D.shape)
     pairs = (Q.shape[0], D.shape[0 if shared else 1])
-    _tensor("teacher_scores", teacher_scores, Q)
+    teacher_scores = _tensor("teacher_scores", teacher_scores, Q)
     checks.shape("teacher_scores", teacher_scores.shape, pairs, "one score for each candidate")
     if candidate_mask is not None:
-        checks.shape(
-            "candidate_mask",
-            _tensor("candidate_mask", candidate_mask, Q).shape,
-            pairs,
-            "one value for each candidate",
-        )
+        candidate_mask = _tensor("candidate_mask", candidate_mask, Q)
+        checks.shape("candidate_mask", candidate_mask.shape, pairs, "one value for each candidate")
         candidate_mask = arguments.kept(candidate_mask)
         if not shared:
             # Without its tokens, as a weight of 0 does not silence a NaN.
@@ -278,7 +273,8 @@ def distillation_loss(
                 losses = losses * temperature**2
 
     if weight is not None:
-        checks.shape("weight", _tensor("weight", weight, Q).shape, losses.shape, "one factor for each query")
+        weight = _tensor("weight", weight, Q)
+        checks.shape("weight", weight.shape, losses.shape, "one factor for each query")
         losses = losses * weight.to(dtype)
     if reduction == "none":
         return losses
@@ -338,8 +334,9 @@ def _temperature(name: str, seen: Any, like: Tensor) -> Any:
 
 
 def _tensor(name: str, seen: Any, like: Tensor) -> Tensor:
+    """A tensor on the device of `like`, as it has to be; an array goes there."""
     if not isinstance(seen, Tensor):
-        raise checks.not_an_array(name, seen, "a torch tensor")
+        return tensors.values(name, seen).to(like.device)
     checks.same_device(name, seen.device, like.device)
     return seen
 

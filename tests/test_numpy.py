@@ -172,3 +172,48 @@ ek.maxsim_varlen(X[0], X[0], cu, cu), ek.maxsim_indexed(X, X, np.array([0]), np.
 assert "torch" not in sys.modules
 """
     )
+
+
+@pytest.mark.parametrize("integers", [np.int64, np.int32, np.uint16])
+def test_the_contrastive_loss_takes_arrays(integers):
+    Q, D = grid(3, 5, 16, seed=1), grid(4, 7, 16, seed=2)
+    target, weight = torch.tensor([2, 0, 3]), torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+    exclude, positives = torch.zeros(3, 4, dtype=torch.bool), torch.zeros(3, 4, dtype=torch.bool)
+    exclude[0, 1] = positives[0, 1:] = positives[2, 0] = True
+    options = {"weight": weight.numpy(), "exclude": exclude.numpy(), "temperature": np.float32(0.5)}
+    wanted = {"weight": weight, "exclude": exclude, "temperature": 0.5}
+    for own in (target, positives):
+        found = ek.contrastive_loss(
+            Q.numpy(), D.numpy(), target=own.numpy().astype(integers if own is target else bool), **options
+        )
+        assert torch.equal(found, ek.contrastive_loss(Q, D, target=own, **wanted))
+    Q.requires_grad_()
+    ek.contrastive_loss(Q, list(D), target=target.numpy().astype(integers), **options).backward()
+    assert Q.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.int64, np.uint16])
+def test_the_distillation_loss_takes_arrays(dtype):
+    Q, D = grid(3, 5, 16, seed=1), grid(3, 4, 7, 16, seed=2)
+    scores, kept = np.arange(12).reshape(3, 4).astype(dtype), np.arange(12).reshape(3, 4) % 5 > 0
+    weight = np.array([1.0, 0.5, 2.0])
+    options = {"candidate_mask": torch.from_numpy(kept), "weight": torch.from_numpy(weight)}
+    wanted = ek.distillation_loss(Q, D, torch.arange(12).view(3, 4).float(), **options)
+    for documents in (D, D.numpy(), list(D.flatten(0, 1))):
+        found = ek.distillation_loss(Q, documents, scores, candidate_mask=kept, weight=weight)
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("wrong", [[0, 1], np.array(["0", "1"]), 1.0])
+def test_losses_say_what_they_take(wrong):
+    Q, D = grid(2, 5, 16, seed=1), grid(2, 2, 7, 16, seed=2)
+    calls = {
+        "target": lambda: ek.contrastive_loss(Q, D, target=wrong),
+        "weight": lambda: ek.contrastive_loss(Q, D, weight=wrong),
+        "teacher_scores": lambda: ek.distillation_loss(Q, D, wrong),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=rf"^{name} (is a .*; want a torch tensor or a numpy array|has dtype <U1)"):
+            call()
+    with pytest.raises(TypeError, match=r"^teacher_scores (is a|has dtype)"):
+        ek.distillation_loss(Q, list(D.flatten(0, 1)), wrong)

@@ -61,6 +61,16 @@ def integers(name: str, seen: Any, like: Tensor) -> Tensor:
     return arguments.wide(seen)
 
 
+def values(name: str, seen: Any) -> Tensor:
+    """Numbers or bools that are no token vectors: uint16 are numbers here, and no bits of bfloat16."""
+    if isinstance(seen, Tensor):
+        return seen
+    array = arrays.array(name, seen)
+    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+        raise checks.wrong_dtype(name, array.dtype, "numbers or bool")
+    return from_numpy(array.astype(np.int64) if array.dtype.kind == "u" else array)
+
+
 class _Lifted:
     """The memory of an array without its read-only flag."""
 
