@@ -47,6 +47,17 @@ Features = Mapping[str, Tensor]
 # Embeddings [N, L, d], of any length where the kernels normalise and else unit ones, and the tokens to score [N, L].
 Encoded = tuple[Tensor, Tensor]
 
+GRADCACHE = """
+@misc{gao2021scaling,
+    title={Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},
+    author={Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan},
+    year={2021},
+    eprint={2101.06983},
+    archivePrefix={arXiv},
+    primaryClass={cs.LG}
+}
+"""
+
 
 class MaxSimScorer(nn.Module):
     """`maxsim` with its options set: `scorer(Q, D, q_mask, d_mask)`, shapes and errors as there."""
@@ -198,6 +209,11 @@ class CachedContrastive(Contrastive):
             show_progress_bar=self.show_progress_bar,
         )
         return cache(*inputs)
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of GradCache, which a trainer puts into the model's card."""
+        return GRADCACHE
 
 
 class Distillation(nn.Module):

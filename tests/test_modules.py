@@ -249,6 +249,10 @@ def test_gather_across_devices(size_average):
         ranks.close()
 
 
+def test_the_cached_loss_cites_gradcache():
+    assert "2101.06983" in modules.CachedContrastive(Model()).citation
+
+
 # Next to PyLate itself.
 
 
@@ -281,6 +285,15 @@ def test_the_arguments_of_pylate(pylate, name):
     assert list(ours) == list(theirs)
     for parameter in set(ours) - {"score_metric"}:
         assert ours[parameter] == theirs[parameter], parameter
+
+
+@pytest.mark.parametrize("name", ["Contrastive", "CachedContrastive", "Distillation"])
+def test_the_citations_of_pylate(pylate, name):
+    """sentence-transformers makes the model's card of them."""
+    from pylate import losses
+
+    theirs, ours = (getattr(getattr(each, name)(Model()), "citation", None) for each in (losses, modules))
+    assert ours == theirs
 
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
