@@ -77,6 +77,15 @@ def test_the_version_stands_in_one_place(sdist):
     assert f"## [{ek.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_the_pythons_that_are_named_are_those_that_are_tried():
+    """The metadata, what tries them, and the page that says so."""
+    named = re.findall(r"Python :: 3\.(\d+)", (ROOT / "pyproject.toml").read_text())
+    tried = re.search(r"for minor in ([\d ]+);", (ROOT / "tools" / "pythons.sh").read_text())
+    assert tried is not None and named == tried[1].split()
+    page = (ROOT / "docs" / "faq.md").read_text()
+    assert f"CPython 3.{named[0]} to 3.{named[-1]}:" in page and f"3.{int(named[-1]) + 1} is not tested" in page
+
+
 def test_indexes_accept_its_metadata(sdist):
     pytest.importorskip("twine")
     done = subprocess.run([sys.executable, "-m", "twine", "check", "--strict", sdist], capture_output=True, text=True)
