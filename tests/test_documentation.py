@@ -81,6 +81,14 @@ def test_the_environment_command_runs(python):
     assert "backend" in done.stdout
 
 
+@pytest.mark.parametrize("tool", ["fuzz_packed", "host_suites", "peer_suites", "spills"])
+def test_tools_run_by_path_and_by_name(tool):
+    for how in ([f"tools/{tool}.py"], ["-m", f"tools.{tool}"]):
+        command = [sys.executable, *how, "--help"]
+        done = subprocess.run(command, cwd=pages.ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("page", pages.PAGES, ids=name)
 def test_links(page):
     assert pages.broken_links(page) == []

@@ -29,7 +29,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from host_suites import copy, download
+try:
+    from host_suites import copy, download
+except ModuleNotFoundError:  # python -m tools.peer_suites: only a script's own folder is on the path
+    from tools.host_suites import copy, download
 
 ROOT = Path(__file__).resolve().parents[1]
 ALIASES = ROOT / "tools" / "aliases"
