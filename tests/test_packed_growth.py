@@ -449,6 +449,26 @@ def test_a_second_writer(tmp_path):
     PackedWriter(folder).close()
 
 
+def test_what_a_killed_writer_leaves_takes_room_until_it_is_written_over(tmp_path):
+    folder = tmp_path / "index"
+    PackedEmbeddings.from_list(rows(4)).save(folder)
+
+    def taken():
+        return sum(path.stat().st_size for path in folder.glob("*.bin"))
+
+    size = taken()
+    with (folder / "tokens.0.bin").open("ab") as file:
+        file.write(bytes(10_000))
+    (folder / "tokens.7.bin").write_bytes(bytes(10_000))
+    with PackedWriter(folder) as writer:
+        assert taken() == size + 20_000
+        writer.append(rows(1))
+        assert taken() == size + 20_000 + 8, "one more offset"
+        writer.remove([1])
+        writer.compact()
+    assert taken() == size
+
+
 def test_a_closed_writer(tmp_path):
     """Another may have written since: nothing is written without the lock."""
     folder = tmp_path / "packed"
