@@ -76,6 +76,13 @@ def test_a_batch_has_a_score_for_every_pair(folder):
     assert batches[1]["rows"] == batch["rows"]
 
 
+def test_a_limit_leaves_it_what_it_is(folder):
+    limited = {"sources": [{"path": str(folder / "taught")}], "limit": 9}
+    stage, batches = build(folder, data=limited)
+    assert isinstance(stage, stages.InBatch) and len(batches.rows[0]) == 9
+    assert batches[0]["options"]["teacher_scores"].ndim == 2
+
+
 def test_ranks_share_the_texts_of_one(folder):
     ranks = []
     for rank in range(3):

@@ -132,7 +132,7 @@ class RecordRows(Rows):
 class TaughtRows(Rows):
     """What training.teach wrote. A row is a judged query; of the others, those about its documents come along."""
 
-    def __init__(self, folder: Path, source: Source) -> None:
+    def __init__(self, folder: Path, source: Source, limit: int | None = None) -> None:
         if source.corpus is None:
             raise ConfigError(f"{folder}: data.sources needs corpus, the BEIR folder that was taught")
         self.task, self.source = read_beir(source.corpus, judged=False), source
@@ -148,7 +148,7 @@ class TaughtRows(Rows):
             )
         self.queries = [record["query"] for record in records]
         self.relevant = [record["relevant"] for record in records]
-        self.judged = [n for n, grades in enumerate(self.relevant) if grades]
+        self.judged = [n for n, grades in enumerate(self.relevant) if grades][:limit]
         self.about: dict[str, list[int]] = {}
         for n, record in enumerate(records):
             if record["about"] is not None:
@@ -237,7 +237,8 @@ def open_rows(source: Source, limit: int | None = None) -> Rows:
     if path.is_dir():
         split = source.split
         if (path / "scores.npy").exists():
-            rows = TaughtRows(path, source)
+            # Cut by itself: a stage asks it for more than rows.
+            return TaughtRows(path, source, limit)
         elif source.kind == "titles":
             task = read_beir(path, judged=False)
             has_test = exists(path / "qrels" / "test.tsv")
