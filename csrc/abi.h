@@ -85,7 +85,7 @@ struct Screen {
   uint32_t* hits;       // [block_tokens]; holds bits of the query lanes whose maximum a token can be, 16 or 32 a token
   uint32_t* pairs;      // [(block_tokens + 2) * panel_registers * width] that can win: token << 8 | lane of the panel
   float* products;      // [(block_tokens + 2) * panel_registers * width] of the pairs' rows
-  uint32_t* rows;       // [2 * width] widened document tokens
+  uint32_t* rows;       // [the larger of 2 and panel_registers, * width] widened document tokens
   float largest;        // |x| that is expected of the next document; 0: nothing is known
   int64_t tried, done;  // documents
   int32_t failures;     // in a row

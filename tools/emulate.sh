@@ -44,6 +44,7 @@ fi
 if [ "$(uname -m)" != aarch64 ] && have "emulated AArch64" qemu-aarch64 aarch64-linux-gnu-g++; then
   echo "== AArch64"
   build build/aarch64 -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake
+  python3 tools/spills.py --only _tile build/aarch64/CMakeFiles/edgecolbert_isa_neon*.dir/csrc/cpu/isa/*.o
   sweep="-L /usr/aarch64-linux-gnu build/aarch64/tests/native/native_sweep"
   qemu-aarch64 -cpu max $sweep neon_dotprod neon scalar
   qemu-aarch64 -cpu cortex-a72 $sweep neon scalar

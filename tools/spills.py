@@ -1,6 +1,6 @@
 """Reads the disassembly of instruction-set objects and reports register spills in their hot loops.
 
-    python tools/spills.py OBJECT... [--verbose]
+    python tools/spills.py OBJECT... [--only PATTERN] [--verbose]
 
 A hot loop is an innermost loop with at least `FEWEST` packed multiply-adds. Inside one, an instruction that reads or
 writes a whole vector at a fixed place of the stack is a spill: the accumulators did not fit the registers. Scratch
@@ -121,11 +121,12 @@ def disassemble(path: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("objects", nargs="+", metavar="OBJECT")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="look at functions whose name matches alone")
     parser.add_argument("--verbose", action="store_true", help="print every hot loop")
     arguments = parser.parse_args()
     status = 0
     for path in arguments.objects:
-        loops = hot_loops(disassemble(path))
+        loops = [loop for loop in hot_loops(disassemble(path)) if re.search(arguments.only, loop.function)]
         spilling = [loop for loop in loops if loop.spills]
         for loop in loops if arguments.verbose else spilling:
             print(f"{loop.function}: {loop.multiply_adds} multiply-adds in {len(loop.instructions)} instructions")

@@ -326,7 +326,7 @@ class Scorer {
     const int64_t tokens = block_tokens_ + kernels_.tile_tokens, width = kernels_.width;
     const int64_t narrowed = tokens * round_up(call_.documents.dim, kScreenDimsOfWord * width) / kScreenDimsOfWord;
     const int64_t lanes = kernels_.panel_registers * width, scores = tokens * lanes / 2;
-    const int64_t hits = block_tokens_, pairs = (block_tokens_ + 2) * lanes, rows = 2 * width * row_;
+    const int64_t hits = block_tokens_, pairs = (block_tokens_ + 2) * lanes, rows = std::max(2 * width, lanes) * row_;
     const int64_t stride = round_up(narrowed + scores + hits + 2 * pairs + rows, 16);
     screen_words_.reset(new Buffer<uint32_t>(stride * threads_));
     screens_.resize(size_t(threads_));

@@ -96,6 +96,16 @@ struct Packed {
   int64_t length(int64_t j) const { return offsets[size_t(j) + 1] - offsets[size_t(j)]; }
   const float* row(int64_t token) const { return &values[size_t(token * dim)]; }
 
+  // The first value of a token of floats, in storage alone.
+  void set(int64_t token, float x) {
+    uint8_t raw[4];
+    const uint16_t half = std::isfinite(x)       ? stored_16(representable(x, dtype), dtype)
+                          : dtype == DType::bf16 ? uint16_t(float_bits(x) >> 16)
+                                                 : uint16_t(float_bits(x) >> 16 & 0xfe00);
+    dtype == DType::f32 ? std::memcpy(raw, &x, 4) : std::memcpy(raw, &half, 2);
+    std::copy(raw, raw + element_bytes(), &bytes[size_t(token * dim) * element_bytes()]);
+  }
+
   Sequences view(bool masked) const {
     Sequences s;
     s.dtype = dtype;

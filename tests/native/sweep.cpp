@@ -4,11 +4,13 @@
 //   native_sweep [--emulated] [isa ...]
 //
 // Named instruction sets must be exactly those that can run here; then each that runs is swept and gets one line. The
-// exit status is 1 when a score, an argmax, a gradient or a packed value is off. --emulated allows for subnormal fp16
-// gradients being flushed to zero: vcvtps2ph ignores MXCSR.FTZ on hardware, qemu 7.2 does not.
+// exit status is 1 when a score, an argmax, a gradient or a packed value is off, or the screen changes one. --emulated
+// allows for subnormal fp16 gradients being flushed to zero: vcvtps2ph ignores MXCSR.FTZ on hardware, qemu 7.2 does
+// not.
 
 #include "inputs.h"
 #include "pack_check.h"
+#include "screen_check.h"
 
 namespace {
 
@@ -222,6 +224,7 @@ int main(int argc, char** argv) {
   }
   Random random{1};
   std::vector<double> worst(runnable.size());
+  std::vector<int64_t> tried(runnable.size()), done(runnable.size());
   for (int dim : kDims) {
     for (DType dtype : kDtypes) {
       const Inputs inputs(dtype, dim, random);
@@ -231,12 +234,21 @@ int main(int argc, char** argv) {
           worst[i] = std::max(worst[i], Check(runnable[i], inputs, variant).run(random));
         }
         if (dtype != DType::i8) worst[i] = std::max(worst[i], PackCheck(runnable[i], inputs.documents).run());
+        ScreenCheck screen(runnable[i], dtype, dim, random);
+        if (!screen.run()) worst[i] = std::numeric_limits<double>::infinity();
+        tried[i] += screen.screened_documents().tried;
+        done[i] += screen.screened_documents().done;
       }
     }
   }
   for (size_t i = 0; i < runnable.size(); ++i) {
-    std::printf("%-16s %s, largest error %.2f of the bound\n", runnable[i].c_str(), worst[i] <= 1.0 ? "right" : "WRONG",
-                worst[i]);
+    set_isa(runnable[i]);
+    // A screen that never helps has the right bits as well.
+    const bool helps = done[i] * 2 >= tried[i] && (tried[i] > 0) == (kernels().screened_dimensions > 0);
+    if (!helps) worst[i] = std::numeric_limits<double>::infinity();
+    std::printf("%-16s %s, largest error %.2f of the bound, %lld of %lld documents screened\n", runnable[i].c_str(),
+                worst[i] <= 1.0 ? "right" : "WRONG", worst[i], static_cast<long long>(done[i]),
+                static_cast<long long>(tried[i]));
   }
   return std::all_of(worst.begin(), worst.end(), [](double w) { return w <= 1.0; }) ? 0 : 1;
 }

@@ -17,6 +17,11 @@ struct DotF32 {
   static void store(Lane* p, V x) { Simd::store(p, x); }
   static V broadcast(const uint32_t* p) { return Simd::broadcast(*reinterpret_cast<const float*>(p)); }
   static void multiply_add(V& sum, V query, V document) { sum = Simd::multiply_add(query, document, sum); }
+  // Where Simd::multiplies_lanes.
+  template <int lane, class On = Simd>
+  static void multiply_add_lane(V& sum, V query, V documents) {
+    On::template multiply_add_lane<lane>(sum, query, documents);
+  }
   static V maximum(V a, V b) { return Simd::maximum(a, b); }
   static V lowest() { return Simd::broadcast(-__builtin_inff()); }
 };

@@ -32,6 +32,11 @@ struct DotI8 {
   static void store(Lane* p, V x) { Simd::store(p, x); }
   static V broadcast(const uint32_t* p) { return Simd::broadcast(*reinterpret_cast<const int32_t*>(p)); }
   static void multiply_add(V& sum, V query, V document) { Int8::multiply_add(sum, query, document); }
+  // Where Simd::multiplies_lanes.
+  template <int lane, class On = Int8>
+  static void multiply_add_lane(V& sum, V query, V documents) {
+    On::template multiply_add_lane<lane>(sum, query, documents);
+  }
   static V maximum(V a, V b) { return Simd::maximum(a, b); }
   static V lowest() { return Simd::broadcast(INT32_MIN); }
 };

@@ -6,17 +6,18 @@
 namespace {
 
 struct ScreenInt {
+  static constexpr bool narrows_on_the_side = false;  // of a tile: its sums leave no registers
 #ifdef __AVXVNNI__
   static constexpr bool sums_halves = false;
   static constexpr int dimensions = 2048;
-  static constexpr int32_t document_bias = 128;
+  static constexpr int32_t document_bias = 128, document_limit = 128;
   static void multiply_add(__m256i& sum, __m256i query, __m256i document) { Int8::multiply_add(sum, query, document); }
   static __m256i negative(__m256i x) { return Simd::subtract(Simd::zero_integer(), x); }
   static __m256i total(__m256i sum) { return sum; }
 #else
   static constexpr bool sums_halves = true;
   static constexpr int dimensions = 256;  // with more, sums of 16 bits hide which token is the best
-  static constexpr int32_t document_bias = 64;
+  static constexpr int32_t document_bias = 64, document_limit = 64;
   static void multiply_add(__m256i& sum, __m256i query, __m256i document) {
     // Left to itself gcc does all products of a k-step first, and runs out of registers.
     __m256i product;
@@ -35,18 +36,19 @@ struct ScreenInt {
   static __m256i to_bytes(__m256i a, __m256i b) {
     return in_order(_mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_setzero_si256()));
   }
-  // Squares of int8 summed in pairs, unsigned 16-bit. With a -128, which only stands for a value that was cut off, a
-  // sum is at least 2^15.
-  static __m256i pair_squares(__m256i bytes) {
+  // What bounds values: squares of int8 summed in pairs, unsigned 16-bit. With a -128, which only stands for a value
+  // that was cut off, or for a NaN, a sum is at least 2^15.
+  static constexpr bool hides_nan = false;
+  static __m256i extents(__m256i bytes) {
     const __m256i magnitudes = _mm256_abs_epi8(bytes);
     return _mm256_maddubs_epi16(magnitudes, magnitudes);
   }
-  static __m256i maximum_pairs(__m256i a, __m256i b) { return _mm256_max_epu16(a, b); }
-  static uint32_t largest_pair(__m256i x) {
+  static __m256i maximum_extents(__m256i a, __m256i b) { return _mm256_max_epu16(a, b); }
+  static uint32_t largest_square(__m256i x) {
     return Simd::largest_unsigned(
         _mm256_max_epu32(_mm256_srli_epi32(x, 16), _mm256_and_si256(x, _mm256_set1_epi32(0xffff))));
   }
-  static float sum_of_pairs(__m256i x) {
+  static float sum_of_extents(__m256i x) {
     const __m256i both = _mm256_add_epi32(_mm256_srli_epi32(x, 16), _mm256_and_si256(x, _mm256_set1_epi32(0xffff)));
     return Simd::sum(Simd::to_float(both));
   }
@@ -59,16 +61,16 @@ struct ScreenInt {
     return float(Simd::largest_unsigned(_mm256_add_epi32(x, _mm256_permute2x128_si256(x, x, 1))));
   }
   // Two sums of pairs a lane.
-  static __m256i add_pairs(__m256i sum, __m256i pairs) {
+  static __m256i add_squares(__m256i sum, __m256i extents) {
 #ifdef __AVXVNNI__
-    __asm__(EDGECOLBERT_VEX "vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(pairs), "x"(_mm256_set1_epi16(1)));
+    __asm__(EDGECOLBERT_VEX "vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(extents), "x"(_mm256_set1_epi16(1)));
     return sum;
 #else
     // Left to itself gcc does all products first, and runs out of registers.
     __m256i both;
     __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
             : "+x"(sum), "=&x"(both)
-            : "x"(pairs), "x"(_mm256_set1_epi16(1)));
+            : "x"(extents), "x"(_mm256_set1_epi16(1)));
     return sum;
 #endif
   }
@@ -115,10 +117,10 @@ struct Scores {
   static constexpr int lanes = 16, kTags = 7;
   static constexpr int kLaneOf[lanes] = {0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15};
   using V = __m256i;
-  static V pack(__m256i a, __m256i b, int shift) {
-    if (ScreenInt::sums_halves) return _mm256_packs_epi32(a, b);
+  static V pack(const __m256i (&sums)[2], int shift) {
+    if (ScreenInt::sums_halves) return _mm256_packs_epi32(sums[0], sums[1]);
     const __m128i count = _mm_cvtsi32_si128(shift);
-    return _mm256_packs_epi32(_mm256_sra_epi32(a, count), _mm256_sra_epi32(b, count));
+    return _mm256_packs_epi32(_mm256_sra_epi32(sums[0], count), _mm256_sra_epi32(sums[1], count));
   }
   // Bit i of a token's hit, if `wanted`: its score i reaches that of the threshold. One token more may be read and
   // written.
@@ -162,13 +164,13 @@ struct Scores {
   }
   // Those of `count` pairs whose value reaches their lane's limit move to the front, with it; returns how many they
   // are.
-  static int64_t keep_pairs(uint32_t* pairs, int64_t count, float* values, __m256 limit, __m256 upper_limit) {
+  static int64_t keep_pairs(uint32_t* pairs, int64_t count, float* values, const __m256 (&limits)[2]) {
     uint32_t* kept = pairs;
     for (int64_t p = 0; p < count; p += 8) {
       const __m256i pair = load_words(pairs + p);
-      const __m256 least = _mm256_blendv_ps(_mm256_permutevar8x32_ps(limit, pair),  // looks at three bits of the lane
-                                            _mm256_permutevar8x32_ps(upper_limit, pair),
-                                            _mm256_castsi256_ps(_mm256_slli_epi32(pair, 28)));
+      const __m256 least =
+          _mm256_blendv_ps(_mm256_permutevar8x32_ps(limits[0], pair),  // looks at three bits of the lane
+                           _mm256_permutevar8x32_ps(limits[1], pair), _mm256_castsi256_ps(_mm256_slli_epi32(pair, 28)));
       const __m256 value = _mm256_loadu_ps(values + p);
       int reaches = _mm256_movemask_ps(_mm256_cmp_ps(value, least, _CMP_GE_OQ));
       if (count - p < 8) reaches &= (1 << (count - p)) - 1;

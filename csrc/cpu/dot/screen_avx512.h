@@ -6,17 +6,18 @@
 namespace {
 
 struct ScreenInt {
+  static constexpr bool narrows_on_the_side = true;  // of a tile: fewer registers are taken by its sums
 #ifdef __AVX512VNNI__
   static constexpr bool sums_halves = false;
   static constexpr int dimensions = 2048;
-  static constexpr int32_t document_bias = 128;
+  static constexpr int32_t document_bias = 128, document_limit = 128;
   static void multiply_add(__m512i& sum, __m512i query, __m512i document) { Int8::multiply_add(sum, query, document); }
   static __m512i negative(__m512i x) { return Simd::subtract(Simd::zero_integer(), x); }
   static __m512i total(__m512i sum) { return sum; }
 #else
   static constexpr bool sums_halves = true;
   static constexpr int dimensions = 192;  // with more, sums of 16 bits hide which token is the best
-  static constexpr int32_t document_bias = 64;
+  static constexpr int32_t document_bias = 64, document_limit = 64;
   static void multiply_add(__m512i& sum, __m512i query, __m512i document) {
     // Left to itself gcc does all products of a k-step first, and runs out of registers.
     __m512i product;
@@ -35,18 +36,19 @@ struct ScreenInt {
   static __m512i to_bytes(__m512i a, __m512i b) {
     return in_order(_mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_setzero_si512()));
   }
-  // Squares of int8 summed in pairs, unsigned 16-bit. With a -128, which only stands for a value that was cut off, a
-  // sum is at least 2^15.
-  static __m512i pair_squares(__m512i bytes) {
+  // What bounds values: squares of int8 summed in pairs, unsigned 16-bit. With a -128, which only stands for a value
+  // that was cut off, or for a NaN, a sum is at least 2^15.
+  static constexpr bool hides_nan = false;
+  static __m512i extents(__m512i bytes) {
     const __m512i magnitudes = _mm512_abs_epi8(bytes);
     return _mm512_maddubs_epi16(magnitudes, magnitudes);
   }
-  static __m512i maximum_pairs(__m512i a, __m512i b) { return _mm512_max_epu16(a, b); }
-  static uint32_t largest_pair(__m512i x) {
+  static __m512i maximum_extents(__m512i a, __m512i b) { return _mm512_max_epu16(a, b); }
+  static uint32_t largest_square(__m512i x) {
     return _mm512_reduce_max_epu32(
         _mm512_max_epu32(_mm512_srli_epi32(x, 16), _mm512_and_si512(x, _mm512_set1_epi32(0xffff))));
   }
-  static float sum_of_pairs(__m512i x) {
+  static float sum_of_extents(__m512i x) {
     return float(_mm512_reduce_add_epi32(
         _mm512_add_epi32(_mm512_srli_epi32(x, 16), _mm512_and_si512(x, _mm512_set1_epi32(0xffff)))));
   }
@@ -55,12 +57,12 @@ struct ScreenInt {
   static __m512i sum_squares(const __m512i (&x)[1]) { return x[0]; }
   static float largest_sum(__m512i x) { return Simd::sum(Simd::to_float(x)); }
   // Two sums of pairs a lane.
-  static __m512i add_pairs(__m512i sum, __m512i pairs) {
+  static __m512i add_squares(__m512i sum, __m512i extents) {
 #ifdef __AVX512VNNI__
-    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(pairs), "v"(_mm512_set1_epi16(1)));
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(extents), "v"(_mm512_set1_epi16(1)));
     return sum;
 #else
-    return Simd::add(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+    return Simd::add(sum, _mm512_madd_epi16(extents, _mm512_set1_epi16(1)));
 #endif
   }
 
@@ -80,8 +82,8 @@ struct Scores {
                                                     0x60006, 0x70007, 0x80008, 0x90009, 0xa000a, 0xb000b,
                                                     0xc000c, 0xd000d, 0xe000e, 0xf000f};
   using V = __m512i;
-  static V pack(__m512i a, __m512i b, int shift) {
-    return _mm512_packs_epi32(_mm512_srai_epi32(a, shift), _mm512_srai_epi32(b, shift));
+  static V pack(const __m512i (&sums)[2], int shift) {
+    return _mm512_packs_epi32(_mm512_srai_epi32(sums[0], shift), _mm512_srai_epi32(sums[1], shift));
   }
   static constexpr int kLaneOf[lanes] = {0, 1, 2,  3,  16, 17, 18, 19, 4,  5,  6,  7,  20, 21, 22, 23,
                                          8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31};
@@ -119,11 +121,11 @@ struct Scores {
   }
   // Those of `count` pairs whose value reaches their lane's limit move to the front, with it; returns how many they
   // are.
-  static int64_t keep_pairs(uint32_t* pairs, int64_t count, float* values, __m512 limit, __m512 upper_limit) {
+  static int64_t keep_pairs(uint32_t* pairs, int64_t count, float* values, const __m512 (&limits)[2]) {
     uint32_t* kept = pairs;
     for (int64_t p = 0; p < count; p += 16) {
       const __m512i pair = _mm512_loadu_si512(pairs + p);
-      const __m512 least = _mm512_permutex2var_ps(limit, pair, upper_limit);  // looks at the lane's bits alone
+      const __m512 least = _mm512_permutex2var_ps(limits[0], pair, limits[1]);  // looks at the lane's bits alone
       const __mmask16 valid = count - p < 16 ? __mmask16((1u << (count - p)) - 1) : __mmask16(-1);
       const __m512 value = _mm512_loadu_ps(values + p);
       const __mmask16 reaches = _mm512_mask_cmp_ps_mask(valid, value, least, _CMP_GE_OQ);

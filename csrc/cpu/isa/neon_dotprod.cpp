@@ -14,6 +14,7 @@ constexpr int kStepsOfRound = 1;
 #include "../dot/f32.h"
 #include "../dot/none.h"
 #include "../dot/i8_neon.h"
+#include "../dot/screen_neon.h"
 #include "../kernels/table_inl.h"
 
 namespace edgecolbert {

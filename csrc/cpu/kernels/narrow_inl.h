@@ -12,8 +12,9 @@
 namespace {
 
 // A value of the guessed size becomes so many steps; more than kMostSteps could be cut off.
-constexpr float kGuessedSteps = float(DotScreen::kDocumentBias) * 15 / 16;
-constexpr float kMostSteps = float(DotScreen::kDocumentBias) - 1.1f, kFewestSteps = float(DotScreen::kDocumentBias) / 8;
+constexpr float kGuessedSteps = float(DotScreen::kDocumentLimit) * 15 / 16;
+constexpr float kMostSteps = float(DotScreen::kDocumentLimit) - 1.1f,
+                kFewestSteps = float(DotScreen::kDocumentLimit) / 8;
 
 // What is known of a block's integers v, which stand for v / steps.
 struct Narrowed {
@@ -48,9 +49,23 @@ struct Choose<false> {
   using Type = B;
 };
 
-// One register of bytes: `pairs` of several would not add up.
+// One register of bytes: `extents` of several would not add up.
 constexpr bool has_few(Constant<48>) { return 4 * Simd::width >= 48; }
 constexpr bool has_few(int) { return false; }
+
+// Where integers do not tell that a value was a NaN, the largest of the values does.
+template <bool needed>
+struct SeenNan {
+  Simd::F largest;
+
+  [[gnu::always_inline]] void see(Simd::F x) { largest = Simd::maximum(largest, x); }
+  bool any_nan() const { return __builtin_isnan(Simd::sum(largest)); }
+};
+template <>
+struct SeenNan<false> {
+  [[gnu::always_inline]] void see(Simd::F) {}
+  bool any_nan() const { return false; }
+};
 
 // On the side of a tile asks for tokens that are rounded afterwards: done at once, that would wait for them.
 class Ahead {
@@ -104,18 +119,18 @@ class Narrower {
   }
 
   // Over tokens the largest sum in every lane: together they bound the norm of any token. The more values a lane sums,
-  // the tighter, and the dearer: few dimensions make do with `pairs`, which tell whether values were cut off.
-  struct Pairs {
-    Simd::I pairs;  // squares of neighbours, 16 bits each
+  // the tighter, and the dearer: few dimensions make do with `extents`, which tell whether values were cut off.
+  struct Extents : SeenNan<ScreenInt::hides_nan> {
+    Simd::I extents;
   };
-  struct Squares : Pairs {
+  struct Squares : Extents {
     Simd::I squares;  // of ScreenInt::tokens_of_sum tokens
   };
-  struct Sums : Pairs {
+  struct Sums : Extents {
     Simd::F norms, rests;  // four lanes a token
   };
   static constexpr bool kSquares = !exact && !has_few(Dim());
-  using Seen = typename Choose<exact>::template Type<Sums, typename Choose<kSquares>::template Type<Squares, Pairs>>;
+  using Seen = typename Choose<exact>::template Type<Sums, typename Choose<kSquares>::template Type<Squares, Extents>>;
 
   // Of one token: sums of four neighbours in each of its registers, and squares of what rounding lost.
   struct Told {
@@ -197,7 +212,8 @@ class Narrower {
 
   Narrowed result() const {
     Narrowed result;
-    result.largest = __builtin_sqrtf(float(ScreenInt::largest_pair(seen_.pairs)));
+    result.largest = __builtin_sqrtf(float(ScreenInt::largest_square(seen_.extents)));
+    if (seen_.any_nan()) result.largest = __builtin_nanf("");
     result.steps = steps_;
     const float root = __builtin_sqrtf(float(dim_));
     result.measured = exact;
@@ -206,7 +222,7 @@ class Narrower {
     } else if constexpr (kSquares) {
       result.norm = ScreenInt::largest_sum(seen_.squares);
     } else {
-      result.norm = ScreenInt::sum_of_pairs(seen_.pairs);
+      result.norm = ScreenInt::sum_of_extents(seen_.extents);
     }
     result.norm = 1.0001f * __builtin_sqrtf(result.norm);
     if constexpr (exact) {
@@ -235,6 +251,7 @@ class Narrower {
             left >= (i + 1) * w ? Simd::load(row + i * w) : Simd::load_first(row + i * w, left - i * w);
         const Simd::F scaled = Simd::multiply(value, scale);
         x[i] = Simd::to_integer(scaled);
+        seen.see(scaled);
         if constexpr (exact) {
           const Simd::F rest = Simd::rest(scaled);
           lost = Simd::multiply_add(rest, rest, lost);
@@ -242,9 +259,9 @@ class Narrower {
       }
       const Simd::I bytes =
           left <= 2 * w ? ScreenInt::to_bytes(x[0], x[1]) : ScreenInt::to_bytes(x[0], x[1], x[2], x[3]);
-      const Simd::I pairs = ScreenInt::pair_squares(bytes);
-      seen.pairs = ScreenInt::maximum_pairs(seen.pairs, pairs);
-      if constexpr (exact || kSquares) squares = ScreenInt::add_pairs(squares, pairs);
+      const Simd::I extents = ScreenInt::extents(bytes);
+      seen.extents = ScreenInt::maximum_extents(seen.extents, extents);
+      if constexpr (exact || kSquares) squares = ScreenInt::add_squares(squares, extents);
       Simd::store(reinterpret_cast<int32_t*>(out), ScreenInt::add_bias(bytes));
     }
     return {squares, lost};

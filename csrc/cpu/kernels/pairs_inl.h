@@ -83,13 +83,14 @@ class PairScore {
   // Those whose products are as large as that of their lane, but for the roundings of fp32.
   template <int registers>
   int64_t keep_near(int64_t pairs, const float* largest, float norm) {
-    Simd::F limit[registers];
-    for (int i = 0; i < registers; ++i) {
+    Simd::F limits[kPanelRegisters];
+    for (int r = 0; r < kPanelRegisters; ++r) {
+      const int i = r < registers ? r : registers - 1;
       const Simd::F slack =
           Simd::multiply(Simd::load(slack_ + kMarginFactors * i * Simd::width), Simd::broadcast(norm));
-      limit[i] = Simd::subtract(Simd::load(largest + i * Simd::width), slack);
+      limits[r] = Simd::subtract(Simd::load(largest + i * Simd::width), slack);
     }
-    return Scores::keep_pairs(pairs_, pairs, job_.screen->products, limit[0], limit[registers - 1]);
+    return Scores::keep_pairs(pairs_, pairs, job_.screen->products, limits);
   }
 
   // Up to whole batches, with the last one again.
@@ -111,9 +112,10 @@ class PairScore {
       for (int i = 0; i < Simd::width; ++i) {
         const Element* const document = row(first_ + (pairs_[p + i] >> 8));
         const float* const query = reinterpret_cast<const float*>(rows_[pairs_[p + i] & 0xff]);
-        sums[i] = Simd::zero();
+        Simd::F sum = Simd::zero();
         for_each_register(document, dim,
-                          [&](int k, Simd::F x) { sums[i] = Simd::multiply_add(x, Simd::load(query + k), sums[i]); });
+                          [&](int k, Simd::F x) { sum = Simd::multiply_add(x, Simd::load(query + k), sum); });
+        sums[i] = sum;
       }
       Simd::store(job_.screen->products + p, Simd::sum_each(sums));
     }

@@ -20,6 +20,10 @@ constexpr int shift_of(int dim) {
   const int bits = 32 - __builtin_clz(127u * 128u * unsigned(dim) - 1);
   return bits > 16 ? bits - 16 : 0;
 }
+template <int dim>
+constexpr Constant<shift_of(dim)> shift_of(Constant<dim>) {
+  return {};
+}
 
 // The largest scores so far, and the tokens that have them: `start` + Scores::tag_of(score).
 struct Highest {
@@ -39,7 +43,7 @@ template <int T, int R, class Dim, class Feed>
 [[gnu::noinline]] void screen_tile(const uint32_t* document, int64_t row_stride, const uint32_t* query,
                                    const int32_t* biases, Dim dim, int16_t* scores, Highest& highest, Feed& feed) {
   const int64_t words = (dim + DotScreen::dims_of_word - 1) / DotScreen::dims_of_word;
-  const int shift = shift_of(dim);
+  const auto shift = shift_of(dim);
   Simd::I sum[T][R];
   const uint32_t* rows[T / 3];
   start_tile<DotScreen>(sum, rows, document, row_stride);
@@ -54,8 +58,10 @@ template <int T, int R, class Dim, class Feed>
   typename Scores::V top = before;
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) {
-    const typename Scores::V packed =
-        Scores::tagged(Scores::pack(ScreenInt::total(sum[t][0]), ScreenInt::total(sum[t][R - 1]), shift), t);
+    Simd::I of_panel[kPanelRegisters];
+#pragma GCC unroll 4
+    for (int r = 0; r < kPanelRegisters; ++r) of_panel[r] = ScreenInt::total(sum[t][r < R ? r : R - 1]);
+    const typename Scores::V packed = Scores::tagged(Scores::pack(of_panel, shift), t);
     Scores::store(scores + t * Scores::lanes, packed);
     top = Scores::maximum(top, packed);
   }
@@ -273,7 +279,7 @@ class ScreenedScore {
   // Scores from which on a token may be better than the best of its lane.
   template <int registers>
   typename Scores::V threshold(int64_t r, const Narrowed& narrowed) const {
-    Simd::I steps[registers];
+    Simd::I steps[R];
     for (int i = 0; i < registers; ++i) {
       const float* const factors = group_.margins + kMarginFactors * (r + i) * Simd::width;
       const auto times = [&](MarginFactor factor, float x) {
@@ -288,7 +294,8 @@ class ScreenedScore {
           Simd::multiply_add(Simd::from_bits(Simd::absolute_bits(best)), Simd::broadcast(1e-6f), Simd::broadcast(1.0f));
       steps[i] = Simd::to_integer(Simd::subtract(best, Simd::add(margin, rounding)));
     }
-    return Scores::tagged(Scores::pack(steps[0], steps[registers - 1], shift_of(job_.dim)), 0);
+    for (int i = registers; i < R; ++i) steps[i] = steps[registers - 1];
+    return Scores::tagged(Scores::pack(steps, shift_of(job_.dim)), 0);
   }
 
   // The lanes of every token that reach the threshold.

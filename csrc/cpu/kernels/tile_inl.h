@@ -35,11 +35,45 @@ template <class Dot, int steps, int T, int R>
   }
 }
 
+// One k-step, whose word of every document token is a lane of `documents`.
+template <class Dot, int lane, int T, int R>
+[[gnu::always_inline]] inline void multiply_add_lane(typename Dot::V (&sum)[T][R],
+                                                     const typename Dot::V (&documents)[T], const uint32_t* query) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const typename Dot::V q = Dot::load(query + (lane * R + r) * Simd::width);
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) Dot::template multiply_add_lane<lane>(sum[t][r], q, documents[t]);
+  }
+}
+
+// Four k-steps. A load brings four words of a document token, and no broadcast takes a turn of the multiply-adds'
+// units.
+template <class Dot, int T, int R>
+[[gnu::always_inline]] inline void multiply_add_lanes(typename Dot::V (&sum)[T][R], const uint32_t* (&rows)[T / 3],
+                                                      int64_t row_stride, const uint32_t*& query) {
+  typename Dot::V documents[T];
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) documents[t] = Dot::load(rows[t / 3] + (t % 3) * row_stride);
+  multiply_add_lane<Dot, 0>(sum, documents, query);
+  multiply_add_lane<Dot, 1>(sum, documents, query);
+  multiply_add_lane<Dot, 2>(sum, documents, query);
+  multiply_add_lane<Dot, 3>(sum, documents, query);
+  query += 4 * R * Simd::width;
+#pragma GCC unroll 16
+  for (int i = 0; i < T / 3; ++i) {
+    rows[i] += 4;
+    __asm__("" : "+r"(rows[i]));  // as above
+  }
+}
+
 template <class Dot, int T, int R>
 [[gnu::always_inline]] inline void multiply_add(typename Dot::V (&sum)[T][R], const uint32_t* (&rows)[T / 3],
                                                 int64_t row_stride, const uint32_t*& query, const uint32_t* query_end) {
   constexpr int steps = Dot::steps_of_round;
-  if constexpr (steps > 1) {
+  if constexpr (Simd::multiplies_lanes) {
+    while (query_end - query >= 4 * R * Simd::width) multiply_add_lanes<Dot>(sum, rows, row_stride, query);
+  } else if constexpr (steps > 1) {
     while (query_end - query >= steps * R * Simd::width) multiply_add_steps<Dot, steps>(sum, rows, row_stride, query);
   }
   while (query != query_end) multiply_add_steps<Dot, 1>(sum, rows, row_stride, query);
@@ -74,7 +108,8 @@ template <class Dot, int T, int R, class Feeder>
     multiply_add<Dot>(sum, rows, row_stride, query, query_end);
   } else {
     constexpr int steps_of_tile = (T + Feeder::kTokensOfStep - 1) / Feeder::kTokensOfStep;
-    const int64_t steps = (words + steps_of_tile - 1) / steps_of_tile * (R * Simd::width);
+    constexpr int together = Simd::multiplies_lanes ? 4 : 1;
+    const int64_t steps = round_up((words + steps_of_tile - 1) / steps_of_tile, together) * (R * Simd::width);
     auto&& cursor = feed.begin();
     while (query != query_end) {
       const uint32_t* const pause = query_end - query > steps ? query + steps : query_end;

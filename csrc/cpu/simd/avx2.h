@@ -15,7 +15,8 @@
 namespace {
 
 struct Simd {
-  static constexpr int width = 8, registers = 16;
+  static constexpr int width = 8;
+  static constexpr bool multiplies_lanes = false;
   static constexpr bool specialises = true;  // packing has loops for usual shapes, beside those for any
   using F = __m256;
   using I = __m256i;

@@ -8,7 +8,8 @@
 namespace {
 
 struct Simd {
-  static constexpr int width = 16, registers = 32;
+  static constexpr int width = 16;
+  static constexpr bool multiplies_lanes = false;
   static constexpr bool specialises = true;  // packing has loops for usual shapes, beside those for any
   using F = __m512;
   using I = __m512i;

@@ -9,13 +9,14 @@ namespace {
 
 struct Simd {
   static constexpr int width = 4;
+  static constexpr bool multiplies_lanes = true;
   static constexpr bool specialises = true;  // packing has loops for usual shapes, beside those for any
   using F = float32x4_t;
   using I = int32x4_t;
 
   static F load(const float* p) { return vld1q_f32(p); }
-  static F load(const F16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
-  static F load(const BF16* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16)); }
+  static F load(const F16* p) { return widen(vld1_u16(&p->bits), F16{}); }
+  static F load(const BF16* p) { return widen(vld1_u16(&p->bits), BF16{}); }
   static F load(const I8* p) {
     uint32_t four;
     memcpy(&four, p, sizeof four);
@@ -86,6 +87,11 @@ struct Simd {
   static F subtract(F a, F b) { return vsubq_f32(a, b); }
   static F multiply(F a, F b) { return vmulq_f32(a, b); }
   static F multiply_add(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  // sum += a * b[lane]
+  template <int lane>
+  static void multiply_add_lane(F& sum, F a, F b) {
+    __asm__("fmla %0.4s, %1.4s, %2.s[%3]" : "+w"(sum) : "w"(a), "w"(b), "i"(lane));
+  }
   static F maximum(F a, F b) { return vmaxq_f32(a, b); }
   static float sum(F x) { return vaddvq_f32(x); }
 
@@ -107,6 +113,53 @@ struct Simd {
   static F from_bits(I x) { return vreinterpretq_f32_s32(x); }
   static I absolute_bits(F x) { return vandq_s32(bits(x), vdupq_n_s32(0x7fffffff)); }
   static F to_float(I x) { return vcvtq_f32_s32(x); }
+  static I to_integer(F x) { return vcvtnq_s32_f32(x); }  // to nearest; out of range: the nearest there is; NaN: 0
+
+  // x - to_float(to_integer(x)) where that is in range.
+  static F rest(F x) { return subtract(x, vrndnq_f32(x)); }
+  // The sum of the lanes, in fewer of them: the others are 0.
+  static F fold(F x) { return vsetq_lane_f32(vaddvq_f32(x), zero(), 0); }
+  // Lane i is the sum of the lanes of x[i].
+  static F sum_each(const F (&x)[4]) { return vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3])); }
+  // Lane i is that with number lanes[i] of one register, or of four side by side.
+  static I pick(const I (&x)[1], I lanes) {
+    return vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(x[0]), bytes_of(lanes)));
+  }
+  static I pick(const I (&x)[4], I lanes) {
+    const uint8x16x4_t table = {{vreinterpretq_u8_s32(x[0]), vreinterpretq_u8_s32(x[1]), vreinterpretq_u8_s32(x[2]),
+                                 vreinterpretq_u8_s32(x[3])}};
+    return vreinterpretq_s32_u8(vqtbl4q_u8(table, bytes_of(lanes)));
+  }
+  // out[k][i] = rows[i][offset + k], widened.
+  [[gnu::always_inline]] static void transpose(const float* const* rows, int64_t offset, F (&out)[4]) {
+    F x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) x[i] = vld1q_f32(rows[i] + offset);
+    const F a = vzip1q_f32(x[0], x[2]), b = vzip2q_f32(x[0], x[2]);
+    const F c = vzip1q_f32(x[1], x[3]), d = vzip2q_f32(x[1], x[3]);
+    out[0] = vzip1q_f32(a, c);
+    out[1] = vzip2q_f32(a, c);
+    out[2] = vzip1q_f32(b, d);
+    out[3] = vzip2q_f32(b, d);
+  }
+  template <class Half>
+  [[gnu::always_inline]] static void transpose(const Half* const* rows, int64_t offset, F (&out)[8]) {
+    uint16x8_t x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) x[i] = vld1q_u16(&rows[i][offset].bits);
+    // Four dimensions of two rows each, then two of all.
+    const uint32x4_t a = vreinterpretq_u32_u16(vzip1q_u16(x[0], x[1])),
+                     b = vreinterpretq_u32_u16(vzip2q_u16(x[0], x[1]));
+    const uint32x4_t c = vreinterpretq_u32_u16(vzip1q_u16(x[2], x[3])),
+                     d = vreinterpretq_u32_u16(vzip2q_u16(x[2], x[3]));
+    const uint32x4_t two[4] = {vzip1q_u32(a, c), vzip2q_u32(a, c), vzip1q_u32(b, d), vzip2q_u32(b, d)};
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const uint16x8_t halves = vreinterpretq_u16_u32(two[k]);
+      out[2 * k] = widen(vget_low_u16(halves), Half{});
+      out[2 * k + 1] = widen(vget_high_u16(halves), Half{});
+    }
+  }
 
   static I where_equal(F a, F b, I yes, I no) { return vbslq_s32(vceqq_f32(a, b), yes, no); }
   static I where_equal(I a, I b, I yes, I no) { return vbslq_s32(vceqq_s32(a, b), yes, no); }
@@ -125,6 +178,12 @@ struct Simd {
   }
 
  private:
+  static F widen(uint16x4_t x, F16) { return vcvt_f32_f16(vreinterpret_f16_u16(x)); }
+  static F widen(uint16x4_t x, BF16) { return vreinterpretq_f32_u32(vshll_n_u16(x, 16)); }
+  // Where the bytes of numbered lanes stand.
+  static uint8x16_t bytes_of(I lanes) {
+    return vreinterpretq_u8_s32(vmlaq_s32(vdupq_n_s32(0x03020100), lanes, vdupq_n_s32(0x04040404)));
+  }
   static void select(uint32x4_t greater, F& best, I& index, F value, I candidate) {
     best = vbslq_f32(greater, value, best);
     index = vbslq_s32(greater, candidate, index);

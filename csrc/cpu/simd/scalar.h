@@ -7,6 +7,7 @@ namespace {
 
 struct Simd {
   static constexpr int width = 4;
+  static constexpr bool multiplies_lanes = false;
   static constexpr bool specialises = false;  // packing has loops for usual shapes, beside those for any
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
