@@ -61,9 +61,10 @@ edgecolbert_isa(avx512vnni "${avx512_flags} -mavx512vnni"
   "${x86} __m512i f(__m512i a) { return _mm512_dpwssd_epi32(a, a, a); }")
 edgecolbert_isa(avx512vnni_fp16 "${avx512_flags} -mavx512vnni -mavx512fp16"
   "${x86} __m512h f(__m512h a) { return _mm512_fmadd_ph(a, a, a); }")
-edgecolbert_isa(neon_dotprod "-march=armv8.2-a+dotprod"
+edgecolbert_isa(neon_dotprod "-march=armv8.2-a+dotprod+fp16"
   "#include <arm_neon.h>
-  int32x4_t f(int32x4_t a, int8x16_t b) { return vdotq_s32(a, b, b); }")
+  int32x4_t f(int32x4_t a, int8x16_t b) { return vdotq_s32(a, b, b); }
+  float16x8_t g(float16x8_t a) { return vmulq_f16(a, a); }")
 edgecolbert_isa(neon ""
   "#include <arm_neon.h>
   #ifndef __aarch64__

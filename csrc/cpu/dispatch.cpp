@@ -96,11 +96,15 @@ Cpu detect() {
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) cpu.avxvnni = a >> 4 & 1;
 #endif
 #elif defined(__aarch64__) && defined(__linux__)
-  cpu.dotprod = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+  constexpr unsigned long wanted = HWCAP_ASIMDDP | HWCAP_ASIMDHP;
+  cpu.dotprod = (getauxval(AT_HWCAP) & wanted) == wanted;
 #elif defined(__aarch64__) && defined(__APPLE__)
-  int has = 0;
-  size_t size = sizeof has;
-  cpu.dotprod = sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has;
+  const auto has = [](const char* feature) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value;
+  };
+  cpu.dotprod = has("hw.optional.arm.FEAT_DotProd") && has("hw.optional.arm.FEAT_FP16");
 #endif
   return cpu;
 }

@@ -5,6 +5,12 @@
 
 namespace {
 
+// A NaN shows in what bounds values.
+struct SeenNan {
+  [[gnu::always_inline]] void see(Simd::F) {}
+  bool any_nan() const { return false; }
+};
+
 struct ScreenInt {
   static constexpr bool narrows_on_the_side = false;  // of a tile: its sums leave no registers
 #ifdef __AVXVNNI__
@@ -26,6 +32,7 @@ struct ScreenInt {
   static __m256i negative(__m256i x) { return _mm256_sub_epi16(Simd::zero_integer(), x); }
   static __m256i total(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
 #endif
+  static constexpr bool multiplies_halves = false;
   static __m256i add_bias(__m256i x) { return _mm256_add_epi8(x, _mm256_set1_epi8(char(document_bias))); }
 
   // Four registers of int32 as bytes in the same order.
@@ -38,7 +45,6 @@ struct ScreenInt {
   }
   // What bounds values: squares of int8 summed in pairs, unsigned 16-bit. With a -128, which only stands for a value
   // that was cut off, or for a NaN, a sum is at least 2^15.
-  static constexpr bool hides_nan = false;
   static __m256i extents(__m256i bytes) {
     const __m256i magnitudes = _mm256_abs_epi8(bytes);
     return _mm256_maddubs_epi16(magnitudes, magnitudes);

@@ -5,6 +5,12 @@
 
 namespace {
 
+// A NaN shows in what bounds values.
+struct SeenNan {
+  [[gnu::always_inline]] void see(Simd::F) {}
+  bool any_nan() const { return false; }
+};
+
 struct ScreenInt {
   static constexpr bool narrows_on_the_side = true;  // of a tile: fewer registers are taken by its sums
 #ifdef __AVX512VNNI__
@@ -26,6 +32,7 @@ struct ScreenInt {
   static __m512i negative(__m512i x) { return _mm512_sub_epi16(Simd::zero_integer(), x); }
   static __m512i total(__m512i sum) { return _mm512_madd_epi16(sum, _mm512_set1_epi16(1)); }
 #endif
+  static constexpr bool multiplies_halves = false;
   static __m512i add_bias(__m512i x) { return _mm512_add_epi8(x, _mm512_set1_epi8(char(document_bias))); }
 
   // Four registers of int32 as bytes in the same order.
@@ -38,7 +45,6 @@ struct ScreenInt {
   }
   // What bounds values: squares of int8 summed in pairs, unsigned 16-bit. With a -128, which only stands for a value
   // that was cut off, or for a NaN, a sum is at least 2^15.
-  static constexpr bool hides_nan = false;
   static __m512i extents(__m512i bytes) {
     const __m512i magnitudes = _mm512_abs_epi8(bytes);
     return _mm512_maddubs_epi16(magnitudes, magnitudes);

@@ -1,4 +1,4 @@
-// AArch64 with the dot product extension: Cortex-A76, Neoverse N1, Apple M1 and later.
+// AArch64 with dot products and arithmetic of half floats: Cortex-A76, Neoverse N1, Apple M1 and later.
 #include "../../abi.h"
 #include "../simd/neon.h"
 

@@ -20,7 +20,8 @@ constexpr float kMostSteps = float(DotScreen::kDocumentLimit) - 1.1f,
 struct Narrowed {
   float largest;     // of |v_k|, and not much more: |(v_k, v_k+1)| of neighbours
   float norm, rest;  // no token has a larger |v|, nor |steps d - v|
-  bool measured;     // rest was: else it is half a step a dimension
+  bool measured;     // rest was: else it is `lost` a dimension
+  float lost;        // in steps
   float steps;
 
   // None was cut off, no token is too long, and they are not too coarse.
@@ -29,7 +30,7 @@ struct Narrowed {
     return fine && largest <= kMostSteps && norm <= DotScreen::kLongestDocument;
   }
   // A bound of |x|, and not much more, unless values were cut off.
-  float largest_value() const { return (largest + 0.5f) / steps; }
+  float largest_value() const { return (largest + lost) / steps; }
   // The guess that would fit these tokens if it were not for the rounding of their norm. Where a -128 was among them
   // the norm may be NaN: then the largest value decides.
   float best_guess() const {
@@ -53,19 +54,14 @@ struct Choose<false> {
 constexpr bool has_few(Constant<48>) { return 4 * Simd::width >= 48; }
 constexpr bool has_few(int) { return false; }
 
-// Where integers do not tell that a value was a NaN, the largest of the values does.
-template <bool needed>
-struct SeenNan {
-  Simd::F largest;
-
-  [[gnu::always_inline]] void see(Simd::F x) { largest = Simd::maximum(largest, x); }
-  bool any_nan() const { return __builtin_isnan(Simd::sum(largest)); }
-};
+// Products of half floats are rounded as well. An integer is then off by half a step, 2^-5 for a product below 2^7, and
+// where subnormal halves count as zeros by one of these.
+constexpr float kMostStepsOfHalves = 4096.0f;
+inline float lost_of_halves(float steps) { return kHalfStep + 0x1p-5f + 0x1p-14f * steps; }
+template <class Row>
+constexpr bool kMultipliesHalves = false;
 template <>
-struct SeenNan<false> {
-  [[gnu::always_inline]] void see(Simd::F) {}
-  bool any_nan() const { return false; }
-};
+constexpr bool kMultipliesHalves<F16> = ScreenInt::multiplies_halves;
 
 // On the side of a tile asks for tokens that are rounded afterwards: done at once, that would wait for them.
 class Ahead {
@@ -108,7 +104,8 @@ class Narrower {
         prefetch_end_(prefetch ? end_of_rows<Element>(job.document, dim) - kPrefetchBytes : 0),
         widener_(widener),
         rolls_(widener.feedable() && !job.document.kept),
-        steps_(kGuessedSteps / largest) {}
+        halves_(kHalves && kGuessedSteps / largest <= kMostStepsOfHalves),
+        steps_(halves_ ? widen(half_of(kGuessedSteps / largest)) : kGuessedSteps / largest) {}
 
   // Tokens [begin, end) are next, and go to `out`. A tile narrows rows that lie side by side; others are done at once.
   void set(int64_t begin, int64_t end, uint32_t* out) {
@@ -120,7 +117,7 @@ class Narrower {
 
   // Over tokens the largest sum in every lane: together they bound the norm of any token. The more values a lane sums,
   // the tighter, and the dearer: few dimensions make do with `extents`, which tell whether values were cut off.
-  struct Extents : SeenNan<ScreenInt::hides_nan> {
+  struct Extents : SeenNan {
     Simd::I extents;
   };
   struct Squares : Extents {
@@ -144,6 +141,7 @@ class Narrower {
     [[gnu::always_inline]] explicit Cursor(const Narrower& of)
         : dim_(of.dim_),
           scale_(Simd::broadcast(of.steps_)),
+          halves_(of.halves_),
           row_(of.tokens_.data + of.next_ * of.tokens_.token_stride),
           row_stride_(of.tokens_.token_stride),
           prefetch_end_(of.prefetch_end_),
@@ -164,7 +162,7 @@ class Narrower {
         for (int byte = 0; byte < dim_ * int(sizeof(Element)); byte += 64)
           __builtin_prefetch(row_ + kPrefetchBytes + byte);
       }
-      const Told told = round(reinterpret_cast<const Element*>(row_), dim_, scale_, out_, seen_);
+      const Told told = round(reinterpret_cast<const Element*>(row_), dim_, scale_, halves_, out_, seen_);
       row_ += row_stride_;
       out_ += widened_stride<DotScreen>(dim_);
       return told;
@@ -172,6 +170,7 @@ class Narrower {
 
     const Dim dim_;
     const Simd::F scale_;
+    const bool halves_;
     const char* row_;
     const int64_t row_stride_;
     const intptr_t prefetch_end_;
@@ -204,7 +203,7 @@ class Narrower {
     }
     const Simd::F scale = Simd::broadcast(steps_);
     widener_.for_each_row(next_, end_, [&](const auto* row) {
-      see(round(row, dim_, scale, out_, seen_), seen_);
+      see(round(row, dim_, scale, halves_, out_, seen_), seen_);
       out_ += stride_;
     });
     next_ = end_;
@@ -217,6 +216,7 @@ class Narrower {
     result.steps = steps_;
     const float root = __builtin_sqrtf(float(dim_));
     result.measured = exact;
+    result.lost = halves_ ? lost_of_halves(steps_) : kHalfStep;
     if constexpr (exact) {
       result.norm = Simd::sum(seen_.norms);
     } else if constexpr (kSquares) {
@@ -228,37 +228,56 @@ class Narrower {
     if constexpr (exact) {
       result.rest = 1.0001f * __builtin_sqrtf(Simd::sum(seen_.rests)) + 1e-3f * root;
     } else {
-      result.rest = kHalfStep * root;
+      result.rest = result.lost * root;
     }
     return result;
   }
 
  private:
   static constexpr int64_t kPrefetchBytes = 8192;
+  static constexpr bool kHalves = !exact && kMultipliesHalves<Element>;
+
+  static F16 half_of(float x) {
+    F16 half;
+    narrow(x, &half);
+    return half;
+  }
+
+  // The first four registers of `left` values as bytes.
+  template <class Row>
+  [[gnu::always_inline]] static Simd::I round_registers(const Row* row, int left, Simd::F scale, Simd::F& lost,
+                                                        Seen& seen) {
+    constexpr int w = Simd::width;
+    Simd::I x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      x[i] = Simd::zero_integer();
+      if (left <= i * w) continue;
+      const Simd::F value = left >= (i + 1) * w ? Simd::load(row + i * w) : Simd::load_first(row + i * w, left - i * w);
+      const Simd::F scaled = Simd::multiply(value, scale);
+      x[i] = Simd::to_integer(scaled);
+      seen.see(scaled);
+      if constexpr (exact) {
+        const Simd::F rest = Simd::rest(scaled);
+        lost = Simd::multiply_add(rest, rest, lost);
+      }
+    }
+    return left <= 2 * w ? ScreenInt::to_bytes(x[0], x[1]) : ScreenInt::to_bytes(x[0], x[1], x[2], x[3]);
+  }
 
   template <class Row>
-  [[gnu::always_inline]] static Told round(const Row* row, Dim dim, Simd::F scale, uint32_t* out, Seen& seen) {
+  [[gnu::always_inline]] static Told round(const Row* row, Dim dim, Simd::F scale, [[maybe_unused]] bool halves,
+                                           uint32_t* out, Seen& seen) {
     constexpr int w = Simd::width;
     Simd::I squares = Simd::zero_integer();
     Simd::F lost = Simd::zero();
     for (int left = dim; left > 0; left -= 4 * w, row += 4 * w, out += w) {
-      Simd::I x[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        x[i] = Simd::zero_integer();
-        if (left <= i * w) continue;
-        const Simd::F value =
-            left >= (i + 1) * w ? Simd::load(row + i * w) : Simd::load_first(row + i * w, left - i * w);
-        const Simd::F scaled = Simd::multiply(value, scale);
-        x[i] = Simd::to_integer(scaled);
-        seen.see(scaled);
-        if constexpr (exact) {
-          const Simd::F rest = Simd::rest(scaled);
-          lost = Simd::multiply_add(rest, rest, lost);
-        }
+      Simd::I bytes;
+      if constexpr (!exact && kMultipliesHalves<Row>) {
+        bytes = halves ? round_halves(row, left, scale, seen) : round_registers(row, left, scale, lost, seen);
+      } else {
+        bytes = round_registers(row, left, scale, lost, seen);
       }
-      const Simd::I bytes =
-          left <= 2 * w ? ScreenInt::to_bytes(x[0], x[1]) : ScreenInt::to_bytes(x[0], x[1], x[2], x[3]);
       const Simd::I extents = ScreenInt::extents(bytes);
       seen.extents = ScreenInt::maximum_extents(seen.extents, extents);
       if constexpr (exact || kSquares) squares = ScreenInt::add_squares(squares, extents);
@@ -283,6 +302,7 @@ class Narrower {
   const intptr_t prefetch_end_;  // of the addresses of rows that prefetch
   Widener<DotF32, Element>& widener_;
   const bool rolls_;
+  const bool halves_;  // multiplied as such
   const float steps_;
   int64_t next_ = 0, end_ = 0;
   uint32_t* out_ = nullptr;

@@ -285,8 +285,9 @@ class ScreenedScore {
       const auto times = [&](MarginFactor factor, float x) {
         return Simd::multiply(Simd::load(factors + factor * Simd::width), Simd::broadcast(x));
       };
-      const Simd::F margin = Simd::add(narrowed.measured ? times(kOfRest, narrowed.rest) : times(kOfHalfSteps, 1.0f),
-                                       times(kOfNorm, narrowed.norm));
+      const Simd::F margin =
+          Simd::add(narrowed.measured ? times(kOfRest, narrowed.rest) : times(kOfHalfSteps, narrowed.lost / kHalfStep),
+                    times(kOfNorm, narrowed.norm));
       const Simd::F best =
           Simd::multiply(Simd::load(job_.best + (r + i) * Simd::width), times(kOfSteps, narrowed.steps));
       // What rounding can cost here: a share of the similarity, and a step.
