@@ -18,7 +18,7 @@ using namespace edgecolbert;
 namespace {
 
 const int kDims[] = {1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 48, 64, 96, 128, 129};
-const std::vector<int64_t> kQueryLengths = {0, 1, 2, 11, 12, 13, 31, 33};
+const std::vector<int64_t> kQueryLengths = {0, 1, 2, 7, 11, 12, 13, 31, 33};
 const std::vector<int64_t> kDocumentLengths = {0, 1, 2, 11, 12, 13, 31, 33, 300};
 const DType kDtypes[] = {DType::f32, DType::f16, DType::bf16, DType::i8};  // of documents
 const char* const kDtypeNames[] = {"f32", "f16", "bf16", "i8"};

@@ -137,7 +137,7 @@ class DocumentScore {
       const int64_t first = length_ - done < T && length_ >= T ? length_ - T : done;
       const int64_t tokens = length_ - first < job_.block_tokens ? length_ - first : job_.block_tokens;
       widen_and_score_panel(first, tokens);
-      for (int64_t r = R; r < group_.registers;) {
+      for (int64_t r = R <= group_.registers ? R : 1; r < group_.registers;) {
         const bool panel = r + R <= group_.registers;
         for (int64_t token = 0; token < tokens; token += T) {
           const int64_t start = start_of(token, tokens);
