@@ -35,7 +35,7 @@ struct ScreenInt {
   static int32x4_t total(int32x4_t sum) { return sum; }
   static int32x4_t add_bias(int32x4_t x) { return x; }
 
-  // Half floats are multiplied as such, which takes a third of the instructions.
+  // Half floats are multiplied as such, which takes half of the instructions.
   static constexpr bool multiplies_halves = true;
 
   // Four registers of int32 as bytes in the same order.
