@@ -186,6 +186,7 @@ def result_table(rows: Rows) -> str:
             "GB/s": number(row["gigabytes_a_second"]) if row.get("gigabytes_a_second") else "",
             "of its peak": f"{share:.0f} %" if share else "",
             "of the same lines": f"{100 * row['of_same_lines']['p50']:.0f} %" if "of_same_lines" in row else "",
+            "of memcpy": f"{100 * row['of_memcpy']['p50']:.0f} %" if "of_memcpy" in row else "",
             "time over that of": ", ".join(f"{name} {value['p50']:.3g}x" for name, value in row.get("ratio", {}).items()),
             **{quantity: row.get(quantity, "") for quantity in quantities},
             "error": row.get("error", ""),

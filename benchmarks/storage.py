@@ -5,7 +5,7 @@ already, with one thread and with all. Beside it stands what memory gives: lines
 every two (float16, bfloat16) or four (int8), one written past the caches, with nothing computed. GB/s count the bytes that
 must be read and those written; "of memory" is the median of ratios of one round, in wall time, to memory without a mask, "of
 the same lines" to memory where only the lines of kept tokens are read: less is had there, as the processor fetches many of
-those between.
+those between. "Of memcpy" is the ratio to numpy's copy of the whole array, by as many threads: what programs get of memory.
 Saving flushes to the disk, as does the plain write beside it; what is loaded is in the page cache, and so is the plain read.
 """
 
@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,8 @@ from edgecolbert_kernels.dtypes import STORAGE
 FULL, QUICK = (10_000, 300, 48), (2_000, 300, 48)
 LINE = 64
 RATIOS = {"float32": 1, "float16": 2, "bfloat16": 2, "int8": 4}  # lines read for one that is written
-SHARES = {"of_memory": "of memory", "of_same_lines": "of the same lines"}
+SHARES = {"of_memory": "of memory", "of_same_lines": "of the same lines", "of_memcpy": "of memcpy"}
+MEMCPY = "memcpy"
 
 
 def memory(dtype: str, mask_name: str) -> str:
@@ -70,6 +72,11 @@ def traffic(
     return move, LINE * int(lines[:, 1].sum() + written.sum())
 
 
+def memcpy(source: np.ndarray, target: np.ndarray, pool: ThreadPoolExecutor, threads: int) -> None:
+    parts = zip(np.array_split(target, threads), np.array_split(source, threads), strict=True)
+    list(pool.map(lambda part: np.copyto(*part), parts))
+
+
 def packing(hidden: np.ndarray, rounds: int, shared: dict, threads: int) -> list[dict]:
     """What `pack` does without a projection, by mask, storage and normalisation."""
     num_documents, length, dim = hidden.shape
@@ -82,8 +89,11 @@ def packing(hidden: np.ndarray, rounds: int, shared: dict, threads: int) -> list
     }
     target = empty_lines(hidden.shape, np.float32)
     target.fill(0)
-    calls: dict[str, tuple[Callable[[], object], int]] = {}
-    limits: dict[str, tuple[str, str]] = {}
+    pool = ThreadPoolExecutor(threads)
+    calls: dict[str, tuple[Callable[[], object], int]] = {
+        MEMCPY: (partial(memcpy, hidden, target, pool, threads), 2 * hidden.nbytes)
+    }
+    limits: dict[str, tuple[str, str, str]] = {}
     for mask_name, mask in masks.items():
         tokens = num_documents * length if mask is None else int(mask.sum())
         for dtype, ratio in RATIOS.items():
@@ -95,14 +105,15 @@ def packing(hidden: np.ndarray, rounds: int, shared: dict, threads: int) -> list
                 call = partial(pack_rows, hidden, mask, normalize=normalize, dtype=dtype, out=out, threads=threads)
                 name = f"{dtype}, {mask_name}" + (", normalised" if normalize else "")
                 calls[name] = call, tokens * dim * (4 + out.itemsize)
-                limits[name] = memory(dtype, "no mask"), memory(dtype, mask_name)
+                limits[name] = memory(dtype, "no mask"), memory(dtype, mask_name), MEMCPY
     contenders = [Contender(name, lambda turn, call=call: call()) for name, (call, _) in calls.items()]
     samples = interleave(contenders, rounds, clock=time.perf_counter)
+    pool.shutdown()
     rates = {name: moved / 1e9 / samples.values[name] for name, (_, moved) in calls.items()}
     rows = []
     for name in calls:
         facts = {"gigabytes_a_second": round(float(np.median(rates[name])), 2)}
-        for limit, fact in zip(limits.get(name, ()), ("of_memory", "of_same_lines"), strict=False):
+        for limit, fact in zip(limits.get(name, ()), SHARES, strict=False):
             facts[fact] = suite.quantiles(rates[name] / rates[limit])
         times = suite.quantiles(1e3 * samples.values[name])
         rows.append({"case": "pack", **shared, "threads": threads, "contender": name, "unit": "ms", **times, **facts})
