@@ -53,7 +53,11 @@ ISAS = {
     "avx512": "skylake-avx512",
     "avx512vnni": "icelake-server",
     "avx512vnni_fp16": "sapphirerapids",
+    "neon": "armv8-a",
+    "neon_dotprod": "armv8.2-a+dotprod+fp16",
 }
+# Of Debian's compiler for it, g++-aarch64-linux-gnu.
+ARM = ("--target=aarch64-linux-gnu", "-isystem", "/usr/aarch64-linux-gnu/include")
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -65,7 +69,10 @@ def test_clang_accepts_it(isa):
     source = ROOT / "csrc" / "cpu" / "isa" / f"{isa}.cpp"
     if not source.exists():
         pytest.skip("not run from the source tree")
-    run(clang, "-std=c++17", f"-march={ISAS[isa]}", f"-I{ROOT / 'csrc'}", "-fsyntax-only", "-Werror", source)
+    target = ARM if isa.startswith("neon") else ()
+    if target and not Path(target[-1]).exists():
+        pytest.skip(f"needs {target[-1]}")
+    run(clang, *target, "-std=c++17", f"-march={ISAS[isa]}", f"-I{ROOT / 'csrc'}", "-fsyntax-only", "-Werror", source)
 
 
 def test_no_weak_symbols(objects):

@@ -32,11 +32,7 @@ struct Simd {
 
   static void store(float* p, F x) { vst1q_f32(p, x); }
   static void store(F16* p, F x) { vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
-  static void store(BF16* p, F x) {
-    float lanes[width];
-    vst1q_f32(lanes, x);
-    for (int i = 0; i < width; ++i) narrow(lanes[i], p + i);
-  }
+  static void store(BF16* p, F x) { vst1_u16(&p->bits, narrow_bf16(x)); }
   static void store(I8* p, F x) {
     const int16x4_t half = vqmovn_s32(vcvtnq_s32_f32(x));
     const uint32_t four = vget_lane_u32(vreinterpret_u32_s8(vqmovn_s16(vcombine_s16(half, half))), 0);
@@ -180,6 +176,13 @@ struct Simd {
  private:
   static F widen(uint16x4_t x, F16) { return vcvt_f32_f16(vreinterpret_f16_u16(x)); }
   static F widen(uint16x4_t x, BF16) { return vreinterpretq_f32_u32(vshll_n_u16(x, 16)); }
+  static uint16x4_t narrow_bf16(F x) {
+    const uint32x4_t raw = vreinterpretq_u32_f32(x);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(raw, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(raw, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    const uint32x4_t quiet = vorrq_u32(raw, vdupq_n_u32(0x400000));
+    return vshrn_n_u32(vbslq_u32(vceqq_f32(x, x), rounded, quiet), 16);
+  }
   // Where the bytes of numbered lanes stand.
   static uint8x16_t bytes_of(I lanes) {
     return vreinterpretq_u8_s32(vmlaq_s32(vdupq_n_s32(0x03020100), lanes, vdupq_n_s32(0x04040404)));
