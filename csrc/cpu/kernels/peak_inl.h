@@ -6,22 +6,22 @@ namespace {
 
 template <class Dot>
 [[gnu::noinline]] uint64_t run_multiply_adds(int64_t steps) {
-  constexpr int chains = 12;  // latency 4 x 2 units, with room
+  constexpr int chains = Simd::multiplies_lanes ? 24 : 12;  // latency 4 x 2 units, on ARM up to 4, with room
   typename Dot::V sum[chains];
   alignas(64) const uint32_t zeros[Simd::width] = {};
   typename Dot::V a = Dot::load(zeros), b = a;
   Simd::keep(a);  // else the products are known to be zero
-#pragma GCC unroll 16
+#pragma GCC unroll 24
   for (int i = 0; i < chains; ++i) sum[i] = Dot::zero();
   for (int64_t step = 0; step < steps; ++step) {
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (int i = 0; i < chains; ++i) {
       Dot::multiply_add(sum[i], a, b);
       Simd::keep(sum[i]);
       Simd::keep(b);
     }
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 24
   for (int i = 1; i < chains; ++i) sum[0] = Dot::maximum(sum[0], sum[i]);
   alignas(64) typename Dot::Lane sink[Simd::width];
   Dot::store(sink, sum[0]);
