@@ -19,12 +19,14 @@ from edgecolbert_kernels.backends import native
 _C = native.module()
 NAN, INF = float("nan"), float("inf")
 SHORTEST = {
-    isa: length for isa, length in (("avx512vnni", 32), ("avx512", 32), ("avxvnni", 64), ("avx2", 80)) if isa in ISAS
+    isa: length
+    for isa, length in (("avx512vnni", 32), ("avx512", 32), ("avxvnni", 64), ("avx2", 80), ("neon_dotprod", 32))
+    if isa in ISAS
 }
 """Instruction sets that screen, and the document tokens from which on they do."""
 MOST_DIMENSIONS = {isa: {"avx512": 192, "avx2": 256}.get(isa, 2048) for isa in SHORTEST}
 """Of tokens that they screen."""
-SUMS_OF_16_BITS = {isa for isa in SHORTEST if "vnni" not in isa}
+SUMS_OF_16_BITS = SHORTEST.keys() & {"avx512", "avx2"}
 """Those whose document tokens have 7 bits, and whose screen leaves less time to what it leaves."""
 NONE = pytest.param(None, marks=pytest.mark.skip(reason="no instruction set here screens"))
 

@@ -28,7 +28,9 @@ from screening import (
     with_gradients,
 )
 
-SHORTEST_FAST = {isa: 128 if isa.startswith("avx512") else 160 for isa in SHORTEST if isa != "avxvnni"}
+SHORTEST_FAST = {
+    isa: 128 if isa.startswith("avx512") else 160 for isa in SHORTEST if isa not in ("avxvnni", "neon_dotprod")
+}
 """Instruction sets that screen "fast", and the document tokens from which on they do."""
 
 
