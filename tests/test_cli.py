@@ -521,7 +521,7 @@ def test_the_encoder_in_the_wheel(tmp_path, capsys):
     ],
 )
 def test_a_mistyped_model(tmp_path, capsys, monkeypatch, model, message):
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     write_jsonl(tmp_path / "c.jsonl", TEXTS)
     assert main(["index", str(tmp_path / "c.jsonl"), "--model", model, "--out", str(tmp_path / "index")]) == 1
