@@ -56,7 +56,6 @@ struct ScreenInt {
     const uint32_t largest = vmaxvq_u8(vreinterpretq_u8_s32(x));
     return largest * largest;
   }
-  static float sum_of_extents(int32x4_t x) { return float(vaddlvq_u8(vreinterpretq_u8_s32(x))); }
   // What bounds the sum of a token's lanes: that itself, of four tokens.
   static constexpr int tokens_of_sum = 4;
   static int32x4_t sum_squares(const int32x4_t (&x)[4]) {
@@ -67,6 +66,7 @@ struct ScreenInt {
     const uint8x16_t x = vreinterpretq_u8_s32(extents);
     return vreinterpretq_s32_u32(vdotq_u32(vreinterpretq_u32_s32(sum), x, x));
   }
+  static float sum_of_extents(int32x4_t x) { return float(vaddvq_s32(add_squares(vdupq_n_s32(0), x))); }
 };
 
 // The first 16 of `left` values, times the lanes of `scale`.
@@ -97,7 +97,7 @@ struct Scores {
   };
   template <int shift>
   static V pack(const int32x4_t (&sums)[4], Constant<shift>) {
-    if constexpr (shift == 0) return pack(sums, 0);
+    static_assert(shift > 0, "there is no instruction for none");
     return {vqshrn_high_n_s32(vqshrn_n_s32(sums[0], shift), sums[1], shift),
             vqshrn_high_n_s32(vqshrn_n_s32(sums[2], shift), sums[3], shift)};
   }
